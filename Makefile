@@ -1,0 +1,25 @@
+# Two commands for a fresh machine with Python 3.10+, pip and make:
+#   make demo   teaches the embedded model a subject and draws it, offline (pictures in out/demo)
+#   make test   runs the tests
+# Both make their own virtual environment in VENV first.
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint
+
+demo: $(VENV)/ready
+	$(RUN) examples/demo.py
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet torch -c constraints.txt
+	$(RUN) -m pip install --quiet -e ".[test]" -c constraints.txt
+	touch $@

@@ -1,0 +1,72 @@
+"""Adapter weights per component and per UNet block, in the form that diffusers' `set_adapters` takes.
+
+`{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`; what is not named weighs 1.
+A list names one number per transformer of the block.
+"""
+
+import logging
+import math
+import re
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+_UNET_PLACE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.")
+
+
+def weight_of(value: Any, component: str, module_name: str, all_module_names: list[str]) -> float:
+    """The weight that `value` gives to one attention module.
+
+    Args:
+        value: a number or a nested dict.
+        component: name of the component in a pipeline, `""` for a single model.
+        module_name: full name of the attention module in its component.
+        all_module_names: those of all adapted modules there; they tell which blocks exist.
+
+    Raises:
+        ValueError: for a weight that is no finite number, a block that does not exist, or a list of a wrong length.
+    """
+    if isinstance(value, dict) and component:
+        _warn_unknown_components(value)
+        value = value.get(component, 1.0)
+    if not isinstance(value, dict):
+        return check_number("An adapter weight", value)
+    place = _UNET_PLACE.search(module_name)
+    if place is None:
+        raise ValueError(f"Weights per block are for UNets; {module_name} is in no block. Give one number.")
+    unknown = set(value) - {"down", "mid", "up"}
+    if unknown:
+        raise ValueError(f"Unknown UNet parts {sorted(unknown)} in the weights; use 'down', 'mid' and 'up'.")
+    part, block, attention = place.groups()
+    return _weight_in_part(value.get(part, 1.0), part, block, int(attention), all_module_names)
+
+
+def _weight_in_part(value: Any, part: str, block: str | None, attention: int, all_names: list[str]) -> float:
+    places = [place.groups() for place in map(_UNET_PLACE.search, all_names) if place]
+    if isinstance(value, dict):
+        blocks = {f"block_{index}" for name, index, _ in places if name == part and index is not None}
+        unknown = set(value) - blocks
+        if unknown:
+            raise ValueError(
+                f"Unknown blocks {sorted(unknown)} in the weights of {part!r}: there are {sorted(blocks)}."
+            )
+        value = value.get(f"block_{block}", 1.0)
+    if isinstance(value, list | tuple):
+        count = len({index for name, number, index in places if (name, number) == (part, block)})
+        if len(value) != count:
+            raise ValueError(f"{part} block {block} has {count} transformers, but {len(value)} weights were given.")
+        value = value[attention]
+    return check_number("An adapter weight", value)
+
+
+def check_number(what: str, value: object) -> float:
+    """`value` as a float; `ValueError` unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value!r}.")
+    return float(value)
+
+
+def _warn_unknown_components(value: dict[str, Any]) -> None:
+    unknown = set(value) - {"unet", "text_encoder", "text_encoder_2"}
+    if unknown:
+        logger.warning("Ignoring adapter weights of components that carry no adapters: %s.", sorted(unknown))

@@ -1,0 +1,98 @@
+"""The method: Approximated Prompt Tuning (arXiv 2306.15706), as one module beside a frozen attention.
+
+Axes: B batch, N tokens, d width, p prompts, r rank.  Names of the paper stand behind the lines.
+
+    K = P + (P Dᵀ) Uᵀ              keys of the prompts: they do not depend on the input
+    A = relu(X Kᵀ)                 affinity of every token to every prompt
+    w = stop_gradient(max_p A)     how strongly the prompts act on a token
+    Y = exp(s) · (O + w ⊙ (A P))   the corrected output of the attention
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import APTConfig
+
+
+class FoldedPrompt(NamedTuple):
+    """All that a forward pass needs: `Y = scale · O + information_diffusion(X, keys, values)`."""
+
+    keys: Tensor  # (..., p, d)
+    values: Tensor  # (..., p, d)
+    scale: Tensor  # (1,), or (B, 1, 1) for one adapter per sample
+
+
+def information_diffusion(
+    query: Tensor, keys: Tensor, values: Tensor, activation: str = "relu", dropout: float = 0.0
+) -> Tensor:
+    """`w ⊙ (A V)`: the prompts' update of every token. Shapes `(B, N, d), (..., p, d), (..., p, d) -> (B, N, d)`."""
+    affinity = query @ keys.mT  # X Kᵀ  (B, N, p)
+    affinity = affinity.relu() if activation == "relu" else affinity.softmax(-1)  # A
+    if dropout:
+        affinity = F.dropout(affinity, dropout)
+    gate = affinity.detach().amax(-1, keepdim=True)  # w  (B, N, 1)
+    return (gate * affinity) @ values  # w ⊙ (A V), with w moved inside: it is one number per token
+
+
+class ApproximatedPrompt(nn.Module):
+    """Corrects the output of one attention module by an information-diffusion step from `num_prompts` prompts.
+
+    Initialisation: `"paper"` P ~ N(0, 0.02²), D ~ N(0, 1), U = 0, s = 0; `"released"` the effective one of the
+    official code, where D and U ~ N(0, 0.02²) too; `"identity"` as `"paper"` with a learnable factor `gate` on the
+    update that starts at 0, so that an untrained adapter changes nothing (P = 0 would have no gradient).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_prompts: int = 200,
+        rank: int = 4,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        init: str = "paper",
+    ) -> None:
+        super().__init__()
+        # The config checks the values and names the one that is wrong.
+        APTConfig(num_prompts=num_prompts, rank=rank, activation=activation, dropout=dropout, init=init)
+        self.activation = activation
+        self.dropout = dropout
+        self.prompts = nn.Parameter(torch.randn(num_prompts, hidden_size) * 0.02)  # P
+        self.low_rank_down = nn.Parameter(torch.randn(rank, hidden_size))  # D
+        self.low_rank_up = nn.Parameter(torch.zeros(hidden_size, rank))  # U
+        self.log_scale = nn.Parameter(torch.zeros(1))  # s
+        self.gate = nn.Parameter(torch.zeros(1)) if init == "identity" else None
+        if init == "released":
+            nn.init.normal_(self.low_rank_down, std=0.02)
+            nn.init.normal_(self.low_rank_up, std=0.02)
+
+    def fold(self, dtype: torch.dtype, weight: float = 1.0) -> FoldedPrompt:
+        """The adapter at strength `weight`, `Y_λ = O + λ (Y − O)`, with every input-independent step done."""
+        prompts, down, up, log_scale = (
+            p.to(dtype) for p in (self.prompts, self.low_rank_down, self.low_rank_up, self.log_scale)
+        )
+        scale = log_scale.exp()  # exp(s)
+        strength = weight * scale if self.gate is None else weight * scale * self.gate.to(dtype)
+        keys = prompts + (prompts @ down.T) @ up.T  # K  (p, d)
+        return FoldedPrompt(keys, strength * prompts, 1 + weight * (scale - 1) if weight != 1 else scale)
+
+    def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
+        """`(O, X) -> Y`, all `(B, N, d)` in any floating dtype; computed in float32 or better (A enters squared)."""
+        dtype = torch.promote_types(attn_output.dtype, torch.float32)
+        with torch.autocast(attn_output.device.type, enabled=False):
+            return correct(attn_output, hidden_states, self.fold(dtype), self.activation, self.active_dropout)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
+
+def correct(
+    attn_output: Tensor, query: Tensor, folded: FoldedPrompt, activation: str = "relu", dropout: float = 0.0
+) -> Tensor:
+    """`scale · O + w ⊙ (A V)` in the dtype of `folded`, returned in that of `attn_output`."""
+    dtype = folded.keys.dtype
+    update = information_diffusion(query.to(dtype), folded.keys, folded.values, activation, dropout)
+    return (folded.scale * attn_output.to(dtype) + update).to(attn_output.dtype)

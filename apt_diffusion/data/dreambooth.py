@@ -1,0 +1,158 @@
+"""DreamBooth data: pictures of one subject, with prior preservation beside pictures of its class.
+
+`DreamBoothData` maps a position of the endless stream to everything that a training step needs of it. The order,
+cut, flip, timestep and noise of a sample depend on the seed and the position alone, see `order`.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .order import Purpose, entry_at, random_at
+from .pictures import Picture, View, choose_view, cut, read_picture, resized
+
+# A view's latent distribution: mean and standard deviation, (2, c, h, w)
+LatentCache = dict[View, Tensor]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures become squares."""
+
+    size: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+    stride: int = 8  # pixels per latent cell
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of one training step. `image` is its latent distribution where that is cached, else its pixels."""
+
+    prompt: str
+    image: Tensor  # (2, c, h, w) or (3, H, W)
+    timestep: int
+    posterior_noise: Tensor  # (c, h, w): which latent of the distribution
+    noise: Tensor  # (c, h, w)
+
+
+@dataclass
+class Batch:
+    """Samples stacked; with prior preservation the second half are those of the class."""
+
+    prompts: list[str]
+    images: Tensor  # (B, 2, c, h, w) or (B, 3, H, W)
+    timesteps: Tensor  # (B,)
+    posterior_noise: Tensor  # (B, c, h, w)
+    noise: Tensor  # (B, c, h, w)
+
+    def to(self, device: torch.device) -> "Batch":
+        tensors = (self.images, self.timesteps, self.posterior_noise, self.noise)
+        return Batch(self.prompts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def pin_memory(self) -> "Batch":
+        tensors = (self.images, self.timesteps, self.posterior_noise, self.noise)
+        return Batch(self.prompts, *(tensor.pin_memory() for tensor in tensors))
+
+
+class DreamBoothData(Dataset):
+    """position -> `[sample]`, or with class pictures `[instance sample, class sample]`.
+
+    Args:
+        instance: pictures of the subject.
+        class_pictures: pictures of its class, or nothing.
+        framing: how pictures become squares.
+        latent_shape: `(c, h, w)` of the latents.
+        seed: every random choice follows from it.
+        repeats: how often an epoch shows each instance picture.
+        noise_offset: size of a random offset per sample and channel that is added to the noise.
+        num_timesteps: timesteps are drawn from 0 to this, exclusive.
+    """
+
+    def __init__(
+        self,
+        instance: list[Picture],
+        class_pictures: list[Picture],
+        framing: Framing,
+        latent_shape: tuple[int, int, int],
+        seed: int,
+        repeats: int = 1,
+        noise_offset: float = 0.0,
+        num_timesteps: int = 1000,
+    ) -> None:
+        self.instance = instance
+        self.class_pictures = class_pictures
+        self.framing = framing
+        self.latent_shape = latent_shape
+        self.seed = seed
+        self.noise_offset = noise_offset
+        self.num_timesteps = num_timesteps
+        self.cache: LatentCache | None = None
+        self.epoch_length = max(len(instance) * repeats, len(class_pictures))
+
+    @property
+    def prompts(self) -> list[str]:
+        """The distinct prompts."""
+        return list(dict.fromkeys(picture.prompt for picture in [*self.instance, *self.class_pictures]))
+
+    def views_at(self, position: int) -> list[View]:
+        return [self._view(picture, self._draws(position, purpose)) for picture, purpose in self._choice(position)]
+
+    def __getitem__(self, position: int) -> list[Sample]:
+        return [self._sample(picture, position, purpose) for picture, purpose in self._choice(position)]
+
+    def _choice(self, position: int) -> list[tuple[Picture, Purpose]]:
+        entry = entry_at(self.seed, position, self.epoch_length)
+        choice = [(self.instance[entry % len(self.instance)], Purpose.SAMPLE)]
+        if self.class_pictures:
+            choice.append((self.class_pictures[entry % len(self.class_pictures)], Purpose.PRIOR_SAMPLE))
+        return choice
+
+    def _draws(self, position: int, purpose: Purpose) -> np.random.Generator:
+        return random_at(self.seed, position, purpose)
+
+    def _view(self, picture: Picture, draws: np.random.Generator) -> View:
+        framing = self.framing
+        return choose_view(
+            picture,
+            framing.size,
+            framing.stride,
+            framing.center_crop,
+            framing.random_flip,
+            (draws.random(), draws.random()),
+        )
+
+    def _sample(self, picture: Picture, position: int, purpose: Purpose) -> Sample:
+        draws = self._draws(position, purpose)
+        view = self._view(picture, draws)  # first: `views_at` makes the same two draws
+        timestep = int(draws.integers(self.num_timesteps))
+        posterior_noise, noise = draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
+        image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
+        return Sample(picture.prompt, image, timestep, torch.from_numpy(posterior_noise), torch.from_numpy(noise))
+
+    def pixels(self, views: list[View]) -> dict[View, Tensor]:
+        """Pixels `(3, size, size)` of several views; each picture is opened once."""
+        found = {}
+        for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
+            image = resized(read_picture(path), self.framing.size, self.framing.interpolation)
+            found |= {view: cut(image, view) for view in of_picture}
+        return found
+
+
+def collate(samples: list[list[Sample]]) -> Batch:
+    """Stacks what `DreamBoothData` gives: first all instance samples, then all class samples."""
+    flat = [sample for role in zip(*samples, strict=True) for sample in role]
+    return Batch(
+        [sample.prompt for sample in flat],
+        torch.stack([sample.image for sample in flat]),
+        torch.tensor([sample.timestep for sample in flat]),
+        torch.stack([sample.posterior_noise for sample in flat]),
+        torch.stack([sample.noise for sample in flat]),
+    )

@@ -1,0 +1,169 @@
+"""Pictures in a folder: found, captioned, checked, read as RGB, and cut to squares. PIL only."""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+CAPTIONS_FILE = "metadata.jsonl"
+
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "nearest_exact": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A readable picture: where it is, what it shows, and its size as a viewer shows it (EXIF rotation done)."""
+
+    path: Path
+    prompt: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, order=True)
+class View:
+    """A square cut out of a picture whose short side was resized to `size`, perhaps mirrored."""
+
+    path: Path
+    size: int
+    left: int = 0
+    top: int = 0
+    flipped: bool = False
+
+
+def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text") -> list[Picture]:
+    """All pictures of a folder, sorted by name, each read once to be sure that it can be.
+
+    Captions come from `<name>.txt` beside a picture, else from `metadata.jsonl`, else they are `prompt`. Hidden files,
+    folders and files that are no pictures are ignored with one warning that names them.
+
+    Raises:
+        ValueError: for a folder that is missing or holds no picture, a picture that cannot be read, or captions that
+            make no sense; the message names the file.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder} with pictures.")
+    entries = sorted(folder.iterdir())
+    paths = [path for path in entries if _is_picture(path)]
+    sidecars = {path.with_suffix(".txt") for path in paths}
+    ignored = [path.name for path in entries if path not in {*paths, *sidecars, folder / CAPTIONS_FILE}]
+    if ignored:
+        logger.warning("Ignored in %s, as they are no pictures: %s", folder, ", ".join(ignored))
+    if not paths:
+        raise ValueError(f"There are no pictures in {folder} (looked for {', '.join(sorted(PICTURE_SUFFIXES))}).")
+    captions = _captions_of(folder, {path.name for path in paths}, caption_column)
+    return [_checked(path, _sidecar(path) or captions.get(path.name) or prompt) for path in paths]
+
+
+def has_pictures(folder: str | Path) -> bool:
+    """Whether `find_pictures` would find any."""
+    folder = Path(folder)
+    return folder.is_dir() and any(_is_picture(path) for path in folder.iterdir())
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture as RGB, upright, on white where it is transparent."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey: PIL would clip them, not scale them
+            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def resized(image: Image.Image, size: int, interpolation: str = "lanczos") -> Image.Image:
+    """The picture with its short side at `size`."""
+    return image.resize(_resized_size(*image.size, size), INTERPOLATIONS[interpolation])
+
+
+def cut(image: Image.Image, view: View) -> Tensor:
+    """The pixels of a view of a resized picture, `(3, size, size)` in [-1, 1]."""
+    square = image.crop((view.left, view.top, view.left + view.size, view.top + view.size))
+    if view.flipped:
+        square = ImageOps.mirror(square)
+    pixels = torch.from_numpy(np.array(square))  # (H, W, 3)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def choose_view(
+    picture: Picture, size: int, stride: int, center_crop: bool, random_flip: bool, draws: tuple[float, float]
+) -> View:
+    """The view that two uniform draws choose.
+
+    Random cuts start at places spread evenly over the long side, both ends included, at most `stride` pixels (one
+    latent cell) apart: few enough that each can be encoded once and kept.
+    """
+    width, height = _resized_size(picture.width, picture.height, size)
+    slack = max(width, height) - size
+    places = math.ceil(slack / stride) + 1
+    offset = round(slack / 2) if center_crop else round(int(draws[0] * places) * slack / max(places - 1, 1))
+    flipped = random_flip and draws[1] < 0.5
+    return View(picture.path, size, offset if width > height else 0, offset if height > width else 0, flipped)
+
+
+def _resized_size(width: int, height: int, size: int) -> tuple[int, int]:
+    short = min(width, height)
+    return max(size, width * size // short), max(size, height * size // short)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _checked(path: Path, prompt: str) -> Picture:
+    try:
+        return Picture(path, prompt, *read_picture(path).size)
+    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
+        raise ValueError(f"The picture {path} cannot be read: {error}. Repair it or take it out.") from error
+
+
+def _sidecar(path: Path) -> str | None:
+    sidecar = path.with_suffix(".txt")
+    return _read_text(sidecar).strip() if sidecar.is_file() else None
+
+
+def _captions_of(folder: Path, names: set[str], column: str) -> dict[str, str]:
+    """`{file name: caption}` of `metadata.jsonl`."""
+    file = folder / CAPTIONS_FILE
+    captions: dict[str, str] = {}
+    for number, line in enumerate(_read_text(file).splitlines() if file.is_file() else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            name, caption = row["file_name"], row[column]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}, got {line[:200]!r}.'
+            ) from error
+        if name not in names:
+            raise ValueError(f"{file}, line {number}: there is no picture {name!r} in this folder.")
+        captions[name] = str(caption).strip()
+    return captions
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"The captions in {file} are not UTF-8 text: {error}.") from error

@@ -1,0 +1,77 @@
+"""`modules_to_save`: heads that belong to an adapter, kept apart from the base model's own.
+
+A head stays the module that it is, so the base's parameter names do not change; what is swapped, in place, is its
+values: the base's, or those of the adapter whose heads are in use.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .sites import find_modules
+
+
+@dataclass
+class Heads:
+    """The base's values of every head, those of each adapter not in use, and whose are in the model now."""
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    in_use: str | None = None
+
+    def add(self, model: nn.Module, adapter_name: str, modules_to_save: tuple[str, ...]) -> None:
+        """A new adapter starts from the base's heads."""
+        names = list(head_tensors(model, modules_to_save))
+        self.use(model, None)
+        for name, tensor in _tensors(model, names).items():
+            self.base.setdefault(name, tensor.detach().clone())
+        self.stored[adapter_name] = {name: self.base[name].clone() for name in names}
+
+    def use(self, model: nn.Module, adapter_name: str | None) -> None:
+        """Puts the heads of `adapter_name` (`None`: the base's) into the model and keeps those that were there."""
+        if adapter_name == self.in_use:
+            return
+        if self.in_use is not None:
+            self.stored[self.in_use] = self.state(model, self.in_use)
+        values = self.base if adapter_name is None else {**self.base, **self.stored[adapter_name]}
+        _write(model, values)
+        self.in_use = adapter_name
+
+    def state(self, model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+        """A copy of the adapter's head values, wherever they are now."""
+        stored = self.stored[adapter_name]
+        source = _tensors(model, list(stored)) if self.in_use == adapter_name else stored
+        return {name: tensor.detach().clone() for name, tensor in source.items()}
+
+    def write(self, model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> None:
+        if self.in_use == adapter_name:
+            _write(model, values)
+        else:
+            self.stored[adapter_name] = {name: tensor.clone() for name, tensor in values.items()}
+
+    def delete(self, model: nn.Module, adapter_name: str) -> None:
+        if self.in_use == adapter_name:
+            self.use(model, None)
+        self.stored.pop(adapter_name, None)
+        if not self.stored:
+            self.base.clear()
+
+
+def head_tensors(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Tensor]:
+    """Parameters and buffers of the modules that `modules_to_save` names, by full name."""
+    tensors = {}
+    for prefix, module in find_modules(model, modules_to_save, "modules_to_save").items():
+        tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+    return tensors
+
+
+def _tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensors[name] for name in names}
+
+
+def _write(model: nn.Module, values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _tensors(model, list(values)).items():
+            tensor.copy_(values[name])

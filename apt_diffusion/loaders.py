@@ -1,0 +1,212 @@
+"""APTLoaderMixin: what every APT pipeline adds to the stock pipeline that it subclasses."""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import attach, weights
+from .attach import AdapterWeight, components_of, cores_of, state_of
+from .block_weights import check_number
+from .files import WEIGHTS_NAME, resolve_adapter_file
+from .miniature import resolve_model
+
+ADAPTERS_INDEX = "apt_adapters.json"
+
+
+class APTLoaderMixin:
+    """Loads, saves, mixes and switches APT adapters on a diffusers pipeline; methods mirror those for LoRA.
+
+    `__call__` takes two more arguments than the stock pipeline, for that call only:
+        apt_scale: a factor on all adapter weights, or `{adapter name: weight}`.
+        apt_adapter_names: one adapter name (or `None` for the base model) per prompt. With a single prompt, it is
+            repeated, so that several adapters draw the same prompt in one batch.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # diffusers and IDEs read the arguments of a pipeline from the signature of its __call__.
+        stock = next(b for b in cls.__mro__[1:] if b is not APTLoaderMixin and "__call__" in vars(b))
+        parameters = dict(inspect.signature(stock.__call__).parameters)
+        parameters |= dict(inspect.signature(APTLoaderMixin.__call__).parameters)
+        parameters = [p for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
+
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return APTLoaderMixin.__call__(self, *args, **kwargs)
+
+        __call__.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+        __call__.__doc__ = f"{APTLoaderMixin.__doc__}\n\n{stock.__call__.__doc__}"
+        cls.__call__ = __call__
+
+    def __call__(
+        self,
+        *args: Any,
+        apt_scale: float | dict[str, float] | None = None,
+        apt_adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        with self._for_this_call(), attach.prepared_apt(self):
+            if apt_scale is not None:
+                self._apply_scale(apt_scale)
+            if apt_adapter_names is not None:
+                args, kwargs = self._apply_names(list(apt_adapter_names), args, kwargs)
+            return super().__call__(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
+        """As the stock method; `"miniature"` names the embedded model, and adapters saved beside it come back.
+
+        Without `dtype` everything is loaded in float32, whatever the files hold.
+        """
+        import torch
+
+        path = resolve_model(str(pretrained_model_name_or_path))
+        if "torch_dtype" not in kwargs:
+            kwargs.setdefault("dtype", torch.float32)
+        pipeline = super().from_pretrained(path, **kwargs)
+        if isinstance(pipeline, APTLoaderMixin):
+            pipeline._load_saved_adapters(path, kwargs)
+        return pipeline
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, with the base model's own weights in its files and the adapters beside them."""
+        folder = Path(save_directory)
+        index = {}
+        active = _active_weights(self)
+        names = dict.fromkeys(name for c in components_of(self).values() for name in state_of(c).configs)
+        for name in names:
+            place = "" if name == "default" else f"apt_adapters/{name}"
+            weights.save_apt_weights(self, folder / place, name)
+            index[name] = {"folder": place, "weight": active.get(name)}
+        if index:
+            (folder / ADAPTERS_INDEX).write_text(json.dumps(index, indent=2))
+        with attach.hidden_apt(self):
+            super().save_pretrained(str(save_directory), *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The pipeline's configuration, under the stock class's name: any diffusers can load what is saved here."""
+        stock = next(base for base in type(self).__mro__ if base.__module__.startswith("diffusers."))
+        return json.dumps(json.loads(super().to_json_string()) | {"_class_name": stock.__name__}, indent=2) + "\n"
+
+    def load_apt_weights(
+        self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        """[`apt_diffusion.load_apt_weights`] on this pipeline; returns the pipeline."""
+        weights.load_apt_weights(self, pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        return self
+
+    def save_apt_weights(
+        self, path: str | Path, adapter_name: str = "default", metadata: dict[str, str] | None = None
+    ) -> Path:
+        """[`apt_diffusion.save_apt_weights`] of this pipeline."""
+        return weights.save_apt_weights(self, path, adapter_name, metadata)
+
+    def unload_apt_weights(self) -> None:
+        """Takes all adapters away: the base pipeline again, bit for bit."""
+        attach.remove_apt(self)
+
+    def set_apt_adapters(
+        self,
+        adapter_names: str | Sequence[str],
+        adapter_weights: AdapterWeight | Sequence[AdapterWeight] | None = None,
+    ) -> None:
+        """[`apt_diffusion.set_apt_adapters`] on this pipeline."""
+        attach.set_apt_adapters(self, adapter_names, adapter_weights)
+
+    def set_apt_scale(self, scale: float) -> None:
+        """[`apt_diffusion.set_apt_scale`] on this pipeline."""
+        attach.set_apt_scale(self, scale)
+
+    def get_active_apt_adapters(self) -> list[str]:
+        """[`apt_diffusion.get_active_apt_adapters`] of this pipeline."""
+        return attach.get_active_apt_adapters(self)
+
+    def get_list_apt_adapters(self) -> dict[str, list[str]]:
+        """[`apt_diffusion.get_list_apt_adapters`] of this pipeline."""
+        return attach.get_list_apt_adapters(self)
+
+    def delete_apt_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """[`apt_diffusion.delete_apt_adapters`] on this pipeline."""
+        attach.delete_apt_adapters(self, adapter_names)
+
+    def enable_apt(self) -> None:
+        """[`apt_diffusion.enable_apt`] on this pipeline."""
+        attach.enable_apt(self)
+
+    def disable_apt(self) -> attach.disable_apt:
+        """[`apt_diffusion.disable_apt`] on this pipeline; works as a context manager too."""
+        return attach.disable_apt(self)
+
+    def enable_apt_hotswap(self, max_num_prompts: int) -> None:
+        """[`apt_diffusion.enable_apt_hotswap`] on this pipeline."""
+        weights.enable_apt_hotswap(self, max_num_prompts)
+
+    def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, which would freeze every APT parameter on its way."""
+        trainable = [p for core in cores_of(self) for p in core.parameters() if p.requires_grad]
+        super().load_lora_weights(*args, **kwargs)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def _for_this_call(self) -> Iterator[None]:
+        before = [(core, dict(core.weights), core.scale, core.adapters_per_sample) for core in cores_of(self)]
+        try:
+            yield
+        finally:
+            for core, weights_before, scale, names in before:
+                core.weights, core.scale, core.adapters_per_sample = weights_before, scale, names
+
+    def _apply_scale(self, apt_scale: float | dict[str, float]) -> None:
+        if not isinstance(apt_scale, dict):
+            self.set_apt_scale(apt_scale)
+            return
+        attach.check_present(self, list(apt_scale))
+        weights = {name: check_number(f"apt_scale[{name!r}]", weight) for name, weight in apt_scale.items()}
+        for core in cores_of(self):
+            core.weights = core.weights | {name: w for name, w in weights.items() if name in core.adapters}
+
+    def _apply_names(
+        self, names: list[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tells every core which sample is whose; the arguments come back with a single prompt repeated."""
+        attach.check_present(self, [name for name in names if name is not None])
+        prompt = args[0] if args else kwargs.get("prompt")
+        embeds = kwargs.get("prompt_embeds")
+        if isinstance(prompt, str):
+            prompt = [prompt] * len(names)
+        batch_size = len(prompt) if prompt is not None else len(embeds) if embeds is not None else len(names)
+        if batch_size != len(names):
+            raise ValueError(f"apt_adapter_names has {len(names)} names for {batch_size} prompts.")
+        images = kwargs.get("num_images_per_prompt") or 1
+        for part, component in components_of(self).items():
+            repeats = images if part == "unet" else 1
+            for core in cores_of(component):
+                core.adapters_per_sample = tuple(name for name in names for _ in range(repeats))
+        if args:
+            return (prompt, *args[1:]), kwargs
+        return args, kwargs if prompt is None else {**kwargs, "prompt": prompt}
+
+    def _load_saved_adapters(self, path: str, options: dict[str, Any]) -> None:
+        """Brings back what `save_pretrained` wrote; a pipeline without an index has none."""
+        hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+        try:
+            index = json.loads(resolve_adapter_file(path, ADAPTERS_INDEX, **hub).read_text())
+        except FileNotFoundError:
+            return
+        for name, entry in index.items():
+            place = {"subfolder": entry["folder"]} if entry["folder"] else {}
+            weights.load_apt_weights(self, path, name, weight_name=WEIGHTS_NAME, **place, **hub)
+        active = {name: entry["weight"] for name, entry in index.items() if entry["weight"] is not None}
+        self.set_apt_adapters(list(active), list(active.values()))
+
+
+def _active_weights(pipeline: Any) -> dict[str, AdapterWeight]:
+    active: dict[str, AdapterWeight] = {}
+    for component in components_of(pipeline).values():
+        active |= state_of(component).active
+    return active

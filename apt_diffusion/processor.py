@@ -1,0 +1,194 @@
+"""The processor core: the named adapters of one attention module, and the two ways to call it.
+
+The core is child `apt` of the attention module. A forward hook (`apply_apt`) hands it the attention's output and
+input; for people who manage diffusers processors themselves, `APTAttnProcessor` does the same around an inner one.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import ApproximatedPrompt, FoldedPrompt, correct
+
+
+class APTProcessorCore(nn.Module):
+    """Maps `(O, X) -> Y` with the active adapters: `Y = O + Σ λ_i (Y_i − O)`, or one adapter per sample.
+
+    Attributes:
+        adapters: name -> [`ApproximatedPrompt`].
+        query_sources: name -> `"hidden_states"` (X asks the prompts) or `"attn_output"` (O asks them).
+        weights: name -> λ of the active adapters, in the order in which they were activated.
+        scale: factor on every λ.
+        enabled: `False` leaves the attention alone.
+        adapters_per_sample: one name (or `None` for the base model) per sample. A batch that is k times as long
+            repeats the names k times, as classifier-free guidance stacks it.
+        keep_folded: keep what does not depend on the input between calls without gradients; see `prepared_apt`.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.adapters = nn.ModuleDict()
+        self.query_sources: dict[str, str] = {}
+        self.weights: dict[str, float] = {}
+        self.scale = 1.0
+        self.enabled = True
+        self.adapters_per_sample: tuple[str | None, ...] | None = None
+        self.keep_folded = False
+        self._folded: dict[Any, tuple[Any, FoldedPrompt]] = {}
+
+    def add(self, name: str, adapter: ApproximatedPrompt, query_source: str) -> None:
+        self.adapters[name] = adapter
+        self.query_sources[name] = query_source
+
+    def delete(self, name: str) -> None:
+        del self.adapters[name], self.query_sources[name]
+        self.weights.pop(name, None)
+        self._folded.clear()
+
+    def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
+        """`(O, X) -> Y`, all `(B, N, d)`; computed in float32 or better, returned in the dtype of O."""
+        if not self.enabled:
+            return attn_output
+        with torch.autocast(attn_output.device.type, enabled=False):
+            if self.adapters_per_sample is not None:
+                return self._forward_per_sample(attn_output, hidden_states, self.adapters_per_sample)
+            return self._forward_shared(attn_output, hidden_states)
+
+    def _forward_shared(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
+        corrected = attn_output
+        for name, weight in self.weights.items():
+            if weight * self.scale == 0:
+                continue  # O bit for bit
+            adapter = self.adapters[name]
+            query = hidden_states if self.query_sources[name] == "hidden_states" else attn_output
+            folded = self._fold(name, weight * self.scale, attn_output.dtype)
+            output = correct(attn_output, query, folded, adapter.activation, adapter.active_dropout)
+            corrected = output if corrected is attn_output else corrected + (output - attn_output)
+        return corrected
+
+    def _forward_per_sample(self, attn_output: Tensor, hidden_states: Tensor, names: tuple[str | None, ...]) -> Tensor:
+        batch_size = attn_output.shape[0]
+        if batch_size % len(names):
+            raise ValueError(f"A batch of {batch_size} cannot be shared out to {len(names)} adapter names.")
+        rows: dict[tuple, list[int]] = defaultdict(list)  # one batched product for all adapters of one kind
+        for row, name in enumerate(names * (batch_size // len(names))):
+            if name in self.adapters:
+                rows[self._kind(name)].append(row)
+        names = names * (batch_size // len(names))
+        corrected = attn_output
+        for (query_source, activation, _), kind_rows in rows.items():
+            folded = self._stack([names[row] for row in kind_rows], attn_output.dtype)
+            query = hidden_states if query_source == "hidden_states" else attn_output
+            if len(kind_rows) == batch_size:
+                return correct(attn_output, query, folded, activation)
+            index = torch.tensor(kind_rows, device=attn_output.device)
+            part = correct(attn_output[index], query[index], folded, activation)
+            corrected = corrected.index_copy(0, index, part)
+        return corrected
+
+    def _kind(self, name: str) -> tuple[str, str, int]:
+        """Adapters of one kind can be stacked: zero prompts pad a relu adapter exactly, but not a softmax one."""
+        adapter = self.adapters[name]
+        padded = 0 if adapter.activation == "relu" else len(adapter.prompts)
+        return self.query_sources[name], adapter.activation, padded
+
+    def _stack(self, names: list[str], dtype: torch.dtype) -> FoldedPrompt:
+        """One adapter per row: keys and values `(B, p, d)`, scale `(B, 1, 1)`."""
+        distinct = list(dict.fromkeys(names))
+        folds = [self._fold(name, self.weights.get(name, 1.0) * self.scale, dtype) for name in distinct]
+        index = torch.tensor([distinct.index(name) for name in names], device=folds[0].keys.device)
+        keys = nn.utils.rnn.pad_sequence([fold.keys for fold in folds], batch_first=True)
+        values = nn.utils.rnn.pad_sequence([fold.values for fold in folds], batch_first=True)
+        scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
+        return FoldedPrompt(keys[index], values[index], scale[index])
+
+    def _fold(self, name: str, weight: float, dtype: torch.dtype) -> FoldedPrompt:
+        """`ApproximatedPrompt.fold`; with `keep_folded` computed anew only when a parameter has changed."""
+        adapter = self.adapters[name]
+        dtype = torch.promote_types(dtype, torch.float32)
+        if not self.keep_folded or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return adapter.fold(dtype, weight)
+        state = (weight, dtype, *((p, p._version, p.data_ptr()) for p in adapter.parameters()))
+        known, folded = self._folded.get(name, (None, None))
+        if known is None or not _same_state(known, state):
+            folded = adapter.fold(dtype, weight)
+            self._folded[name] = (state, folded)
+        return folded
+
+    def set_keep_folded(self, keep_folded: bool) -> None:
+        self.keep_folded = keep_folded
+        self._folded.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "keep_folded": False, "_folded": {}}
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, weights={self.weights}, enabled={self.enabled}"
+
+
+def _same_state(known: tuple, state: tuple) -> bool:
+    # Parameters are compared by identity: `==` on tensors is elementwise.
+    return known[:2] == state[:2] and all(
+        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known[2:], state[2:], strict=True)
+    )
+
+
+# Hooks. They are module-level functions that read the module's children: a closure over the core would make
+# `copy.deepcopy` share the original's weights, and could not be pickled.
+
+
+def apply_apt(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook: corrects the attention's output, the first entry where it is a tuple."""
+    hidden_states = args[0] if args else kwargs["hidden_states"]
+    if isinstance(output, tuple):
+        return (module.apt(output[0], hidden_states), *output[1:])
+    return module.apt(output, hidden_states)
+
+
+def apply_apt_context(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook: corrects the encoder states c (O := c, X := c) before they become keys and values."""
+    if len(args) > 1:
+        return (args[0], _correct_context(module.apt_context, args[1]), *args[2:]), kwargs
+    context = kwargs.get("encoder_hidden_states")
+    return args, {**kwargs, "encoder_hidden_states": _correct_context(module.apt_context, context)}
+
+
+def _correct_context(core: APTProcessorCore, context: Any) -> Any:
+    if isinstance(context, tuple):  # IP-Adapter: (text states, image states)
+        return (_correct_context(core, context[0]), *context[1:])
+    return context if context is None else core(context, context)
+
+
+class APTAttnProcessor(nn.Module):
+    """A diffusers attention processor that applies a processor core around any `inner` processor.
+
+    Same numbers as the hook of `add_apt`. Its limits are those of every diffusers processor: attention slicing,
+    `set_attn_processor` and `fuse_qkv_projections` replace it without a word, `set_default_attn_processor` raises, and
+    IP-Adapters cannot be loaded on top. It corrects the query stream only. Prefer `add_apt`.
+
+    Args:
+        core: the adapters of this attention module.
+        inner: a stock processor (`attn.processor`), called first.
+    """
+
+    def __init__(self, core: APTProcessorCore, inner: Any) -> None:
+        super().__init__()
+        self.apt = core
+        self.inner = inner
+
+    # Named arguments: `Attention.forward` drops every keyword that it does not find in the signature of `__call__`.
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: list[Tensor] | None = None,
+    ) -> Tensor:
+        extra = {} if ip_adapter_masks is None else {"ip_adapter_masks": ip_adapter_masks}
+        output = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **extra)
+        return self.apt(output, hidden_states)

@@ -1,0 +1,176 @@
+"""Checkpoints: folders `checkpoint-N` that are whole or not there, and from which a run resumes exactly.
+
+    checkpoint-N/pytorch_apt_weights.safetensors   the adapter, as `load_apt_weights` reads it
+    checkpoint-N/optimizer.safetensors             the optimizer's tensors, by parameter name
+    checkpoint-N/training_state.json               everything that is not a tensor
+
+A folder is written under a hidden name and renamed, so `kill -9` leaves nothing that could be taken for a checkpoint.
+Nothing is pickled: a checkpoint from somebody else is safe to resume.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "training_state.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
+_TEMPORARY = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk: its folder and what its JSON says (`step`, `seed`, `position`, ...)."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
+    """`{N: folder}` of the folders `checkpoint-N`, by rising N; any other name is left alone."""
+    folder = Path(output_dir)
+    matches = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*")]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match and path.is_dir()))
+
+
+def find_checkpoint(output_dir: str | Path, name: str) -> Checkpoint | None:
+    """The checkpoint that `--resume_from_checkpoint` means: `"latest"`, a name in `output_dir`, or any path.
+
+    Returns:
+        `None` for `"latest"` where there is none yet.
+
+    Raises:
+        ValueError: for a checkpoint that is not there or not whole; the message lists those that are there.
+    """
+    present = list_checkpoints(output_dir)
+    if name == "latest":
+        return _read(list(present.values())[-1]) if present else None
+    for folder in (Path(output_dir) / name, Path(name).expanduser()):
+        if folder.is_dir():
+            return _read(folder)
+    names = ", ".join(path.name for path in present.values()) or "none"
+    raise ValueError(f"There is no checkpoint {name!r}, neither in {output_dir} nor as a path. Present: {names}.")
+
+
+def _read(folder: Path) -> Checkpoint:
+    file = folder / STATE_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is no checkpoint to resume from: it has no {STATE_NAME}.")
+    return Checkpoint(folder, json.loads(file.read_text()))
+
+
+@contextlib.contextmanager
+def new_checkpoint(output_dir: str | Path, step: int) -> Iterator[Path]:
+    """A folder to fill, which becomes `checkpoint-<step>` at the end, and vanishes after an exception."""
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=output_dir, prefix=_TEMPORARY))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())
+        target = output_dir / f"checkpoint-{step}"
+        if target.exists():
+            _remove(target)
+        os.rename(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Clears what a killed run left half-written."""
+    for folder in Path(output_dir).glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prune_checkpoints(output_dir: str | Path, total_limit: int | None, newest: int) -> None:
+    """Keeps `total_limit` checkpoints: `newest`, which was just written, and the highest of the others."""
+    if total_limit is None:
+        return
+    others = [folder for step, folder in list_checkpoints(output_dir).items() if step != newest]
+    for folder in others[: max(0, len(others) - total_limit + 1)]:
+        logger.info("Removing %s: the limit is %d checkpoints.", folder, total_limit)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Takes its name away first: a checkpoint that is half deleted must not look like a whole one."""
+    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_TEMPORARY))
+    os.rename(folder, doomed / folder.name)
+    shutil.rmtree(doomed)
+
+
+def save_training_state(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    state: dict[str, Any],
+    scaler: Any = None,
+) -> None:
+    """Writes the optimizer's state under the parameters' names, and `state` (JSON) with all other values.
+
+    Args:
+        folder: from `new_checkpoint`.
+        optimizer: any whose state per parameter is tensors and plain values (AdamW, 8-bit AdamW, ...).
+        parameters: all that it optimizes, by name.
+        state: at least `step`.
+        scaler: the gradient scaler of fp16 training.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                plain.setdefault(name, {})[key] = value
+    save_file(tensors, folder / OPTIMIZER_NAME, metadata={"format": "pt"})
+    content = state | {"optimizer": plain, "scaler": scaler.state_dict() if scaler is not None else None}
+    (folder / STATE_NAME).write_text(json.dumps(content, indent=2))
+
+
+def load_training_state(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    scaler: Any = None,
+) -> None:
+    """Inverse of `save_training_state`. Learning rates and other settings of the optimizer stay as they are.
+
+    Raises:
+        ValueError: where the checkpoint's optimizer had other parameters.
+    """
+    states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in checkpoint.state["optimizer"].items()}
+    for key, tensor in load_file(checkpoint.folder / OPTIMIZER_NAME).items():
+        name, _, field = key.rpartition(".")
+        states.setdefault(name, {})[field] = tensor
+    if states and set(states) != set(parameters):
+        raise ValueError(f"{checkpoint.folder} was trained with other parameters than this run has.")
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    current = optimizer.state_dict()
+    optimizer.load_state_dict(current | {"state": {i: states[name] for i, name in enumerate(ordered) if states}})
+    if scaler is not None and checkpoint.state["scaler"]:
+        scaler.load_state_dict(checkpoint.state["scaler"])
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

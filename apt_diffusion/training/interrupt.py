@@ -1,0 +1,41 @@
+"""Ctrl-C and SIGTERM as a request: the loop ends its step, saves, and leaves."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """`worker_init_fn` of a data loader: Ctrl-C reaches the whole process group, and workers must outlive it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Interrupt:
+    """Within it, the first SIGINT or SIGTERM sets `signal_number`; a second one acts as it always does.
+
+    Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,68 @@
+"""The log of a run, one JSON line per step, and its picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOG_NAME = "losses.jsonl"
+PLOT_NAME = "loss.png"
+
+
+class LossLog:
+    """Appends rows to `losses.jsonl`. A resumed run continues the log exactly where its checkpoint stands.
+
+    Args:
+        folder: the run's output folder.
+        step: the step at which the run starts: later rows, from a run that went on and was lost, are dropped.
+        source: the log that is continued where it is not this one (a checkpoint in another folder).
+    """
+
+    def __init__(self, folder: str | Path, step: int = 0, source: str | Path | None = None) -> None:
+        self.path = Path(folder) / LOG_NAME
+        rows = [row for row in read_log(source or self.path) if row["step"] <= step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{LOG_NAME}.tmp")
+        temporary.write_text("".join(_line(row) for row in rows))
+        temporary.replace(self.path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        with self.path.open("a") as file:
+            file.writelines(_line(row) for row in rows)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line that was cut off by a kill is no row."""
+    rows = []
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def plot_losses(folder: str | Path) -> Path | None:
+    """Draws `losses.jsonl` as `loss.png`: every step, and a running mean over a twentieth of the run."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    folder = Path(folder)
+    rows = read_log(folder / LOG_NAME)
+    if not rows:
+        return None
+    steps, losses = np.array([[row["step"], row["loss"]] for row in rows]).T
+    window = max(1, len(rows) // 20)
+    mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    axes.plot(steps[window - 1 :], mean, color="tab:blue", linewidth=2, label=f"mean of {window}")
+    axes.set(xlabel="step", ylabel="loss", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(folder / PLOT_NAME)
+    return folder / PLOT_NAME

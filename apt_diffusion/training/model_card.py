@@ -1,0 +1,67 @@
+"""README.md beside an adapter: what it is, how to use it, how it was made. Also a valid model card for the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .provenance import public_settings, versions
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    title: str,
+    base_model: str,
+    summary: str,
+    usage: str,
+    tags: list[str],
+    settings: dict[str, Any],
+    command: str,
+    prompt: str | None = None,
+    images: list[Path] = (),
+    loss_plot: Path | None = None,
+) -> Path:
+    """Writes `README.md`. It names no licence: that is for the owner of the pictures to choose.
+
+    Args:
+        folder: the run's output folder.
+        title: the heading.
+        base_model: the model that was adapted, a hub id or a path.
+        summary: some sentences on what the adapter is.
+        usage: Python that loads it.
+        tags: for the hub.
+        settings: of the training; secrets are left out.
+        command: the command line of the training.
+        prompt: the prompt that asks for what was learnt.
+        images: sample images inside `folder`.
+        loss_plot: the picture of the loss inside `folder`.
+    """
+    folder = Path(folder)
+    front: dict[str, Any] = {"library_name": "apt-diffusion", "tags": tags}
+    if _is_hub_id(base_model):
+        front["base_model"] = base_model
+    if prompt:
+        front["instance_prompt"] = prompt
+    # JSON is YAML: no value can break the front matter.
+    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
+    lines += [f"# {title}", "", summary, "", f"- Base model: `{base_model}`"]
+    if prompt:
+        lines += [f"- Trigger prompt: `{prompt}`"]
+    lines += ["", *(f"![samples]({image.relative_to(folder).as_posix()})" for image in images), ""]
+    lines += ["## Use", "", "```python", usage.strip(), "```", "", "## Training", ""]
+    if loss_plot:
+        lines += [f"![loss]({loss_plot.relative_to(folder).as_posix()})", ""]
+    lines += ["```bash", command, "```", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {key} | {_cell(value)} |" for key, value in public_settings(settings).items()]
+    lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "README.md"
+
+
+def _is_hub_id(base_model: str) -> bool:
+    return base_model.count("/") == 1 and not Path(base_model).exists() and not base_model.startswith((".", "/", "~"))
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return "`" + text.replace("|", "\\|").replace("\n", " ") + "`"

@@ -1,0 +1,53 @@
+"""AdamW over named groups of parameters, and learning rates as functions of the step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+def make_adamw(
+    groups: list[tuple[dict[str, nn.Parameter], float]],
+    betas: tuple[float, float],
+    weight_decay: float,
+    epsilon: float,
+    use_8bit: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' 8-bit AdamW.
+
+    Args:
+        groups: named parameters and their learning rate.
+        betas, weight_decay, epsilon: AdamW's.
+        use_8bit: needs bitsandbytes.
+    """
+    parameter_groups = [{"params": list(parameters.values()), "lr": rate} for parameters, rate in groups]
+    if use_8bit:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameter_groups, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    # Fused: an adapter is many small tensors, and a step of the plain loop costs a millisecond per hundred.
+    return torch.optim.AdamW(parameter_groups, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True)
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, cycles: int, power: float
+) -> Callable[[int], float]:
+    """The factor on all learning rates, from the number of steps already done; a resumed run needs no state for it."""
+    from diffusers.optimization import get_scheduler
+
+    scheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=cycles,
+        power=power,
+    )
+    return scheduler.lr_lambdas[0]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> list[float]:
+    """Sets every group's learning rate to `factor` times its initial one, and returns them."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    return [group["lr"] for group in optimizer.param_groups]

@@ -1,0 +1,415 @@
+"""Saving and loading adapters: one safetensors file that explains itself. Nothing pickled is written or read.
+
+Keys are `<component>.<module path>.apt.<parameter>`; the component is absent for a single model. The header holds the
+library's version, the `APTConfig` of each component and what is known of base model and training.
+Loading is all or nothing: everything is read and checked before the first module of the model is touched.
+"""
+
+import dataclasses
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import APTState, attach, check_name, components_of, named_cores, new_adapter, state_of, stream_widths
+from .config import APTConfig
+from .core import ApproximatedPrompt
+from .files import WEIGHTS_NAME, AdapterFile, read_adapter_file, resolve_adapter_file, write_safetensors
+from .heads import head_tensors
+from .sites import find_modules, resolve_config
+from .version import __version__
+
+_KEY = re.compile(r"(.+)\.(apt|apt_context)\.(prompts|low_rank_down|low_rank_up|log_scale|gate)")
+
+# {(module name, "apt" or "apt_context"): {parameter name: tensor}}
+Groups = dict[tuple[str, str], dict[str, Tensor]]
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A checked load into one component: nothing that follows can fail."""
+
+    config: APTConfig
+    adapters: dict[str, dict[str, ApproximatedPrompt]]
+    heads: dict[str, Tensor]
+
+
+def save_apt_weights(
+    model: Any, path: str | Path, adapter_name: str = "default", metadata: dict[str, str] | None = None
+) -> Path:
+    """Writes one adapter; to a temporary name first, so that no half-written file is ever seen.
+
+    Args:
+        model: a model, a pipeline, or a dict of components.
+        path: a folder (made if needed), or a file name that ends in `.safetensors`.
+        adapter_name: which adapter.
+        metadata: more strings for the header, such as `base_model`, `instance_prompt`, `training`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: where no component has this adapter.
+        OSError: where the disk is full or the place cannot be written.
+    """
+    parts = {p: c for p, c in components_of(model).items() if adapter_name in state_of(c).configs}
+    if not parts:
+        present = sorted({name for c in components_of(model).values() for name in state_of(c).configs})
+        raise ValueError(f"Adapter {adapter_name!r} is not here to be saved; present adapters: {present}.")
+    tensors = {
+        f"{part}.{key}".strip("."): tensor
+        for part, component in parts.items()
+        for key, tensor in apt_state_dict(component, adapter_name).items()
+    }
+    configs = {part: state_of(component).configs[adapter_name].to_dict() for part, component in parts.items()}
+    header = {"format": "pt", "apt_diffusion_version": __version__, "apt_config": json.dumps(configs)}
+    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if base_model:
+        header["base_model"] = str(base_model)
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
+    return write_safetensors(tensors, file, header | (metadata or {}))
+
+
+def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
+    """One component's adapter under the keys of the file format, on the CPU."""
+    config = state_of(model).configs[adapter_name]
+    tensors = {}
+    neutral = _neutral_names(model)
+    for name, core in named_cores(model):
+        if adapter_name in core.adapters:
+            module_name, child = name.rsplit(".", 1)
+            for key, tensor in _unpadded(core.adapters[adapter_name], config).items():
+                tensors[f"{neutral.get(module_name, module_name)}.{child}.{key}"] = tensor
+    if config.modules_to_save:
+        tensors |= state_of(model).heads.state(model, adapter_name)
+    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+
+
+def load_apt_weights(
+    model: Any,
+    path_or_repo_id_or_dict: str | Path | dict[str, Tensor],
+    adapter_name: str = "default",
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+    hotswap: bool = False,
+) -> list[str]:
+    """Loads an adapter and makes it the active one. A failed load leaves the model exactly as it was.
+
+    Args:
+        model: a model, a pipeline, or a dict of components.
+        path_or_repo_id_or_dict: a folder, a `.safetensors` file, a hub repository, or tensors by key.
+        adapter_name: a new name, or with `hotswap` the name of the adapter to overwrite.
+        weight_name: the file's name in the folder or repository.
+        subfolder: a folder inside it.
+        revision, token, cache_dir, force_download, local_files_only: as in `huggingface_hub.hf_hub_download`.
+        hotswap: overwrite the weights of a loaded adapter in place, so that a compiled model is not compiled again.
+
+    Returns:
+        The names of the adapted modules.
+
+    Raises:
+        FileNotFoundError: where there is no such file, folder or repository.
+        ValueError: for a file that is no APT adapter or does not fit this model; the message says what and why.
+    """
+    check_name(adapter_name)
+    components = components_of(model)
+    if isinstance(path_or_repo_id_or_dict, dict):
+        file = AdapterFile("the given dict", dict(path_or_repo_id_or_dict), {})
+    else:
+        hub = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": bool(local_files_only),
+        }
+        file = read_adapter_file(resolve_adapter_file(path_or_repo_id_or_dict, weight_name, subfolder, **hub))
+    plans = {
+        part: _plan_component(components[part], file, config, keys, adapter_name, hotswap)
+        for part, (config, keys) in _split_components(file, components).items()
+    }
+    if hotswap:
+        _check_hotswap_components(components, adapter_name, set(plans))
+    for part, plan in plans.items():
+        (_swap if hotswap else _attach)(components[part], adapter_name, plan)
+    return [f"{part}.{name}".strip(".") for part, plan in plans.items() for name in plan.adapters]
+
+
+def enable_apt_hotswap(model: Any, max_num_prompts: int) -> None:
+    """Gives adapters that are loaded from now on room for `max_num_prompts`, so that they can be swapped in place.
+
+    Unused prompts are zero, which is exact for `relu`. Call it before the first adapter is loaded.
+    """
+    components = components_of(model)
+    if any(state_of(component).configs for component in components.values()):
+        raise ValueError("Call enable_apt_hotswap before the first adapter is attached: its size is fixed then.")
+    APTConfig(num_prompts=max_num_prompts)
+    for component in components.values():
+        component.apt_state = APTState(hotswap_prompts=max_num_prompts)
+
+
+def _split_components(
+    file: AdapterFile, components: dict[str, nn.Module]
+) -> dict[str, tuple[APTConfig | None, dict[str, Tensor]]]:
+    """`{component: (config of the header, its tensors)}`, having checked that the model has these components."""
+    configs = file.configs
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in file.tensors.items():
+        part, _, rest = key.partition(".")
+        single = "" in components if configs is None else "" in configs
+        found["" if single else part][key if single else rest] = tensor
+    names = set(found) | set(configs or {})
+    unknown = sorted(names - set(components))
+    if unknown:
+        have = "a single model" if "" in components else f"a pipeline with {sorted(components)}"
+        holds = "one single model" if "" in names else f"the components {sorted(names)} of a pipeline"
+        raise ValueError(f"{file.name} holds an adapter for {holds}, but is loaded into {have}. {file.made_for}")
+    return {part: ((configs or {}).get(part), found[part]) for part in sorted(names)}
+
+
+def _plan_component(
+    model: nn.Module,
+    file: AdapterFile,
+    config: APTConfig | None,
+    tensors: dict[str, Tensor],
+    adapter_name: str,
+    hotswap: bool,
+) -> _Plan:
+    state = state_of(model)
+    if not hotswap and adapter_name in state.configs:
+        raise ValueError(
+            f"Adapter name {adapter_name} already in use in the model - please select a new adapter name, "
+            "or pass hotswap=True to overwrite it."
+        )
+    groups, heads = _group(model, tensors)
+    config = _inferred_config(model, groups) if config is None else resolve_config(model, config)
+    expected = _expected_groups(model, file, config)
+    _check_keys(file, config, expected, groups, _expected_heads(model, file, config), heads)
+    modules = dict(model.named_modules())
+    adapters: dict[str, dict[str, ApproximatedPrompt]] = defaultdict(dict)
+    for (name, child), parameters in groups.items():
+        _check_shapes(file, config, f"{name}.{child}", parameters, expected[name, child])
+        adapters[name][child] = _build(config, parameters, modules[name], state.hotswap_prompts)
+    plan = _Plan(config, dict(adapters), heads)
+    if hotswap:
+        _check_swap(model, adapter_name, plan)
+    return plan
+
+
+def _group(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Groups, dict[str, Tensor]]:
+    """Adapter tensors by module, under the names that the modules have in `model`; and the rest, the heads."""
+    actual = {neutral: name for name, neutral in _neutral_names(model).items()}
+    groups: Groups = defaultdict(dict)
+    heads = {}
+    prefix = _common_prefix([match[1] for match in map(_KEY.fullmatch, tensors) if match])
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match:
+            neutral = match[1].removeprefix(prefix)
+            groups[actual.get(neutral, match[1]), match[2]][match[3]] = tensor
+        else:
+            heads[key] = tensor
+    return dict(groups), heads
+
+
+# transformers 5.6 dropped the segment `text_model.` inside `CLIPTextModel` (and `vision_model.` likewise). Names that
+# all share it are written and compared without it, so that a file made on either side loads on both.
+
+
+def _common_prefix(names: list[str]) -> str:
+    for prefix in ("text_model.", "vision_model."):
+        if names and all(name.startswith(prefix) for name in names):
+            return prefix
+    return ""
+
+
+def _neutral_names(model: nn.Module) -> dict[str, str]:
+    names = [name for name, _ in model.named_modules() if name]
+    prefix = _common_prefix([name for name in names if "." in name])
+    return {name: name.removeprefix(prefix) for name in names}
+
+
+def _inferred_config(model: nn.Module, groups: Groups) -> APTConfig:
+    """Without a header: sizes and places from the tensors, everything else the architecture's default."""
+    first = next(iter(groups.values()), {})
+    prompts, down = first.get("prompts"), first.get("low_rank_down")
+    children = {child for _, child in groups}
+    streams = tuple(s for s, child in (("query", "apt"), ("context", "apt_context")) if child in children)
+    config = APTConfig(
+        num_prompts=1 if prompts is None or not prompts.ndim else max(1, len(prompts)),
+        rank=1 if down is None or not down.ndim else max(1, len(down)),
+        init="identity" if "gate" in first else "paper",
+        streams=streams or None,
+        target_modules=tuple(dict.fromkeys(name for name, _ in groups)) or None,
+    )
+    return resolve_config(model, config)
+
+
+def _expected_groups(model: nn.Module, file: AdapterFile, config: APTConfig) -> dict[tuple[str, str], int]:
+    """The width of every adapter that `config` attaches to `model`."""
+    try:
+        modules = find_modules(model, config.target_modules, "target_modules")
+        return {
+            (name, child): width
+            for name, module in modules.items()
+            for child, width in stream_widths(name, module, config)
+        }
+    except ValueError as error:
+        raise ValueError(f"{file.name} does not fit {type(model).__name__}: {error} {file.made_for}") from error
+
+
+def _expected_heads(model: nn.Module, file: AdapterFile, config: APTConfig) -> dict[str, Tensor]:
+    try:
+        return head_tensors(model, config.modules_to_save) if config.modules_to_save else {}
+    except ValueError as error:
+        raise ValueError(f"{file.name} does not fit {type(model).__name__}: {error} {file.made_for}") from error
+
+
+def _check_keys(
+    file: AdapterFile,
+    config: APTConfig,
+    expected: dict[tuple[str, str], int],
+    groups: Groups,
+    expected_heads: dict[str, Tensor],
+    heads: dict[str, Tensor],
+) -> None:
+    names = {"prompts", "low_rank_down", "low_rank_up", "log_scale"} | (
+        {"gate"} if config.init == "identity" else set()
+    )
+    wanted = {f"{name}.{child}.{p}" for name, child in expected for p in names} | set(expected_heads)
+    given = {f"{name}.{child}.{p}" for (name, child), group in groups.items() for p in group} | set(heads)
+    for what, keys in (("lacks", wanted - given), ("holds unexpected", given - wanted)):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (" ..." if len(keys) > 3 else "")
+            raise ValueError(
+                f"{file.name} {what} {len(keys)} tensors ({some}): it is damaged, or made for another base model. "
+                f"{file.made_for}"
+            )
+    wrong = [key for key, tensor in expected_heads.items() if heads[key].shape != tensor.shape]
+    if wrong:
+        sizes = f"{tuple(heads[wrong[0]].shape)} in the file, {tuple(expected_heads[wrong[0]].shape)} in the model"
+        raise ValueError(f"{file.name} does not fit: {wrong[0]} is {sizes}. {file.made_for}")
+
+
+def _check_shapes(file: AdapterFile, config: APTConfig, name: str, group: dict[str, Tensor], width: int) -> None:
+    # Sizes may differ between modules only where no header fixes them.
+    p, r = (config.num_prompts, config.rank) if file.configs else (len(group["prompts"]), len(group["low_rank_down"]))
+    shapes = {"prompts": (p, width), "low_rank_down": (r, width), "low_rank_up": (width, r), "log_scale": (1,)}
+    for key, tensor in group.items():
+        shape = shapes.get(key, (1,))
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{file.name} does not fit: {name}.{key} has shape {tuple(tensor.shape)}, this model needs {shape}. "
+                f"Is this the right base model? {file.made_for}"
+            )
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"{file.name} is damaged: {name}.{key} holds values that are not finite numbers.")
+
+
+def _build(
+    config: APTConfig, parameters: dict[str, Tensor], beside: nn.Module, hotswap_prompts: int | None
+) -> ApproximatedPrompt:
+    num_prompts, rank = len(parameters["prompts"]), len(parameters["low_rank_down"])
+    sizes = dataclasses.replace(config, num_prompts=num_prompts, rank=rank)
+    if hotswap_prompts is not None:
+        if num_prompts > hotswap_prompts:
+            raise ValueError(f"The adapter has {num_prompts} prompts; enable_apt_hotswap allows {hotswap_prompts}.")
+        padded = num_prompts if config.activation == "softmax" else hotswap_prompts
+        sizes = dataclasses.replace(sizes, num_prompts=padded, init="identity")
+    with torch.random.fork_rng(devices=[]):  # loading must not move the random numbers of what follows
+        adapter = new_adapter(sizes, parameters["prompts"].shape[1], beside)
+    _write(adapter, parameters)
+    return adapter
+
+
+@torch.no_grad()
+def _write(adapter: ApproximatedPrompt, parameters: dict[str, Tensor]) -> None:
+    """In place, smaller tensors into the leading corner of zeros; an adapter without gate is one with gate 1."""
+    for name, target in adapter.named_parameters():
+        source = parameters.get(name)
+        if source is None:
+            target.fill_(1.0)
+        else:
+            target.zero_()[tuple(slice(size) for size in source.shape)] = source.to(target.device, target.dtype)
+
+
+def _unpadded(adapter: ApproximatedPrompt, config: APTConfig) -> dict[str, Tensor]:
+    """The adapter's tensors without the room that `enable_apt_hotswap` gave them."""
+    tensors = dict(adapter.named_parameters())
+    if len(adapter.prompts) > config.num_prompts:
+        tensors["prompts"] = adapter.prompts[: config.num_prompts]
+    if len(adapter.low_rank_down) > config.rank:
+        tensors["low_rank_down"] = adapter.low_rank_down[: config.rank]
+        tensors["low_rank_up"] = adapter.low_rank_up[:, : config.rank]
+    if config.init != "identity":
+        tensors.pop("gate", None)
+    return tensors
+
+
+def _attach(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
+    attach(model, adapter_name, plan.config, plan.adapters)
+    if plan.heads:
+        state_of(model).heads.write(model, adapter_name, plan.heads)
+
+
+def _swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
+    modules = dict(model.named_modules())
+    for name, children in plan.adapters.items():
+        for child, source in children.items():
+            _write(getattr(modules[name], child).adapters[adapter_name], dict(source.named_parameters()))
+    state = state_of(model)
+    state.configs[adapter_name] = plan.config
+    if plan.heads:
+        state.heads.write(model, adapter_name, plan.heads)
+
+
+def _check_hotswap_components(components: dict[str, nn.Module], adapter_name: str, parts: set[str]) -> None:
+    having = {part for part, component in components.items() if adapter_name in state_of(component).configs}
+    if having != parts:
+        raise ValueError(
+            f"Cannot hotswap: {adapter_name!r} sits in {sorted(having)}, the new weights are for {sorted(parts)}."
+        )
+
+
+def _check_swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
+    state = state_of(model)
+    if adapter_name not in state.configs:
+        raise ValueError(
+            f"Cannot hotswap: there is no adapter {adapter_name!r}; present are {sorted(state.configs)}. "
+            "Load the first one without hotswap."
+        )
+    old = state.configs[adapter_name]
+    for setting in ("activation", "query_source", "modules_to_save"):
+        if getattr(old, setting) != getattr(plan.config, setting):
+            raise ValueError(f"Cannot hotswap: the adapters differ in {setting}.")
+    present = {
+        (name.rpartition(".")[0], name.rpartition(".")[2]): core
+        for name, core in named_cores(model)
+        if adapter_name in core.adapters
+    }
+    new = {(name, child): adapter for name, children in plan.adapters.items() for child, adapter in children.items()}
+    if set(present) != set(new):
+        raise ValueError("Cannot hotswap: the adapters sit at different modules.")
+    for place, adapter in new.items():
+        _check_room(".".join(place), present[place].adapters[adapter_name], adapter)
+
+
+def _check_room(name: str, target: ApproximatedPrompt, source: ApproximatedPrompt) -> None:
+    room, size = ((len(a.prompts), len(a.low_rank_down)) for a in (target, source))
+    exact = target.activation == "softmax" and room[0] != size[0]  # zero prompts would take part in a softmax
+    if size[0] > room[0] or size[1] > room[1] or exact or (target.gate is None and source.gate is not None):
+        raise ValueError(
+            f"Cannot hotswap: {name} has room for {room[0]} prompts of rank {room[1]}"
+            f"{'' if target.gate is not None else ' without a gate'}, the new one has {size[0]} of rank {size[1]}. "
+            "Call enable_apt_hotswap(max_num_prompts) before loading the first adapter."
+        )

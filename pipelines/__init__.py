@@ -1,0 +1,1 @@
+"""The APT pipelines; installed as `apt_diffusion.pipelines`."""

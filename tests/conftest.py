@@ -1,0 +1,142 @@
+"""Tiny real models, built once per session: random weights, the classes that users run."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def make_tokenizer(folder: Path):
+    """A byte-level CLIP tokenizer with no merges: every text encodes, nothing is downloaded."""
+    from transformers import CLIPTokenizer
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_unet(cross_attention_dim: int = 32):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+def make_text_encoder(vocab_size: int = 514):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def make_vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=32,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_path(tmp_path_factory) -> Path:
+    """A folder with a tiny random Stable Diffusion: 32 x 32 pictures, 8 x 8 latents."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder = tmp_path_factory.mktemp("tiny-sd")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    pipeline = StableDiffusionPipeline(
+        vae=make_vae(),
+        text_encoder=make_text_encoder(len(tokenizer)),
+        tokenizer=tokenizer,
+        unet=make_unet(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def instance_dir(tmp_path_factory) -> Path:
+    """Five small pictures."""
+    folder = tmp_path_factory.mktemp("instance")
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"picture-{index}.png")
+    return folder
+
+
+@pytest.fixture
+def pipe(tiny_sd_path):
+    """A fresh tiny pipeline, deterministic and quiet."""
+    from apt_diffusion import StableDiffusionAPTPipeline
+
+    pipeline = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def randomize(model, seed: int = 1) -> None:
+    """Gives every APT parameter a value that acts: trained adapters are neither zero nor identity."""
+    from apt_diffusion.attach import cores_of
+
+    generator = torch.Generator().manual_seed(seed)
+    for core in cores_of(model):
+        for adapter in core.adapters.values():
+            for name, parameter in adapter.named_parameters():
+                size = {"prompts": 0.3, "low_rank_down": 0.5, "low_rank_up": 0.3, "log_scale": 0.1, "gate": 0.7}[name]
+                values = torch.randn(parameter.shape, generator=generator) * size
+                parameter.data.copy_(values + (0.7 if name == "gate" else 0))
+
+
+def draw(pipeline, prompt="a sks glyph", seed: int = 0, steps: int = 2, **kwargs) -> np.ndarray:
+    """Pictures as an array; same seed, same noise."""
+    generator = torch.Generator().manual_seed(seed)
+    size = {"height": 16, "width": 16}
+    return pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="np", **size, **kwargs).images

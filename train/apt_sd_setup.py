@@ -1,0 +1,298 @@
+"""Before the first step of `train_apt_sd.py`: checks, models, optimizer, data."""
+
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from apt_sd_arguments import apt_config
+from class_pictures import draw_missing_class_pictures, find_class_pictures
+from stable_diffusion_base import Prompts, StableDiffusionBase
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from apt_diffusion.data.dreambooth import DreamBoothData, Framing, LatentCache, collate
+from apt_diffusion.data.order import micro_batches
+from apt_diffusion.data.pictures import Picture, find_pictures
+from apt_diffusion.training import hub
+from apt_diffusion.training.adapter import attach_trainable
+from apt_diffusion.training.checkpoints import Checkpoint, find_checkpoint, load_training_state, remove_unfinished
+from apt_diffusion.training.diffusion import Objective
+from apt_diffusion.training.interrupt import leave_signals_to_parent
+from apt_diffusion.training.optimizer import make_adamw, make_schedule
+
+logger = logging.getLogger("train_apt_sd")
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Run:
+    """What is known before a model is loaded."""
+
+    args: Any
+    accelerator: Accelerator
+    base: StableDiffusionBase
+    command: str
+    seed: int
+    instance: list[Picture]
+    of_class: list[Picture]
+    resumed: Checkpoint | None
+    repo_id: str | None = None
+    steps_per_epoch: int = 0  # known with the data
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def sample_prompt(self) -> str:
+        return self.args.validation_prompt or self.args.instance_prompt
+
+    @property
+    def first_step(self) -> int:
+        """Steps already done."""
+        return self.resumed.step if self.resumed else 0
+
+    @property
+    def first_position(self) -> int:
+        """Samples already seen."""
+        return self.resumed.state["position"] if self.resumed else 0
+
+    @property
+    def positions_per_step(self) -> int:
+        args = self.args
+        return args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+
+@dataclass
+class Trainer:
+    """What a training step uses."""
+
+    unet: nn.Module
+    text_encoder: nn.Module | None  # `None` where its embeddings are kept
+    vae: nn.Module | None  # `None` where its latents are kept
+    components: dict[str, nn.Module]  # those with an adapter, as they were loaded
+    parameters: dict[str, nn.Parameter]  # the adapter's, by name
+    prompts: Prompts
+    objective: Objective
+    loader: DataLoader
+    optimizer: Any  # accelerate's wrapper
+    schedule: Callable[[int], float]
+    dtype: torch.dtype  # of the frozen weights
+
+    @property
+    def trained(self) -> list[nn.Module]:
+        """The models with an adapter, as accelerate wrapped them."""
+        wrapped = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return [wrapped[part] for part in self.components]
+
+
+def check(args: Any, command: str) -> Run:
+    """Finds everything that can be wrong before a model is loaded."""
+    accelerator = Accelerator(
+        # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
+    for name in (logger.name, "apt_diffusion"):
+        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+        logger.warning(
+            "A launcher was asked for several processes, but this is the only one. Without GPUs and MPI, `accelerate "
+            "launch` starts them with --multi_gpu (on the CPU, too), or use torchrun --nproc_per_node."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+
+    instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
+    of_class = find_class_pictures(args)
+    resumed = None
+    if args.resume_from_checkpoint:
+        resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        logger.info("Resuming from %s.", resumed.folder if resumed else "nothing, as there is no checkpoint yet")
+    base = StableDiffusionBase(args.pretrained_model_name_or_path, args.revision, args.variant)
+    args.resolution = base.check_resolution(args.resolution)
+    run = Run(args, accelerator, base, command, agree_on_seed(args.seed, resumed), instance, of_class, resumed)
+    if resumed:
+        report_changes(args, resumed.state["settings"])
+    if accelerator.is_main_process:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(run.output_dir)
+        if args.push_to_hub:
+            run.repo_id = hub.create_repository(args.hub_model_id or run.output_dir.resolve().name, args.hub_token)
+    return run
+
+
+def agree_on_seed(given: int | None, resumed: Checkpoint | None) -> int:
+    """The seed of all processes: the checkpoint's, else the one given, else a new one."""
+    if resumed:
+        seed = resumed.state["seed"]
+        if given not in (None, seed):
+            logger.warning("--seed %d is ignored: the run that is resumed has seed %d.", given, seed)
+        return seed
+    return broadcast_object_list([secrets.randbelow(2**32) if given is None else given])[0]
+
+
+def report_changes(args: Any, before: dict[str, Any]) -> None:
+    """Says which settings a resumed run has that its checkpoint did not have: then it continues, but not exactly."""
+    now = vars(args)
+    changes = [
+        f"{name} {before[name]!r} -> {now[name]!r}" for name in before if now.get(name) not in (None, before[name])
+    ]
+    if changes:
+        logger.info("Settings that differ from the checkpoint's: %s.", ", ".join(changes))
+
+
+def load(run: Run) -> Trainer:
+    """The base model with its adapter. A part that only has to be asked once is loaded, asked, and let go first."""
+    args, accelerator, base = run.args, run.accelerator, run.base
+    device, dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
+    if args.with_prior_preservation:
+        draw_missing_class_pictures(args, len(run.of_class), base, accelerator, run.seed)
+        run.of_class = find_class_pictures(args)
+    noise_schedule = base.noise_schedule()
+    objective = Objective(noise_schedule.alphas_cumprod, noise_schedule.config.prediction_type, args.snr_gamma)
+    data = make_data(run, len(noise_schedule.alphas_cumprod))
+
+    text_encoder = base.text_encoder(dtype).to(device)
+    prompts = make_prompts(run, data, text_encoder)
+    if args.cache_text_embeddings:
+        prompts.keep_embeddings()
+        text_encoder = None
+
+    batches = make_batches(run, data)
+    vae = base.vae().to(device)
+    if args.cache_latents:
+        data.cache = encode_views(run, data, vae, batches)
+        vae = None
+
+    unet = base.unet(dtype).to(device)
+    components = {} if args.no_train_unet else {"unet": unet}
+    if args.train_text_encoder:
+        components["text_encoder"] = text_encoder
+    torch.manual_seed(run.seed)
+    parameters = attach_trainable(components, apt_config(args), run.resumed.folder if run.resumed else None)
+    prepare_computation(args, unet, text_encoder)
+
+    optimizer = make_optimizer(run, parameters)
+    schedule = make_schedule(
+        args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
+    )
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    if text_encoder is not None:
+        prompts.text_encoder = text_encoder = accelerator.prepare(text_encoder)
+    if run.resumed:
+        load_training_state(run.resumed, optimizer.optimizer, parameters, accelerator.scaler)
+    loader = DataLoader(
+        data,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
+        pin_memory=device.type == "cuda",
+    )
+    return Trainer(
+        unet,
+        text_encoder,
+        vae,
+        components,
+        parameters,
+        prompts,
+        objective.to(device),
+        loader,
+        optimizer,
+        schedule,
+        dtype,
+    )
+
+
+def make_data(run: Run, num_timesteps: int) -> DreamBoothData:
+    args = run.args
+    return DreamBoothData(
+        run.instance,
+        run.of_class,
+        Framing(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, run.base.stride),
+        run.base.latent_shape(args.resolution),
+        run.seed,
+        repeats=args.repeats,
+        noise_offset=args.noise_offset,
+        num_timesteps=num_timesteps,
+    )
+
+
+def make_prompts(run: Run, data: DreamBoothData, text_encoder: nn.Module) -> Prompts:
+    """All prompts that data and samples will ask for."""
+    return Prompts(
+        [*data.prompts, run.sample_prompt, ""],
+        run.base.tokenizer(run.args.tokenizer_name),
+        run.args.tokenizer_max_length,
+        run.args.text_encoder_use_attention_mask,
+        text_encoder,
+    )
+
+
+def make_batches(run: Run, data: DreamBoothData) -> list[range]:
+    """Positions of all batches of this process, from the first step to the last."""
+    args, accelerator = run.args, run.accelerator
+    run.steps_per_epoch = math.ceil(data.epoch_length / run.positions_per_step)
+    args.max_train_steps = args.max_train_steps or args.num_train_epochs * run.steps_per_epoch
+    logger.info(
+        "%d pictures of the subject, %d of its class; %d steps per epoch with %d samples each; %d steps in all.",
+        len(run.instance), len(run.of_class), run.steps_per_epoch, run.positions_per_step, args.max_train_steps,
+    )  # fmt: skip
+    return micro_batches(
+        run.first_position,
+        max(0, args.max_train_steps - run.first_step) * args.gradient_accumulation_steps,
+        args.train_batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+
+
+def encode_views(run: Run, data: DreamBoothData, vae: nn.Module, batches: list[range]) -> LatentCache:
+    """Encodes every view that these batches will ask for, once, and one by one so that none depends on the others.
+
+    What a position draws is known beforehand, so cuts and flips stay random. Means and standard deviations are kept:
+    the latents are still sampled in every step.
+    """
+    views = sorted({view for batch in batches for position in batch for view in data.views_at(position)})
+    cache = {}
+    for view in tqdm(views, desc="Encoding pictures", disable=not run.accelerator.is_local_main_process):
+        cache[view] = run.base.latent_distribution(vae, data.pixels([view])[view][None])[0].cpu()
+    return cache
+
+
+def prepare_computation(args: Any, unet: nn.Module, text_encoder: nn.Module | None) -> None:
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            text_encoder.gradient_checkpointing_enable()
+
+
+def make_optimizer(run: Run, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of its own for each component."""
+    args = run.args
+    scale = run.positions_per_step if args.scale_lr else 1
+    rates = {"unet": args.learning_rate, "text_encoder": args.text_encoder_lr or args.learning_rate}
+    groups = {part: {n: p for n, p in parameters.items() if n.startswith(f"{part}.")} for part in rates}
+    return make_adamw(
+        [(group, rates[part] * scale) for part, group in groups.items() if group],
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        use_8bit=args.use_8bit_adam,
+    )

@@ -78,9 +78,7 @@ def plan_adapter(
     """Everything of an attachment that can fail: `(resolved config, {module name: {child name: new adapter}})`."""
     check_name(adapter_name)
     if adapter_name in state_of(model).configs:
-        raise ValueError(
-            f"Adapter name {adapter_name} already in use in the model - please select a new adapter name."
-        )
+        raise ValueError(f"Adapter name {adapter_name!r} is already in use: choose another, or remove that adapter.")
     resolved = resolve_config(model, config)
     adapters = {
         name: {child: new_adapter(resolved, width, module) for child, width in stream_widths(name, module, resolved)}

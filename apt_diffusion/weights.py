@@ -188,8 +188,7 @@ def _plan_component(
     state = state_of(model)
     if not hotswap and adapter_name in state.configs:
         raise ValueError(
-            f"Adapter name {adapter_name} already in use in the model - please select a new adapter name, "
-            "or pass hotswap=True to overwrite it."
+            f"Adapter name {adapter_name!r} is already in use: choose another, or pass hotswap=True to overwrite it."
         )
     groups, heads = _group(model, tensors)
     config = _inferred_config(model, groups) if config is None else resolve_config(model, config)
@@ -199,7 +198,10 @@ def _plan_component(
     adapters: dict[str, dict[str, ApproximatedPrompt]] = defaultdict(dict)
     for (name, child), parameters in groups.items():
         _check_shapes(file, config, f"{name}.{child}", parameters, expected[name, child])
-        adapters[name][child] = _build(config, parameters, modules[name], state.hotswap_prompts)
+        core = getattr(modules[name], child, None) if hotswap else None
+        # A swap keeps the precision of what it overwrites: a float32 adapter may stand beside a bfloat16 module.
+        beside = core.adapters[adapter_name] if core is not None and adapter_name in core.adapters else modules[name]
+        adapters[name][child] = _build(config, parameters, beside, state.hotswap_prompts)
     plan = _Plan(config, dict(adapters), heads)
     if hotswap:
         _check_swap(model, adapter_name, plan)

@@ -429,7 +429,7 @@ def test_lora_lives_beside_apt(family, model, lora_first):
 
 def test_errors_name_cause_and_remedy(family, model):
     apt.add_apt(model, SMALL, "a")
-    with pytest.raises(ValueError, match="a already in use"):
+    with pytest.raises(ValueError, match="'a' is already in use"):
         apt.add_apt(model, SMALL, "a")
     for call in (apt.set_apt_adapters, apt.delete_apt_adapters, apt.remove_apt):
         with pytest.raises(ValueError, match=r"\['zzz'\] not in the list of present adapters: \['a'\]"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_behaviour import same, snapshot, text_output, unet_output
 
 import apt_diffusion as apt
-from apt_diffusion.attach import cores_of
+from apt_diffusion.attach import adapter_parameters, cores_of
 from apt_diffusion.files import WEIGHTS_NAME, read_adapter_file
 from apt_diffusion.weights import apt_state_dict
 
@@ -343,3 +343,13 @@ def test_hotswap_writes_in_place_between_sizes(unet, tmp_path, init):
     for key, value in load_file(paths["small"]).items():
         assert torch.equal(load_file(saved)[key], value)
     torch._dynamo.reset()
+
+
+def test_hotswap_keeps_the_precision_of_what_it_overwrites(unet, file):
+    half = unet.to(torch.bfloat16)
+    apt.add_apt(half, SMALL)
+    for parameter in adapter_parameters(half):
+        parameter.data = parameter.data.float()
+    apt.load_apt_weights(half, file, hotswap=True)
+    expected, state = load_file(file), apt_state_dict(half)
+    assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)

@@ -231,19 +231,19 @@ def apt_config(args: argparse.Namespace) -> APTConfig:
 def _check_prior(args: argparse.Namespace) -> None:
     if args.with_prior_preservation:
         if args.class_data_dir is None:
-            raise ValueError("You must specify a data directory for class images.")
+            raise ValueError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures.")
         if args.class_prompt is None:
-            raise ValueError("You must specify prompt for class images.")
+            raise ValueError("--with_prior_preservation needs --class_prompt, which the class pictures show.")
         return
     for flag in ("class_data_dir", "class_prompt"):
         if getattr(args, flag) is not None:
-            warnings.warn(f"You need not use --{flag} without --with_prior_preservation.", stacklevel=3)
+            warnings.warn(f"--{flag} has no effect without --with_prior_preservation.", stacklevel=3)
 
 
 def _check_text_encoder(args: argparse.Namespace) -> None:
     if args.pre_compute_text_embeddings:
         if args.train_text_encoder:
-            raise ValueError("`--train_text_encoder` cannot be used with `--pre_compute_text_embeddings`")
+            raise ValueError("--pre_compute_text_embeddings contradicts --train_text_encoder, which changes them.")
         if args.cache_text_embeddings is False:
             raise ValueError("--pre_compute_text_embeddings and --no-cache_text_embeddings contradict each other.")
     if args.train_text_encoder and args.cache_text_embeddings:
@@ -261,8 +261,8 @@ def _check_text_encoder(args: argparse.Namespace) -> None:
 def _check_output(args: argparse.Namespace) -> None:
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError(
-            "You cannot use both --report_to=wandb and --hub_token due to a security risk of exposing your token. "
-            "Please use `hf auth login` to authenticate with the Hub."
+            "--hub_token would be shown among the run's settings on wandb. Leave it out and sign in with "
+            "`hf auth login`."
         )
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
@@ -276,8 +276,8 @@ def _check_installed(args: argparse.Namespace) -> None:
         return importlib.util.find_spec(package) is None
 
     if args.enable_xformers_memory_efficient_attention and missing("xformers"):
-        raise ValueError("xformers is not available. Make sure it is installed correctly")
+        raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: `pip install xformers`.")
     if args.use_8bit_adam and missing("bitsandbytes"):
-        raise ImportError("To use 8-bit Adam, please install the bitsandbytes library: `pip install bitsandbytes`.")
+        raise ImportError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.")
     if args.report_to in ("wandb", "comet_ml") and missing(args.report_to):
-        raise ImportError(f"Make sure to install {args.report_to} if you want to use it for logging during training.")
+        raise ImportError(f"--report_to {args.report_to} needs it installed: `pip install {args.report_to}`.")

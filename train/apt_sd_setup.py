@@ -169,7 +169,7 @@ def load(run: Run) -> Trainer:
     text_encoder = base.text_encoder(dtype).to(device)
     prompts = make_prompts(run, data, text_encoder)
     if args.cache_text_embeddings:
-        prompts.keep_embeddings()
+        prompts.keep_embeddings(text_encoder)
         text_encoder = None
 
     batches = make_batches(run, data)
@@ -192,7 +192,7 @@ def load(run: Run) -> Trainer:
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if text_encoder is not None:
-        prompts.text_encoder = text_encoder = accelerator.prepare(text_encoder)
+        text_encoder = accelerator.prepare(text_encoder)
     if run.resumed:
         load_training_state(run.resumed, optimizer.optimizer, parameters, accelerator.scaler)
     loader = DataLoader(
@@ -287,7 +287,8 @@ def make_optimizer(run: Run, parameters: dict[str, nn.Parameter]) -> torch.optim
     """AdamW, with a learning rate of its own for each component."""
     args = run.args
     scale = run.positions_per_step if args.scale_lr else 1
-    rates = {"unet": args.learning_rate, "text_encoder": args.text_encoder_lr or args.learning_rate}
+    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    rates = {"unet": args.learning_rate, "text_encoder": text_encoder_lr}
     groups = {part: {n: p for n, p in parameters.items() if n.startswith(f"{part}.")} for part in rates}
     return make_adamw(
         [(group, rates[part] * scale) for part, group in groups.items() if group],

@@ -118,16 +118,18 @@ class StableDiffusionBase:
         prompt, negative = (embedding.to(unet.device, unet.dtype) for embedding in conditioning)
         size = {"height": resolution, "width": resolution} if start_images is None else {}
         images = []
-        for index, seed in enumerate(seeds):  # one at a time: an image does not depend on how many there are
-            start = {} if start_images is None else {"image": start_images[index].resize((resolution, resolution))}
-            images += pipeline(
-                prompt_embeds=prompt,
-                negative_prompt_embeds=negative,
-                generator=torch.Generator().manual_seed(seed),
-                **size,
-                **start,
-                **settings,
-            ).images
+        # Accelerate's wrapper answers in float32 whatever the weights are; the VAE takes that under autocast only.
+        with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+            for index, seed in enumerate(seeds):  # one at a time: memory, and no image depends on how many there are
+                start = {} if start_images is None else {"image": start_images[index].resize((resolution, resolution))}
+                images += pipeline(
+                    prompt_embeds=prompt,
+                    negative_prompt_embeds=negative,
+                    generator=torch.Generator().manual_seed(seed),
+                    **size,
+                    **start,
+                    **settings,
+                ).images
         return images
 
 
@@ -139,7 +141,7 @@ class Prompts:
         tokenizer: of the base model.
         max_length: tokens per prompt; the tokenizer's maximum if `None`.
         use_attention_mask: hide padding from the text encoder.
-        text_encoder: on its device.
+        text_encoder: of the base model, on its device.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class Prompts:
         tokenizer: Any,
         max_length: int | None,
         use_attention_mask: bool,
-        text_encoder: nn.Module,
+        text_encoder: CLIPTextModel,
     ) -> None:
         distinct = list(dict.fromkeys(prompts))
         longest = text_encoder.config.max_position_embeddings
@@ -156,29 +158,26 @@ class Prompts:
         if max_length > longest:
             raise ValueError(f"--tokenizer_max_length {max_length}: this text encoder reads at most {longest} tokens.")
         tokens = tokenizer(distinct, truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
-        self.index = {prompt: row for row, prompt in enumerate(distinct)}
+        self.rows = {prompt: row for row, prompt in enumerate(distinct)}
         self.input_ids = tokens.input_ids.to(text_encoder.device)  # (n, L)
         self.attention_mask = tokens.attention_mask.to(text_encoder.device) if use_attention_mask else None
-        self.text_encoder: nn.Module | None = text_encoder
         self.embeddings: Tensor | None = None  # (n, L, d)
 
     @torch.no_grad()
-    def keep_embeddings(self) -> None:
-        """Encodes all prompts, one by one so that none depends on the others, and lets go of the text encoder."""
-        self.text_encoder.eval()
-        self.embeddings = torch.cat([self._encode(torch.tensor([row])) for row in self.index.values()])
-        self.text_encoder = None
+    def keep_embeddings(self, text_encoder: CLIPTextModel) -> None:
+        """Encodes all prompts, one by one so that none depends on the others: the text encoder can go."""
+        text_encoder.eval()
+        rows = torch.arange(len(self.rows), device=self.input_ids.device)
+        self.embeddings = torch.cat([self._encode(row[None], text_encoder) for row in rows])
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Embeddings `(B, L, d)`; each distinct prompt is encoded once."""
-        rows = torch.tensor([self.index[prompt] for prompt in prompts])
+    def __call__(self, prompts: list[str], text_encoder: nn.Module | None) -> Tensor:
+        """Embeddings `(B, L, d)`: the kept ones, or those of `text_encoder`, which reads each distinct prompt once."""
+        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.input_ids.device)
         if self.embeddings is not None:
-            return self.embeddings[rows.to(self.embeddings.device)]
+            return self.embeddings[rows]
         distinct, places = rows.unique(return_inverse=True)
-        embeddings = self._encode(distinct)
-        return embeddings[places.to(embeddings.device)]
+        return self._encode(distinct, text_encoder)[places]
 
-    def _encode(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.input_ids.device)
+    def _encode(self, rows: Tensor, text_encoder: nn.Module) -> Tensor:
         mask = None if self.attention_mask is None else self.attention_mask[rows]
-        return self.text_encoder(self.input_ids[rows], attention_mask=mask)[0]
+        return text_encoder(self.input_ids[rows], attention_mask=mask)[0]

@@ -112,7 +112,7 @@ def training_loss(run: Run, trainer: Trainer, batch: Batch) -> Tensor:
     prediction = trainer.unet(
         noisy.to(trainer.dtype),
         batch.timesteps,
-        trainer.prompts(batch.prompts).to(trainer.dtype),
+        trainer.prompts(batch.prompts, trainer.text_encoder).to(trainer.dtype),
         class_labels=batch.timesteps if args.class_labels_conditioning == "timesteps" else None,
         return_dict=False,
     )[0]
@@ -167,10 +167,15 @@ def draw_samples(run: Run, trainer: Trainer, step: int) -> list[Path]:
         return []
     seeds = [run.seed + index for index in range(count)]
     set_training_mode(trainer, False)
+    # Only the main process draws, so the models must not look for the others.
+    unet, text_encoder = (
+        run.accelerator.unwrap_model(model) if model is not None else None
+        for model in (trainer.unet, trainer.text_encoder)
+    )
     with torch.no_grad():
-        conditioning = trainer.prompts([run.sample_prompt]), trainer.prompts([""])
+        conditioning = tuple(trainer.prompts([prompt], text_encoder) for prompt in (run.sample_prompt, ""))
     images = run.base.draw(
-        run.accelerator.unwrap_model(trainer.unet),
+        unet,
         conditioning,
         seeds,
         args.resolution,

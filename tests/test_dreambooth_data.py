@@ -1,0 +1,289 @@
+"""DreamBooth data: what is read from a folder, how it is cut, and that every sample depends on its position alone."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from apt_diffusion.data.dreambooth import DreamBoothData, Framing, collate
+from apt_diffusion.data.order import Purpose, entry_at, micro_batches, random_at
+from apt_diffusion.data.pictures import Picture, View, choose_view, cut, find_pictures, read_picture, resized
+
+LATENTS = (4, 8, 8)
+
+
+def save(path, color="red", size=(40, 40), mode="RGB", **options):
+    Image.new(mode, size, color).save(path, **options)
+    return path
+
+
+def data_of(folder, seed=0, size=32, class_folder=None, noise=0.0, repeats=1, **framing):
+    of_class = find_pictures(class_folder, "a glyph") if class_folder else []
+    framing = Framing(size, stride=4, **framing)
+    return DreamBoothData(find_pictures(folder, "a sks glyph"), of_class, framing, LATENTS, seed, repeats, noise)
+
+
+# Reading
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    half.putpixel((1, 0), (0, 0, 0, 0))
+    half.save(tmp_path / "rgba.png")
+    half.quantize().save(tmp_path / "palette.png")
+    half.save(tmp_path / "lossless.webp", lossless=True)
+    Image.new("LA", (2, 1), (0, 0)).save(tmp_path / "grey.png")
+    for name in ("rgba.png", "palette.png", "lossless.webp"):
+        image = read_picture(tmp_path / name)
+        assert image.mode == "RGB" and np.asarray(image).tolist() == [[[255, 0, 0], [255, 255, 255]]], name
+    assert np.asarray(read_picture(tmp_path / "grey.png")).tolist() == [[[255] * 3] * 2]
+
+
+def test_a_palette_and_sixteen_bits_keep_their_colours(tmp_path):
+    save(tmp_path / "palette.png", "blue", mode="RGB")
+    Image.open(tmp_path / "palette.png").convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    assert Image.open(tmp_path / "palette.png").mode == "P"
+    assert read_picture(tmp_path / "palette.png").getpixel((5, 5)) == (0, 0, 255)
+    Image.fromarray(np.full((4, 4), 257 * 128, dtype=np.uint16)).save(tmp_path / "deep.png")
+    assert read_picture(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 20, 20))  # blue left, red right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it clockwise by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    picture = find_pictures(tmp_path, "x")[0]
+    assert (picture.width, picture.height) == (20, 40)
+    upright = read_picture(picture.path)
+    assert upright.size == (20, 40)
+    top, bottom = upright.getpixel((10, 5)), upright.getpixel((10, 35))
+    assert top[2] > 200 and top[0] < 50 and bottom[0] > 200 and bottom[2] < 50
+
+
+def test_hidden_and_foreign_files_are_named_in_one_warning(tmp_path, caplog):
+    for name in ("a.PNG", "b.jpeg", "c.webp"):
+        save(tmp_path / name, format={"a": "PNG", "b": "JPEG", "c": "WEBP"}[name[0]])
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    save(tmp_path / ".hidden.png")
+    (tmp_path / "notes.pdf").write_text("x")
+    (tmp_path / "lonely.txt").write_text("no picture beside it")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "a.txt").write_text("a caption")
+    with caplog.at_level(logging.WARNING):
+        pictures = find_pictures(tmp_path, "x")
+    assert [picture.path.name for picture in pictures] == ["a.PNG", "b.jpeg", "c.webp"]
+    assert len(caplog.records) == 1
+    assert all(name in caplog.text for name in (".DS_Store", ".hidden.png", "notes.pdf", "lonely.txt", "folder.png"))
+    assert "a.txt" not in caplog.text
+
+
+def test_folders_and_pictures_that_cannot_be_used_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        find_pictures(tmp_path / "nowhere", "x")
+    (tmp_path / "notes.pdf").write_text("x")
+    with pytest.raises(ValueError, match=f"no pictures in {tmp_path}"):
+        find_pictures(tmp_path, "x")
+    save(tmp_path / "good.png")
+    (tmp_path / "fake.png").write_text("this is no picture")
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read"):
+        find_pictures(tmp_path, "x")
+    (tmp_path / "fake.png").unlink()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.jpg cannot be read"):
+        find_pictures(tmp_path, "x")
+
+
+# Captions
+
+
+def test_captions_come_from_sidecars_then_metadata_then_the_prompt(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        save(tmp_path / name)
+    (tmp_path / "a.txt").write_bytes("\ufeffa sks glyph on grass \n".encode())
+    (tmp_path / "d.txt").write_text("  \n")
+    rows = [{"file_name": "a.png", "text": "not this"}, {"file_name": "b.png", "text": "sks in snow", "other": "öl"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n", encoding="utf-8")
+    assert [picture.prompt for picture in find_pictures(tmp_path, "default")] == [
+        "a sks glyph on grass", "sks in snow", "default", "default",
+    ]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[1]), encoding="utf-8")
+    assert find_pictures(tmp_path, "default", caption_column="other")[1].prompt == "öl"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"file_name": "a.png", "text": "x"}\n{broken', "line 2"),
+        ('{"text": "x"}', "line 1"),
+        ('{"file_name": "a.png", "caption": "x"}', '"text"'),
+        ('"a string"', "line 1"),
+        ('{"file_name": "b.png", "text": "x"}', "no picture 'b.png'"),
+    ],
+)
+def test_wrong_metadata_is_refused_with_its_line(tmp_path, content, message):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl") as error:
+        find_pictures(tmp_path, "default")
+    assert message in str(error.value)
+
+
+def test_captions_that_are_not_utf8_are_refused_by_name(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.txt are not UTF-8"):
+        find_pictures(tmp_path, "default")
+
+
+# Cutting
+
+
+def test_a_view_holds_exactly_its_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    expected = torch.from_numpy(pixels[:, 3:11].astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+    view = View(tmp_path, 8, left=3)
+    assert torch.equal(cut(image, view), expected)
+    assert torch.equal(cut(image, View(tmp_path, 8, left=3, flipped=True)), expected.flip(-1))
+    assert cut(image, view).min() >= -1 and cut(image, view).max() <= 1
+
+
+def test_the_short_side_is_resized_and_never_falls_short(tmp_path):
+    for size, expected in (((100, 50), (64, 32)), ((50, 100), (32, 64)), ((7, 7), (32, 32)), ((101, 100), (32, 32))):
+        assert resized(Image.new("RGB", size), 32).size == expected
+
+
+def test_random_cuts_reach_both_ends_in_steps_of_at_most_one_latent_cell(tmp_path):
+    for width, height in ((90, 64), (64, 65), (64, 200)):
+        picture = Picture(tmp_path, "x", width, height)
+        draws = np.linspace(0, 1, 1000, endpoint=False)
+        views = [choose_view(picture, 32, 8, False, False, (u, 0.0)) for u in draws]
+        offsets = sorted({max(view.left, view.top) for view in views})
+        slack = max(resized(Image.new("RGB", (width, height)), 32).size) - 32
+        assert offsets[0] == 0 and offsets[-1] == slack
+        assert max(np.diff(offsets), default=0) <= 8
+        assert all((view.left == 0) if height > width else (view.top == 0) for view in views)
+        middle = choose_view(picture, 32, 8, True, False, (0.9, 0.0))
+        assert max(middle.left, middle.top) == round(slack / 2)
+
+
+def test_flips_are_random_only_where_asked_for(tmp_path):
+    picture = Picture(tmp_path, "x", 32, 32)
+    assert choose_view(picture, 32, 8, False, True, (0.5, 0.49)).flipped
+    assert not choose_view(picture, 32, 8, False, True, (0.5, 0.51)).flipped
+    assert not choose_view(picture, 32, 8, False, False, (0.5, 0.0)).flipped
+
+
+# Order
+
+
+def test_every_epoch_shows_every_entry_once_in_an_order_of_its_own():
+    epochs = [[entry_at(7, position, 5) for position in range(epoch * 5, epoch * 5 + 5)] for epoch in range(20)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 10
+    assert epochs != [[entry_at(8, e * 5 + i, 5) for i in range(5)] for e in range(20)]
+
+
+def test_processes_share_the_stream_without_gaps():
+    one = micro_batches(10, 3, 4)
+    two = [micro_batches(10, 3, 2, process, 2) for process in (0, 1)]
+    assert [list(batch) for batch in one] == [[10, 11, 12, 13], [14, 15, 16, 17], [18, 19, 20, 21]]
+    assert [[*first, *second] for first, second in zip(*two, strict=True)] == [list(batch) for batch in one]
+
+
+def test_generators_of_different_places_and_purposes_are_independent():
+    draws = {
+        (seed, position, purpose): tuple(random_at(seed, position, purpose).integers(2**32, size=2).tolist())
+        for seed in (0, 1, 2**32 - 1)
+        for position in (0, 1, 2, 10**9)
+        for purpose in Purpose
+    }
+    assert len(set(draws.values())) == len(draws)
+
+
+# Samples
+
+
+def test_repeats_and_class_pictures_make_the_epoch(instance_dir, tmp_path):
+    for index in range(12):
+        save(tmp_path / f"{index:02}.png")
+    assert data_of(instance_dir).epoch_length == 5
+    assert data_of(instance_dir, repeats=3).epoch_length == 15
+    data = data_of(instance_dir, class_folder=tmp_path)
+    assert data.epoch_length == 12 and data.prompts == ["a sks glyph", "a glyph"]
+    views = [data.views_at(position) for position in range(12)]
+    assert sorted(pair[1].path.name for pair in views) == [f"{index:02}.png" for index in range(12)]
+    counts = np.unique([pair[0].path.name for pair in views], return_counts=True)[1]
+    assert sorted(counts) == [2, 2, 2, 3, 3]
+    batch = collate([data[0], data[1]])
+    assert batch.prompts == ["a sks glyph", "a sks glyph", "a glyph", "a glyph"]
+    assert batch.images.shape == (4, 3, 32, 32) and batch.noise.shape == (4, *LATENTS)
+    assert not torch.equal(batch.noise[0], batch.noise[2])
+
+
+def test_a_sample_depends_on_seed_and_position_alone(tmp_path):
+    save(tmp_path / "wide.png", size=(100, 40))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)).save(tmp_path / "b.png")
+    forwards, backwards = data_of(tmp_path, random_flip=True), data_of(tmp_path, random_flip=True)
+    first = [forwards[position][0] for position in range(8)]
+    torch.manual_seed(1)
+    np.random.seed(1)
+    second = [backwards[position][0] for position in reversed(range(8))][::-1]
+    for a, b in zip(first, second, strict=True):
+        assert a.timestep == b.timestep and torch.equal(a.image, b.image)
+        assert torch.equal(a.noise, b.noise) and torch.equal(a.posterior_noise, b.posterior_noise)
+        assert not torch.equal(a.noise, a.posterior_noise)
+    assert len({sample.timestep for sample in first}) > 4
+    assert len({forwards.views_at(position)[0] for position in range(40)}) > 8
+    other = data_of(tmp_path, seed=1, random_flip=True)[0][0]
+    assert not torch.equal(other.noise, first[0].noise)
+
+
+def test_noise_is_standard_normal_and_its_offset_is_per_channel(instance_dir):
+    noise = torch.stack([data_of(instance_dir)[position][0].noise for position in range(200)])
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    with_offset = torch.stack([data_of(instance_dir, noise=0.5)[position][0].noise for position in range(200)])
+    offsets = (with_offset - noise).flatten(2)  # (200, 4, 64)
+    assert torch.allclose(offsets, offsets[..., :1].expand_as(offsets), atol=1e-6)
+    assert abs(offsets[..., 0].std() - 0.5) < 0.05 and len(offsets[..., 0].unique()) == 800
+
+
+def test_timesteps_cover_the_schedule(instance_dir):
+    timesteps = [data_of(instance_dir)[position][0].timestep for position in range(2000)]
+    assert min(timesteps) < 10 and max(timesteps) in range(990, 1000)
+    assert abs(np.mean(timesteps) - 499.5) < 25
+
+
+def test_the_cache_answers_for_the_views_that_were_announced(tmp_path):
+    save(tmp_path / "wide.png", size=(100, 40))
+    save(tmp_path / "tall.png", size=(40, 70))
+    data = data_of(tmp_path, random_flip=True)
+    views = {view for position in range(50) for view in data.views_at(position)}
+    pixels = data.pixels(sorted(views))
+    assert pixels.keys() == views
+    fresh = [data[position][0].image for position in range(50)]
+    data.cache = {view: torch.full((2, *LATENTS), float(index)) for index, view in enumerate(pixels)}
+    for position in range(50):
+        assert torch.equal(data[position][0].image, data.cache[data.views_at(position)[0]])
+        assert torch.equal(fresh[position], pixels[data.views_at(position)[0]])
+
+
+def test_loader_workers_change_nothing(instance_dir):
+    data = data_of(instance_dir, random_flip=True)
+    batches = micro_batches(3, 4, 3)
+    alone, helped = (
+        list(DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)) for workers in (0, 2)
+    )
+    for a, b in zip(alone, helped, strict=True):
+        assert a.prompts == b.prompts and torch.equal(a.timesteps, b.timesteps)
+        assert torch.equal(a.images, b.images) and torch.equal(a.noise, b.noise)
+        assert torch.equal(a.posterior_noise, b.posterior_noise)

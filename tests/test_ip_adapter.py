@@ -1,4 +1,4 @@
-"""APT beside an IP-Adapter, which replaces the processors of every cross-attention and adds image states to the text."""
+"""APT beside an IP-Adapter, which replaces every cross-attention processor and adds image states to the text."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,159 @@
+"""What each method of adaptation costs: parameters and multiply-accumulates, in closed form and measured.
+
+`python -m apt_diffusion.costs` compares the closed forms with the two tables of the paper's repository, cell by cell.
+Symbols: m modules, N tokens, d width, p prompts, r rank, b bottleneck. One multiply-accumulate counts once, a layer
+norm 5 per element, everything else elementwise and softmax nothing: the convention of these tables.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+METHODS = ("apt", "deep_prompt", "shallow_prompt", "lora", "adapter", "scaled_pa")
+
+
+class Costs(NamedTuple):
+    """What a method adds to the frozen model."""
+
+    parameters: int
+    macs: int  # per forward pass of one sample; keys of `apt` are made once for all samples of a batch
+
+
+def count_costs(
+    method: str,
+    *,
+    hidden_size: int,
+    num_tokens: int | Sequence[int],
+    num_modules: int,
+    num_prompts: int = 200,
+    rank: int = 4,
+    bottleneck: int = 96,
+    merged: bool = True,
+) -> Costs:
+    """Parameters and multiply-accumulates that a method adds.
+
+    - `apt`: m (pd + 2dr + 1); Σ 2pdN for affinities and values, and 2pdr per module for the keys.
+    - `deep_prompt` in every layer's keys, values and queries (ViLT): m pd; Σ (3pd² + 2Npd).
+    - `shallow_prompt`, p tokens carried through m whole transformer layers: pd; Σ (12pd² + 2d((N + p)² - N²)).
+    - `lora` on query and value: 4mdr; nothing once merged, else Σ 4drN.
+    - `adapter`, a bottleneck per module: m (2db + b + d); Σ 2dbN.
+    - `scaled_pa`, the same beside the module after a layer norm: m (2db + b + d + 2d); Σ (2dbN + 5dN).
+
+    Args:
+        method: one of `METHODS`.
+        hidden_size: d.
+        num_tokens: N at every module, or one number per module where they differ (METER's two towers).
+        num_modules: m.
+        num_prompts, rank, bottleneck: p, r, b.
+        merged: whether LoRA's matrices are added to the weights.
+
+    Raises:
+        ValueError: for an unknown method, or a list of tokens that does not have one number per module.
+    """
+    m, d, p, r, b = num_modules, hidden_size, num_prompts, rank, bottleneck
+    tokens = [num_tokens] * m if isinstance(num_tokens, int) else list(num_tokens)
+    if len(tokens) != m:
+        raise ValueError(f"num_tokens has {len(tokens)} numbers for {m} modules.")
+    total = sum(tokens)
+    match method:
+        case "apt":
+            return Costs(m * (p * d + 2 * d * r + 1), 2 * p * d * total + m * 2 * p * d * r)
+        case "deep_prompt":
+            return Costs(m * p * d, m * 3 * p * d**2 + 2 * p * d * total)
+        case "shallow_prompt":
+            return Costs(p * d, m * 12 * p * d**2 + sum(2 * d * ((n + p) ** 2 - n**2) for n in tokens))
+        case "lora":
+            return Costs(m * 4 * d * r, 0 if merged else 4 * d * r * total)
+        case "adapter":
+            return Costs(m * (2 * d * b + b + d), 2 * d * b * total)
+        case "scaled_pa":
+            return Costs(m * (2 * d * b + b + 3 * d), (2 * d * b + 5 * d) * total)
+    raise ValueError(f"Unknown method {method!r}, expected one of {METHODS}.")
+
+
+def measure_macs(run: Callable[[], Any]) -> int:
+    """Multiply-accumulates of the matrix products, convolutions and attentions that `run` does, as torch counts them.
+
+    The cost of a method is the difference of two measurements; it equals the closed form where that has matrix
+    products only (`lora` unmerged, `apt`, `adapter`, the prompts).
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops() // 2
+
+
+# The published tables, which count with 200 prompts, rank 4, bottleneck 96 and width 768.
+VILT = {"hidden_size": 768, "num_tokens": 241, "num_modules": 12}  # 40 words, 200 patches, [CLS]
+METER = {"hidden_size": 768, "num_tokens": [40] * 12 + [577] * 12, "num_modules": 24}  # self and cross attention
+
+
+class Cell(NamedTuple):
+    """One row of a published table beside what the closed form gives."""
+
+    table: str
+    method: str
+    formula: str
+    parameters: int | None
+    macs: int | None
+    published: tuple[str, str]  # parameters in millions, multiply-accumulates in billions
+    note: str = ""
+
+
+def meter_deep_prompt_macs(num_tokens: int = 365, num_prompts: int = 200, hidden_size: int = 768) -> int:
+    """The only reading that gives the published 13.05 G: p tokens carried through six whole cross layers at 288 px."""
+    n, p, d = num_tokens, num_prompts, hidden_size
+    return 6 * (16 * p * d**2 + 2 * d * ((n + p) ** 2 - n**2) + 15 * p * d)
+
+
+def published_tables() -> list[Cell]:
+    """Every cell of the two tables, with the closed form that reproduces it or the reason why none does."""
+
+    def cell(
+        table: str, method: str, formula: str, published: tuple[str, str], note: str = "", **changes: Any
+    ) -> Cell:
+        sizes = (VILT if table == "ViLT" else METER) | changes
+        costs = count_costs(method, **sizes)
+        return Cell(table, method, formula, costs.parameters, costs.macs, published, note)
+
+    towers = {"num_modules": 36, "num_tokens": ([40] * 18) + ([577] * 18)}
+    return [
+        cell("ViLT", "apt", "12(pd+2dr+1); 12(2pdN+2pdr)", ("1.92", "0.91"), "0.91 is a difference of rounded totals"),
+        cell("ViLT", "deep_prompt", "12pd; 12(3pd²+2Npd)", ("1.84", "5.14"), "5.1444 with 5pd per layer norm"),
+        cell("ViLT", "lora", "12·4dr; merged", ("0.15", "0")),
+        cell("ViLT", "scaled_pa", "12(2db+b+3d); 12(2dbN+5dN)", ("1.80", "0.44"), "the released code has b = 204"),
+        cell("ViLT", "adapter", "24(2db+b+d); 24·2dbN", ("3.56", "0.86"), "0.8579 with biases", num_modules=24),
+        Cell("ViLT", "full", "all", None, None, ("115.43", "0"), "true only with 24 APT modules counted in"),
+        cell("METER", "apt", "24(pd+2dr+1); 12·2pd·617+24·2pdr", ("3.83", "2.31"), "difference of rounded totals"),
+        Cell(
+            "METER", "deep_prompt", "24pd; see meter_deep_prompt_macs", 24 * 200 * 768, meter_deep_prompt_macs(),
+            ("3.68", "13.05"), "at 288 px, the other rows at 384; 3.68 is 2 × 1.84; the released code costs 3.97 G",
+        ),
+        cell("METER", "lora", "24·4dr; merged", ("0.29", "0")),
+        cell(
+            "METER", "scaled_pa", "24(2db+b+3d); 12(2db+5d)·617", ("3.82", "1.12"),
+            "3.82 needs b = 102, 1.12 needs b = 96: no one bottleneck gives both",
+        ),
+        cell("METER", "adapter", "36(2db+b+d); 18·2db·617", ("5.34", "1.64"), **towers),
+        Cell("METER", "full", "all", None, None, ("323.31", "0"), "true only with 24 APT modules counted in"),
+    ]  # fmt: skip
+
+
+def format_published_tables() -> str:
+    lines = [
+        "| model | method | formula (parameters; MAC) | parameters | published (M) | GMAC | published | note |",
+        "|---" * 8 + "|",
+    ]
+    for row in published_tables():
+        parameters = "-" if row.parameters is None else f"{row.parameters:,}"
+        macs = "-" if row.macs is None else f"{row.macs / 1e9:.4f}"
+        lines.append(
+            f"| {row.table} | {row.method} | {row.formula} | {parameters} | {row.published[0]} | {macs} "
+            f"| {row.published[1]} | {row.note} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(format_published_tables())

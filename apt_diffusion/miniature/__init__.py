@@ -1,8 +1,10 @@
-"""The embedded models and the drawn world that they were trained on."""
+"""The embedded model `miniature` and the drawn world that it was trained on; see docs/miniature.md."""
 
 from pathlib import Path
+
+STABLE_DIFFUSION = Path(__file__).parent / "stable_diffusion"
 
 
 def resolve_model(name_or_path: str) -> str:
     """`"miniature"` becomes the folder of the embedded Stable Diffusion; anything else comes back unchanged."""
-    return str(Path(__file__).parent / "stable_diffusion") if name_or_path == "miniature" else name_or_path
+    return str(STABLE_DIFFUSION) if name_or_path == "miniature" else name_or_path

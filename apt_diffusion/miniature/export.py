@@ -1,0 +1,60 @@
+"""Writing and reading the embedded pipeline."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import make_scheduler, make_tokenizer
+from .pictures import save_picture_grid, to_images
+
+CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# miniature
+
+A real, small Stable Diffusion of a drawn world, made by `train/pretrain_miniature.py`; see docs/miniature.md.
+Pictures are 64 x 64. Prompts look like `a small red circle on a blue background` or
+`a green star left of a pink ring on a striped yellow and black background`.
+"""
+
+
+def export_pipeline(folder: str | Path, vae: nn.Module, text_encoder: nn.Module, unet: nn.Module) -> None:
+    """Writes all parts in fp16 to a new folder, then puts it in the place of the old one."""
+    folder = Path(folder)
+    temporary = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline = build_pipeline(vae, text_encoder, unet)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(temporary)
+    pipeline.to(dtype=torch.float32)
+    (temporary / "README.md").write_text(CARD)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def build_pipeline(vae: nn.Module, text_encoder: nn.Module, unet: nn.Module) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae.to(memory_format=torch.contiguous_format),
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer(),
+        unet=unet.to(memory_format=torch.contiguous_format),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_drawn(drawn: dict, file: Path, per_row: int = 8) -> None:
+    """A sheet with the first pictures of every row of the grade table."""
+    labels = [label for captions, _ in drawn.values() for label in captions[:per_row]]
+    pictures = [picture for _, pictures in drawn.values() for picture in to_images(pictures[:per_row])]
+    save_picture_grid(pictures, labels, file, columns=per_row)

@@ -1,0 +1,117 @@
+"""The parts of the miniature Stable Diffusion, untrained: real diffusers and transformers classes, small."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from .world import COLORS, LAYOUTS, PATTERNS, SHAPES, SIZE
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+TRIGGERS = ("sks", "zwx", "qpl", "vrf")  # single tokens that no caption of the world uses
+CLASS_WORD = "glyph"
+MAX_TOKENS = 32
+LATENT_SIZE = SIZE // 4
+
+
+def make_tokenizer() -> "CLIPTokenizer":
+    """Byte-level BPE in which every word of the world is one token, and any other text still encodes."""
+    from transformers import CLIPTokenizer
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    symbols = [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
+    grammar = ["a", "an", "the", "on", "and", "background", "picture", "of", "photo"]
+    words = [*COLORS, *SHAPES, *PATTERNS, *" ".join(LAYOUTS).split(), *grammar, *TRIGGERS, CLASS_WORD]
+    vocabulary = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
+    merges = make_merges(list(dict.fromkeys(words)))
+    vocabulary += list(dict.fromkeys("".join(pair) for pair in merges))
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def make_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges after which each word is one token. One word's merge can split another anew, hence the rounds."""
+    merges: list[tuple[str, str]] = []
+    while any(len(bpe(word, merges)) > 1 for word in words):
+        for word in words:
+            while len(pieces := bpe(word, merges)) > 1:
+                merges.append((pieces[0], pieces[1]))
+    return merges
+
+
+def bpe(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """The pieces of a word under byte-pair merges, the earliest merge first."""
+    rank = {pair: index for index, pair in enumerate(merges)}
+    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    while len(pieces) > 1:
+        pairs = list(pairwise(pieces))
+        best = min(range(len(pairs)), key=lambda index: rank.get(pairs[index], len(merges)))
+        if pairs[best] not in rank:
+            break
+        pieces[best : best + 2] = ["".join(pairs[best])]
+    return pieces
+
+
+def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_autoencoder() -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+    )
+
+
+def make_unet() -> "UNet2DConditionModel":
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIZE,
+        block_out_channels=(64, 96, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> "DDIMScheduler":
+    """v-prediction with zero terminal signal: plain backgrounds of any colour need it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+    )

@@ -72,6 +72,41 @@ def make_vae():
     )
 
 
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+METER_TEXT = {
+    "vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32,
+    "max_position_embeddings": 40, **NO_DROPOUT,
+}  # fmt: skip
+METER_VISION = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
+    "patch_size": 8, "hidden_act": "quick_gelu",
+}  # fmt: skip
+
+
+def meter_config(**changes):
+    from apt_diffusion.meter import MeterConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return MeterConfig(text_config=METER_TEXT, vision_config=METER_VISION, **(NO_DROPOUT | sizes | changes))
+
+
+def make_meter(**changes):
+    from apt_diffusion.meter import MeterModel
+
+    torch.manual_seed(0)
+    return MeterModel(meter_config(**changes)).eval()
+
+
+def meter_inputs(batch: int = 2, images: int | None = None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    size = (batch, 3, 16, 16) if images is None else (batch, images, 3, 16, 16)
+    return {
+        "input_ids": torch.tensor([[0, 5, 6, 7, 2], [0, 9, 2, 1, 1]])[:batch],
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])[:batch],
+        "pixel_values": torch.randn(size, generator=generator),
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny_sd_path(tmp_path_factory) -> Path:
     """A folder with a tiny random Stable Diffusion: 32 x 32 pictures, 8 x 8 latents."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_text_encoder, make_unet, randomize
+from conftest import make_meter, make_text_encoder, make_unet, meter_inputs, randomize
 
 import apt_diffusion as apt
 from apt_diffusion.attach import cores_of
@@ -79,6 +79,12 @@ def make_vilt():
     return ViltModel(config)
 
 
+def meter_output(model):
+    batch = meter_inputs()
+    pixels = batch.pop("pixel_values").to(next(model.parameters()).dtype)
+    return model(pixel_values=pixels, **batch).pooler_output
+
+
 FAMILIES = {
     "unet": Family(
         make_unet,
@@ -100,6 +106,17 @@ FAMILIES = {
         [
             *[f"text_model.encoder.layers.{i}.self_attn" for i in range(3)],
             *[f"vision_model.encoder.layers.{i}.self_attn" for i in range(2)],
+        ],
+        "paper",
+    ),
+    "meter": Family(
+        make_meter,
+        meter_output,
+        [
+            f"cross_modal_{tower}_layers.{i}.{kind}"
+            for tower in ("text", "image")
+            for i in range(2)
+            for kind in ("attention", "crossattention")
         ],
         "paper",
     ),

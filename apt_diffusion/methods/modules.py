@@ -1,0 +1,148 @@
+"""What the compared methods add to a model: a bottleneck, or prompts as tokens.
+
+Each module brings its own hooks. They are bound methods: deep copies and pickles of a model carry hooks that belong to
+the copy. Axes: B batch, N tokens, p prompts, d width, b bottleneck.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def make_prompts(num_prompts: int, hidden_size: int) -> nn.Parameter:
+    """Uniform in ± sqrt(6 / (3·16·16 + 768)), as in the released code of both models."""
+    bound = (6 / (3 * 16 * 16 + 768)) ** 0.5
+    return nn.Parameter(torch.empty(num_prompts, hidden_size).uniform_(-bound, bound))
+
+
+class Bottleneck(nn.Module):
+    """`scale · W_up relu(W_down LN(x))`; the norm only where `scaled`.
+
+    An adapter (arXiv 1902.00751) adds it to the output it is made from. A scaled parallel adapter (arXiv 2110.04366)
+    adds it to a branch's output, made from the branch's input, with a norm of its own and the fixed scale 4.
+    """
+
+    def __init__(self, hidden_size: int, bottleneck: int, scaled: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size) if scaled else nn.Identity()
+        self.down = nn.Linear(hidden_size, bottleneck)
+        self.up = nn.Linear(bottleneck, hidden_size)
+        self.scale = 4.0 if scaled else 1.0
+        for linear in (self.down, self.up):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        self._input: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(self.norm(hidden_states)).relu())
+
+    def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of the branch's last linear layer: an adapter."""
+        return output + self(output)
+
+    def beside(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of an attention: a parallel adapter."""
+        update = self(args[0] if args else kwargs["hidden_states"])
+        return (output[0] + update, *output[1:]) if isinstance(output, tuple) else output + update
+
+    def remember(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an attention whose parallel adapter is added later: after the norm, as in METER."""
+        self._input = args[0] if args else kwargs["hidden_states"]
+
+    def after_norm(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of that norm."""
+        hidden_states, self._input = self._input, None
+        return output + self(hidden_states)
+
+
+class Prefix(nn.Module):
+    """p learnable tokens before the others: of one attention (deep prompts), or of a whole encoder (shallow ones).
+
+    Shallow prompts (arXiv 2104.08691) are carried through every layer and dropped at the end. Deep ones (arXiv
+    2203.12119) are dropped behind their attention, because the next layer has prompts of its own. `norm`, the layer's
+    own, is applied to them where it is applied to the tokens. Where a module reads other states than its own, the
+    prompts join those.
+    """
+
+    def __init__(self, num_prompts: int, hidden_size: int, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.prompts = make_prompts(num_prompts, hidden_size)
+        self._norm = (norm,)  # in a tuple: it is the base model's, not a child of this module
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Forward pre-hook of the attention or encoder: `(B, N, d) -> (B, p + N, d)`, all see the prompts."""
+        arguments = named_arguments(module, args, kwargs)
+        names = ("encoder_hidden_states", "inputs_embeds", "hidden_states")
+        name = next(name for name in names if arguments.get(name) is not None)
+        states, mask = arguments[name], arguments.get("attention_mask")
+        prompts = self.prompts.to(states.dtype)
+        if self._norm[0] is not None:
+            prompts = self._norm[0](prompts)
+        arguments[name] = torch.cat([prompts.expand(len(states), -1, -1), states], 1)
+        if mask is not None:
+            per_query = mask.ndim == 4 and mask.shape[-2] > 1
+            arguments["attention_mask"] = with_open_columns(mask, len(self.prompts), rows=per_query)
+        return (), arguments
+
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """Forward hook of the same: the tokens' outputs alone."""
+        count = len(self.prompts)
+        if isinstance(output, tuple):
+            return (output[0][:, count:], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, count:]
+        return output
+
+
+class MeterShallowPrompt(nn.Module):
+    """Shallow prompts of METER's two stacks: after the tokens, so that the poolers read what they always read."""
+
+    def __init__(self, num_prompts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.text_prompts = make_prompts(num_prompts, hidden_size)
+        self.image_prompts = make_prompts(num_prompts, hidden_size)
+
+    def enter_text(self, layer: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of the first text layer."""
+        return (self._append(args[0], self.text_prompts), self._append(args[1], self.image_prompts), *args[2:])
+
+    def enter_image(self, layer: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of the first image layer."""
+        return (self._append(args[0], self.image_prompts), self._append(args[1], self.text_prompts), *args[2:])
+
+    def open_masks(self, layer: nn.Module, args: tuple) -> tuple:
+        """Forward pre-hook of every layer, after the two above."""
+        masks = [None if mask is None else self._open(mask) for mask in args[2:4]]
+        return (*args[:2], *masks, *args[4:])
+
+    def leave(self, layer: nn.Module, args: tuple, output: tuple) -> tuple:
+        """Forward hook of the last layers."""
+        return (output[0][:, : -len(self.text_prompts)], *output[1:])
+
+    @staticmethod
+    def _append(states: Tensor, prompts: Tensor) -> Tensor:
+        return torch.cat([states, prompts.to(states.dtype).expand(len(states), -1, -1)], 1)
+
+    def _open(self, mask: Tensor) -> Tensor:
+        return F.pad(mask.float(), (0, len(self.text_prompts)), value=1.0).bool()
+
+
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    return arguments | arguments.pop("kwargs", {})
+
+
+def with_open_columns(mask: Tensor, count: int, rows: bool = False) -> Tensor:
+    """`(..., R, N) -> (..., R, count + N)`, additive or boolean; `rows`: as many causal rows first."""
+    boolean = mask.dtype == torch.bool
+    seen, hidden = (True, False) if boolean else (0.0, torch.finfo(mask.dtype).min)
+    mask = torch.cat([mask.new_full((*mask.shape[:-1], count), seen), mask], -1)
+    if not rows:
+        return mask
+    first = mask.new_full((*mask.shape[:-2], count, mask.shape[-1]), hidden)
+    causal = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril()
+    first[..., :count] = first[..., :count].masked_fill(causal, seen)
+    return torch.cat([first, mask], -2)

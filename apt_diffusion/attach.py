@@ -17,6 +17,7 @@ from .block_weights import check_number, weight_of
 from .config import APTConfig
 from .core import ApproximatedPrompt
 from .heads import Heads, head_tensors
+from .offloading import regroup_offloaded
 from .processor import APTProcessorCore, apply_apt, apply_apt_context
 from .sites import context_width, find_modules, input_width, matches, resolve_config
 
@@ -134,6 +135,7 @@ def attach(
     if config.modules_to_save:
         state.heads.add(model, adapter_name, config.modules_to_save)
     _set_weights(model, {adapter_name: 1.0}, _core_weights(model, {adapter_name: 1.0}, ""))
+    regroup_offloaded(model)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # a graph compiled before the hooks were there would go on without them
 

@@ -152,6 +152,21 @@ class APTLoaderMixin:
         for parameter in trainable:
             parameter.requires_grad_(True)
 
+    # Offloading by leaf or to disk brings weights back when the module that owns them is called. Cores use adapters
+    # without calling them, so adapters stay where they are; what they fold to follows the activations.
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method; adapters stay on their device."""
+        with attach.hidden_apt(self):
+            super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method; by leaf or to disk, adapters stay on their device."""
+        asked = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        stay = asked.get("offload_type") == "leaf_level" or asked.get("offload_to_disk_path") is not None
+        with attach.hidden_apt(self) if stay else contextlib.nullcontext():
+            super().enable_group_offload(*args, **kwargs)
+
     @contextlib.contextmanager
     def _for_this_call(self) -> Iterator[None]:
         before = [(core, dict(core.weights), core.scale, core.adapters_per_sample) for core in cores_of(self)]

@@ -5,12 +5,15 @@ input; for people who manage diffusers processors themselves, `APTAttnProcessor`
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .core import ApproximatedPrompt, FoldedPrompt, correct
+
+T = TypeVar("T")
 
 
 class APTProcessorCore(nn.Module):
@@ -37,7 +40,7 @@ class APTProcessorCore(nn.Module):
         self.enabled = True
         self.adapters_per_sample: tuple[str | None, ...] | None = None
         self.keep_folded = False
-        self._folded: dict[Any, tuple[Any, FoldedPrompt]] = {}
+        self._folded: dict[Hashable, tuple[list, Any]] = {}
 
     def add(self, name: str, adapter: ApproximatedPrompt, query_source: str) -> None:
         self.adapters[name] = adapter
@@ -57,6 +60,16 @@ class APTProcessorCore(nn.Module):
                 return self._forward_per_sample(attn_output, hidden_states, self.adapters_per_sample)
             return self._forward_shared(attn_output, hidden_states)
 
+    def once(self, states: Tensor) -> Tensor:
+        """`forward(states, states)`; with `keep_folded` once for the same states, not once per denoising step."""
+        names = self.adapters_per_sample or tuple(self.weights)
+        active = [self.adapters[name] for name in dict.fromkeys(names) if name in self.adapters]
+        if any(adapter.active_dropout for adapter in active):
+            return self(states, states)
+        parameters = [p for adapter in active for p in adapter.parameters()]
+        settings = (self.enabled, self.scale, tuple(self.weights.items()), self.adapters_per_sample)
+        return self._keep("context", lambda: self(states, states), states, settings, *parameters)
+
     def _forward_shared(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
         corrected = attn_output
         for name, weight in self.weights.items():
@@ -64,7 +77,7 @@ class APTProcessorCore(nn.Module):
                 continue  # O bit for bit
             adapter = self.adapters[name]
             query = hidden_states if self.query_sources[name] == "hidden_states" else attn_output
-            folded = self._fold(name, weight * self.scale, attn_output.dtype)
+            folded = self._fold(name, weight * self.scale, attn_output)
             output = correct(attn_output, query, folded, adapter.activation, adapter.active_dropout)
             corrected = output if corrected is attn_output else corrected + (output - attn_output)
         return corrected
@@ -80,7 +93,7 @@ class APTProcessorCore(nn.Module):
         names = names * (batch_size // len(names))
         corrected = attn_output
         for (query_source, activation, _), kind_rows in rows.items():
-            folded = self._stack([names[row] for row in kind_rows], attn_output.dtype)
+            folded = self._stack([names[row] for row in kind_rows], attn_output)
             query = hidden_states if query_source == "hidden_states" else attn_output
             if len(kind_rows) == batch_size:
                 return correct(attn_output, query, folded, activation)
@@ -95,28 +108,43 @@ class APTProcessorCore(nn.Module):
         padded = 0 if adapter.activation == "relu" else len(adapter.prompts)
         return self.query_sources[name], adapter.activation, padded
 
-    def _stack(self, names: list[str], dtype: torch.dtype) -> FoldedPrompt:
+    def _stack(self, names: list[str], like: Tensor) -> FoldedPrompt:
         """One adapter per row: keys and values `(B, p, d)`, scale `(B, 1, 1)`."""
         distinct = list(dict.fromkeys(names))
-        folds = [self._fold(name, self.weights.get(name, 1.0) * self.scale, dtype) for name in distinct]
-        index = torch.tensor([distinct.index(name) for name in names], device=folds[0].keys.device)
-        keys = nn.utils.rnn.pad_sequence([fold.keys for fold in folds], batch_first=True)
-        values = nn.utils.rnn.pad_sequence([fold.values for fold in folds], batch_first=True)
-        scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
-        return FoldedPrompt(keys[index], values[index], scale[index])
+        folds = [self._fold(name, self.weights.get(name, 1.0) * self.scale, like) for name in distinct]
 
-    def _fold(self, name: str, weight: float, dtype: torch.dtype) -> FoldedPrompt:
-        """`ApproximatedPrompt.fold`; with `keep_folded` computed anew only when a parameter has changed."""
+        def stack() -> FoldedPrompt:
+            index = torch.tensor([distinct.index(name) for name in names], device=like.device)
+            keys = nn.utils.rnn.pad_sequence([fold.keys for fold in folds], batch_first=True)
+            values = nn.utils.rnn.pad_sequence([fold.values for fold in folds], batch_first=True)
+            scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
+            return FoldedPrompt(keys[index], values[index], scale[index])
+
+        return self._keep(tuple(distinct), stack, names, *(fold.keys for fold in folds))
+
+    def _fold(self, name: str, weight: float, like: Tensor) -> FoldedPrompt:
+        """`ApproximatedPrompt.fold` for activations such as `like`; an offloaded adapter may be on another device."""
         adapter = self.adapters[name]
-        dtype = torch.promote_types(dtype, torch.float32)
-        if not self.keep_folded or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return adapter.fold(dtype, weight)
-        state = (weight, dtype, *((p, p._version, p.data_ptr()) for p in adapter.parameters()))
-        known, folded = self._folded.get(name, (None, None))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+
+        def fold() -> FoldedPrompt:
+            return FoldedPrompt(*(tensor.to(like.device) for tensor in adapter.fold(dtype, weight)))
+
+        return self._keep(name, fold, (weight, dtype, like.device), *adapter.parameters())
+
+    def _keep(self, key: Hashable, compute: Callable[[], T], *depends_on: Any) -> T:
+        """`compute()`; with `keep_folded` only when something that it depends on, tensor or plain, has changed."""
+        # First: what a compiled graph does must not depend on `keep_folded`, which pipelines switch on and off.
+        if torch.compiler.is_compiling() or not self.keep_folded or torch.is_grad_enabled():
+            return compute()
+        if any(isinstance(part, Tensor) and part.is_inference() for part in depends_on):
+            return compute()  # such tensors do not count their changes
+        state = [(p, p._version, p.data_ptr()) if isinstance(p, Tensor) else p for p in depends_on]
+        known, value = self._folded.get(key, (None, None))
         if known is None or not _same_state(known, state):
-            folded = adapter.fold(dtype, weight)
-            self._folded[name] = (state, folded)
-        return folded
+            value = compute()
+            self._folded[key] = (state, value)
+        return value
 
     def set_keep_folded(self, keep_folded: bool) -> None:
         self.keep_folded = keep_folded
@@ -129,11 +157,14 @@ class APTProcessorCore(nn.Module):
         return f"hidden_size={self.hidden_size}, weights={self.weights}, enabled={self.enabled}"
 
 
-def _same_state(known: tuple, state: tuple) -> bool:
-    # Parameters are compared by identity: `==` on tensors is elementwise.
-    return known[:2] == state[:2] and all(
-        a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known[2:], state[2:], strict=True)
-    )
+def _same_state(known: list, state: list) -> bool:
+    return len(known) == len(state) and all(map(_same, known, state))
+
+
+def _same(known: Any, part: Any) -> bool:
+    if isinstance(part, tuple) and isinstance(part[0], Tensor):  # by identity: `==` on tensors is elementwise
+        return isinstance(known[0], Tensor) and known[0] is part[0] and known[1:] == part[1:]
+    return known == part
 
 
 # Hooks. They are module-level functions that read the module's children: a closure over the core would make
@@ -159,7 +190,7 @@ def apply_apt_context(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 def _correct_context(core: APTProcessorCore, context: Any) -> Any:
     if isinstance(context, tuple):  # IP-Adapter: (text states, image states)
         return (_correct_context(core, context[0]), *context[1:])
-    return context if context is None else core(context, context)
+    return context if context is None else core.once(context)
 
 
 class APTAttnProcessor(nn.Module):

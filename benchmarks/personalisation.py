@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -40,14 +41,12 @@ LORA_MODULES = {
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter of UNet and text encoder, and its learning rates."""
+    """An adapter of UNet and text encoder, and its learning rate."""
 
     lr: float
-    text_encoder_lr: float | None = None
     unet: dict[str, Any] = field(default_factory=dict)  # APTConfig's, or LoRA's rank
     text_encoder: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
-    prior: bool = True
 
     def attach(self, components: dict[str, nn.Module]) -> list[dict[str, Any]]:
         """Attaches the adapter; parameter groups for the optimizer."""
@@ -65,35 +64,42 @@ class Method:
             else:
                 add_apt(model, APTConfig(**settings[part]))
                 freeze_base(model)
-        rates = {"unet": self.lr, "text_encoder": self.text_encoder_lr or self.lr}
         return [
-            {
-                "params": [p for p in model.parameters() if p.requires_grad],
-                "lr": rates[part],
-                "initial_lr": rates[part],
-            }
-            for part, model in components.items()
+            {"params": [p for p in model.parameters() if p.requires_grad], "lr": self.lr, "initial_lr": self.lr}
+            for model in components.values()
         ]
 
 
-def apt(
-    lr: float, num_prompts: int = 50, text_encoder_lr: float | None = None, prior: bool = True, **unet: Any
-) -> Method:
+def apt(lr: float, num_prompts: int = 200, **unet: Any) -> Method:
     prompts = {"num_prompts": num_prompts}
-    return Method(lr, text_encoder_lr, prompts | unet, prompts, prior=prior)
+    return Method(lr, prompts | unet, prompts)
 
 
-def lora(lr: float, rank: int = 4, **settings: Any) -> Method:
-    return Method(lr, None, {"rank": rank}, {"rank": rank}, lora=True, **settings)
+def lora(lr: float, rank: int) -> Method:
+    return Method(lr, {"rank": rank}, {"rank": rank}, lora=True)
 
 
+BOTH = {"query_source": "attn_output", "streams": ("query", "context")}  # O asks, and the text is corrected too
 METHODS = {
-    "lora 1e-3": lora(1e-3),
-    "lora 2e-3": lora(2e-3),
-    "lora 4e-3": lora(4e-3),
-    "apt X": apt(3e-3),
-    "apt O": apt(3e-3, query_source="attn_output"),
-    "apt O+context": apt(3e-3, query_source="attn_output", streams=["query", "context"]),
+    # At about 430,000 parameters: the defaults, beside the LoRA of that size.
+    "APT 200, lr 3e-3": apt(3e-3, **BOTH),
+    "APT 200, lr 1.5e-3": apt(1.5e-3, **BOTH),
+    "LoRA r27, lr 2e-3": lora(2e-3, 27),
+    "LoRA r27, lr 1e-3": lora(1e-3, 27),
+    "LoRA r4, lr 2e-3": lora(2e-3, 4),
+    "LoRA r4, lr 1e-3": lora(1e-3, 4),
+    "LoRA r4, lr 4e-3": lora(4e-3, 4),
+    "APT 200, asked by O": apt(3e-3, query_source="attn_output", streams=("query",)),
+    "APT 200, asked by X (paper)": apt(3e-3, query_source="hidden_states", streams=("query",)),
+    "APT 50, lr 3e-3": apt(3e-3, 50, **BOTH),
+    "APT 50, lr 1.5e-3": apt(1.5e-3, 50, **BOTH),
+    "APT 50, lr 6e-3": apt(6e-3, 50, **BOTH),
+    "APT 50, paper init": apt(3e-3, 50, init="paper", **BOTH),
+    "APT 50, asked by O, lr 6e-3": apt(6e-3, 50, query_source="attn_output", streams=("query",)),
+    "APT 50, context alone": apt(3e-3, 50, query_source="hidden_states", streams=("context",)),
+    "APT 24, asked by O, self-attention too": apt(
+        3e-3, 24, query_source="attn_output", streams=("query",), target_modules=("attn1", "attn2")
+    ),
 }
 
 
@@ -132,11 +138,11 @@ class Lesson:
         )
         return latent[0], tokens.input_ids[0]
 
-    def batch(self, generator: torch.Generator, size: int, prior: bool) -> tuple[Tensor, Tensor]:
+    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
+        """`size` pictures of the subject, then as many of the class."""
         chosen = torch.randint(2**20, (2, size), generator=generator).tolist()
         pictures = [self.instance[index % len(self.instance)] for index in chosen[0]]
-        if prior:
-            pictures += [self.of_class[index % len(self.of_class)] for index in chosen[1]]
+        pictures += [self.of_class[index % len(self.of_class)] for index in chosen[1]]
         latents, tokens = zip(*pictures, strict=True)
         return torch.stack(latents), torch.stack(tokens)
 
@@ -153,13 +159,13 @@ def learn(pipeline: Any, method: Method, lesson: Lesson, steps: int, seed: int) 
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        latents, tokens = lesson.batch(generator, 4, method.prior)
+        latents, tokens = lesson.batch(generator, 4)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (len(latents),), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(tokens)[0]).sample
         error = (prediction - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
-        (error * (2 if method.prior else 1)).backward()  # the prior's loss weighs as much as the subject's
+        (2 * error).backward()  # the class pictures' loss weighs as much as the subject's, as in the trainer
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -185,7 +191,7 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
 
 def picture_file(output_dir: Path, job: tuple[str, str, int]) -> Path:
     name, subject_name, seed = job
-    return output_dir / f"{name.replace(' ', '_')}-{subject_name}-{seed}.png"
+    return output_dir / f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)}-{subject_name}-{seed}.png"
 
 
 def load_pipeline(model: str) -> Any:

@@ -63,14 +63,27 @@ def main() -> None:
 
 def train(args: argparse.Namespace, class_dir: Path) -> None:
     """The trainer, as a user would start it."""
-    command = [
-        *("accelerate", "launch", "train/train_apt_sd.py", "--pretrained_model_name_or_path", "miniature"),
-        *("--instance_data_dir", "examples/subject", "--instance_prompt", PROMPT, "--train_text_encoder"),
-        *("--with_prior_preservation", "--class_data_dir", str(class_dir.resolve()), "--class_prompt", "a glyph"),
-        *("--num_class_images", "64", "--max_train_steps", str(args.max_train_steps), "--lr_scheduler", "cosine"),
-        *("--lr_warmup_steps", "0", "--validation_prompt", prompt_on(SUBJECT.unseen_grounds[0])),
-        *("--guidance_scale", "3", "--seed", str(args.seed), "--output_dir", str(args.output_dir.resolve())),
-    ]
+    flags = {
+        "pretrained_model_name_or_path": "miniature",
+        "instance_data_dir": "examples/subject",
+        "instance_prompt": PROMPT,
+        "train_text_encoder": True,
+        "with_prior_preservation": True,
+        "class_data_dir": class_dir.resolve(),
+        "class_prompt": "a glyph",  # every class picture has a caption of its own
+        "num_class_images": 64,
+        "max_train_steps": args.max_train_steps,
+        "learning_rate": 3e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 0,
+        "validation_prompt": prompt_on(SUBJECT.unseen_grounds[0]),
+        "guidance_scale": 3,
+        "seed": args.seed,
+        "output_dir": args.output_dir.resolve(),
+    }
+    command = ["accelerate", "launch", "train/train_apt_sd.py"]
+    for flag, value in flags.items():
+        command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     print(f"\n$ {shlex.join(command)}\n", flush=True)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "2"]

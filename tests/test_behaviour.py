@@ -1,6 +1,7 @@
 """The behaviour matrix: one set of promises, held by every architecture."""
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,7 +168,7 @@ def test_default_sites_and_counts(family, model):
     gate = 1 if family.default_init == "identity" else 0
     assert trainable == sum(6 * d + 2 * d * 2 + 1 + gate for d in widths)
     assert total == base + trainable
-    assert all((".apt." in name) == p.requires_grad for name, p in model.named_parameters())
+    assert all((".apt" in name) == p.requires_grad for name, p in model.named_parameters())
 
 
 def test_untrained_identity_changes_nothing_and_training_moves_it(family, model):
@@ -183,7 +184,7 @@ def test_untrained_identity_changes_nothing_and_training_moves_it(family, model)
 
 def test_hook_applies_the_equation_at_every_site(family, model):
     """What flows out of each attention is `ApproximatedPrompt` of what the bare attention gave, nothing else."""
-    apt.add_apt(model, SMALL)
+    apt.add_apt(model, dataclasses.replace(SMALL, query_source="hidden_states", streams=["query"]))
     randomize(model)
     seen = {}
     modules = dict(model.named_modules())
@@ -372,7 +373,7 @@ def test_folded_weights_follow_every_change(family, model):
         check()
         adapter.log_scale.data = torch.tensor([0.5])
         check()
-        model.load_state_dict({k: v * 1.5 if ".apt." in k else v for k, v in model.state_dict().items()})
+        model.load_state_dict({k: v * 1.5 if ".apt" in k else v for k, v in model.state_dict().items()})
         check()
         optimizer = torch.optim.SGD(core.parameters(), lr=1e-3)
         core(o, x).square().mean().backward()
@@ -437,9 +438,9 @@ def test_lora_lives_beside_apt(family, model, lora_first):
         lora_only = output(family, model)
     assert not torch.allclose(both, lora_only, atol=1e-4)
     if lora_first:
-        assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or ".apt." in n)
+        assert all(p.requires_grad for n, p in model.named_parameters() if "lora_" in n or ".apt" in n)
     trainable, _ = apt.freeze_base(model)
-    assert trainable == sum(p.numel() for n, p in model.named_parameters() if ".apt." in n)
+    assert trainable == sum(p.numel() for n, p in model.named_parameters() if ".apt" in n)
     apt.remove_apt(model)
     assert torch.equal(output(family, model), lora_only)
 

@@ -48,6 +48,7 @@ def parsed(args):
 # Flags
 
 
+# With diffusers' defaults, but for the learning rate, which follows our own sweep, and the resolution.
 DIFFUSERS_FLAGS = {
     "pretrained_model_name_or_path": None, "revision": None, "variant": None, "tokenizer_name": None,
     "instance_data_dir": None, "class_data_dir": None, "instance_prompt": None, "class_prompt": None,
@@ -56,7 +57,7 @@ DIFFUSERS_FLAGS = {
     "center_crop": False, "train_text_encoder": False, "train_batch_size": 4, "sample_batch_size": 4,
     "num_train_epochs": 1, "max_train_steps": None, "checkpointing_steps": 500, "checkpoints_total_limit": None,
     "resume_from_checkpoint": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
-    "learning_rate": 5e-4, "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1,
+    "learning_rate": 1.5e-3, "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1,
     "lr_power": 1.0, "dataloader_num_workers": 0, "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999,
     "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None,
     "hub_model_id": None, "logging_dir": "logs", "allow_tf32": False, "report_to": "tensorboard",

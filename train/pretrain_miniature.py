@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grade", action="store_true", help="grade what is in --export_dir, and nothing else")
     parser.add_argument("--grade_count", type=int, default=64, help="pictures per row of the table")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder_steps", type=int, default=5000, help="of 8 pictures")
+    parser.add_argument("--autoencoder_steps", type=int, default=3500, help="of 8 pictures")
     parser.add_argument("--text_steps", type=int, default=160, help="of 128 captions")
     parser.add_argument("--denoiser_steps", type=int, default=3000, help="of 32 latents")
     parser.add_argument("--grader_steps", type=int, default=1200, help="of 64 pictures")

@@ -92,7 +92,7 @@ def draw(pipeline, prompt="a sks glyph", inputs=None, **kwargs):
     inputs = INPUTS[type(pipeline).__name__] if inputs is None else inputs
     count = len(kwargs.get("apt_adapter_names", [0])) * kwargs.get("num_images_per_prompt", 1)
     if "latents" in inputs:
-        inputs = inputs | {"latents": inputs["latents"].repeat(count, 1, 1, 1)}
+        inputs = inputs | {"latents": inputs["latents"].repeat(count, 1, 1, 1).to(pipeline.vae.dtype)}
     generators = [torch.Generator().manual_seed(0) for _ in range(count)]
     return pipeline(
         prompt,

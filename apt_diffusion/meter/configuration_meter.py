@@ -3,7 +3,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPVisionConfig, PreTrainedConfig, RobertaConfig
+from transformers import AutoConfig, CLIPVisionConfig, PreTrainedConfig, RobertaConfig
 
 # METER's towers: CLIP ViT-B/16 without its last layer, RoBERTa base.
 VISION_DEFAULTS = {"num_hidden_layers": 11, "patch_size": 16, "image_size": 384}
@@ -59,3 +59,7 @@ class MeterConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
         super().__post_init__(**kwargs)
+
+
+# So that tokenizers and processors of a METER folder load without a warning about its unknown type.
+AutoConfig.register("meter", MeterConfig, exist_ok=True)

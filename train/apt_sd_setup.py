@@ -2,8 +2,6 @@
 
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from apt_sd_arguments import apt_config
 from class_pictures import draw_missing_class_pictures, find_class_pictures
 from stable_diffusion_base import Prompts, StableDiffusionBase
@@ -24,10 +21,11 @@ from apt_diffusion.data.order import micro_batches
 from apt_diffusion.data.pictures import Picture, find_pictures
 from apt_diffusion.training import hub
 from apt_diffusion.training.adapter import attach_trainable
-from apt_diffusion.training.checkpoints import Checkpoint, find_checkpoint, load_training_state, remove_unfinished
+from apt_diffusion.training.checkpoints import Checkpoint, load_training_state, remove_unfinished
 from apt_diffusion.training.diffusion import Objective
 from apt_diffusion.training.interrupt import leave_signals_to_parent
 from apt_diffusion.training.optimizer import make_adamw, make_schedule
+from apt_diffusion.training.run import agree_on_seed, find_resumed, make_accelerator, report_changes
 
 logger = logging.getLogger("train_apt_sd")
 
@@ -98,30 +96,10 @@ class Trainer:
 
 def check(args: Any, command: str) -> Run:
     """Finds everything that can be wrong before a model is loaded."""
-    accelerator = Accelerator(
-        # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
-        cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
-    )
-    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
-    for name in (logger.name, "apt_diffusion"):
-        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
-        logger.warning(
-            "A launcher was asked for several processes, but this is the only one. Without GPUs and MPI, `accelerate "
-            "launch` starts them with --multi_gpu (on the CPU, too), or use torchrun --nproc_per_node."
-        )
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-
+    accelerator = make_accelerator(args, logger.name)
     instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
     of_class = find_class_pictures(args)
-    resumed = None
-    if args.resume_from_checkpoint:
-        resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        logger.info("Resuming from %s.", resumed.folder if resumed else "nothing, as there is no checkpoint yet")
+    resumed = find_resumed(args)
     base = StableDiffusionBase(args.pretrained_model_name_or_path, args.revision, args.variant)
     args.resolution = base.check_resolution(args.resolution)
     run = Run(args, accelerator, base, command, agree_on_seed(args.seed, resumed), instance, of_class, resumed)
@@ -133,26 +111,6 @@ def check(args: Any, command: str) -> Run:
         if args.push_to_hub:
             run.repo_id = hub.create_repository(args.hub_model_id or run.output_dir.resolve().name, args.hub_token)
     return run
-
-
-def agree_on_seed(given: int | None, resumed: Checkpoint | None) -> int:
-    """The seed of all processes: the checkpoint's, else the one given, else a new one."""
-    if resumed:
-        seed = resumed.state["seed"]
-        if given not in (None, seed):
-            logger.warning("--seed %d is ignored: the run that is resumed has seed %d.", given, seed)
-        return seed
-    return broadcast_object_list([secrets.randbelow(2**32) if given is None else given])[0]
-
-
-def report_changes(args: Any, before: dict[str, Any]) -> None:
-    """Says which settings a resumed run has that its checkpoint did not have: then it continues, but not exactly."""
-    now = vars(args)
-    changes = [
-        f"{name} {before[name]!r} -> {now[name]!r}" for name in before if now.get(name) not in (None, before[name])
-    ]
-    if changes:
-        logger.info("Settings that differ from the checkpoint's: %s.", ", ".join(changes))
 
 
 def load(run: Run) -> Trainer:

@@ -22,14 +22,13 @@ from torch import Tensor
 
 from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch
-from apt_diffusion.data.order import Purpose, random_at
 from apt_diffusion.training import checkpoints, hub, provenance
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.interrupt import Interrupt
-from apt_diffusion.training.loss_log import LOG_NAME, LossLog, plot_losses
+from apt_diffusion.training.loss_log import plot_losses
 from apt_diffusion.training.model_card import write_model_card
 from apt_diffusion.training.optimizer import set_learning_rates
-from apt_diffusion.training.progress import Progress
+from apt_diffusion.training.run import seed_dropout, start_progress
 from apt_diffusion.training.trackers import log_images
 
 logger = logging.getLogger("train_apt_sd")
@@ -62,7 +61,7 @@ def train(run: Run, trainer: Trainer) -> int:
     """The loop. Returns the number of the signal that ended it early, or 0."""
     args, accelerator, optimizer = run.args, run.accelerator, trainer.optimizer
     parameters = list(trainer.parameters.values())
-    progress = start_progress(run)
+    progress = start_progress(accelerator, "dreambooth-apt", args, run.resumed)
     batches = iter(trainer.loader)
     set_training_mode(trainer, True)
     with Interrupt() as interrupt:
@@ -71,7 +70,7 @@ def train(run: Run, trainer: Trainer) -> int:
             losses = []
             for micro_step in range(args.gradient_accumulation_steps):
                 batch = next(batches).to(accelerator.device)
-                seed_dropout(run, step, micro_step)
+                seed_dropout(accelerator, run.seed, step * args.gradient_accumulation_steps + micro_step)
                 with accelerator.accumulate(*trainer.trained):
                     loss = training_loss(run, trainer, batch)
                     accelerator.backward(loss)
@@ -119,27 +118,6 @@ def training_loss(run: Run, trainer: Trainer, batch: Batch) -> Tensor:
     target = trainer.objective.target(latents, batch.noise, batch.timesteps)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
     return trainer.objective.loss(prediction, target, batch.timesteps, prior_weight)
-
-
-def start_progress(run: Run) -> Progress:
-    """Progress bar, trackers and loss log; a resumed run continues the log of the one that it resumes."""
-    settings = provenance.public_settings(vars(run.args)).items()
-    run.accelerator.init_trackers(
-        "dreambooth-apt",
-        config={key: value if isinstance(value, int | float | str) else str(value) for key, value in settings},
-    )
-    log = None
-    if run.accelerator.is_main_process:
-        source = run.resumed.folder.resolve().parent / LOG_NAME if run.resumed else None
-        log = LossLog(run.output_dir, run.first_step, source)
-    return Progress(run.accelerator, log, run.first_step, run.args.max_train_steps)
-
-
-def seed_dropout(run: Run, step: int, micro_step: int) -> None:
-    """Torch's own generator serves dropout only; seeded by place, it needs no state in checkpoints."""
-    place = (step * run.args.gradient_accumulation_steps + micro_step) * run.accelerator.num_processes
-    seed = random_at(run.seed, place + run.accelerator.process_index, Purpose.STEP).integers(2**63)
-    torch.manual_seed(int(seed))
 
 
 def set_training_mode(trainer: Trainer, training: bool) -> None:

@@ -1,0 +1,98 @@
+"""How every training run starts, and how it keeps its randomness in order."""
+
+import argparse
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+from ..data.order import Purpose, random_at
+from . import provenance
+from .checkpoints import Checkpoint, find_checkpoint
+from .loss_log import LOG_NAME, LossLog
+from .progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
+    """Accelerate and logging, from a script's flags; warns where a launcher started fewer processes than asked."""
+    accelerator = Accelerator(
+        # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
+        cpu=not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
+    for name in (script, "apt_diffusion"):
+        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    if "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
+        logger.warning(
+            "A launcher was asked for several processes, but this is the only one. Without GPUs and MPI, `accelerate "
+            "launch` starts them with --multi_gpu (on the CPU, too), or use torchrun --nproc_per_node."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    return accelerator
+
+
+def find_resumed(args: argparse.Namespace) -> Checkpoint | None:
+    """The checkpoint of `--resume_from_checkpoint`, if there is one."""
+    if not args.resume_from_checkpoint:
+        return None
+    resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    logger.info("Resuming from %s.", resumed.folder if resumed else "nothing, as there is no checkpoint yet")
+    return resumed
+
+
+def agree_on_seed(given: int | None, resumed: Checkpoint | None) -> int:
+    """The seed of all processes: the checkpoint's, else the one given, else a new one."""
+    if resumed:
+        seed = resumed.state["seed"]
+        if given not in (None, seed):
+            logger.warning("--seed %d is ignored: the run that is resumed has seed %d.", given, seed)
+        return seed
+    return broadcast_object_list([secrets.randbelow(2**32) if given is None else given])[0]
+
+
+def report_changes(args: argparse.Namespace, before: dict[str, Any]) -> None:
+    """Says which settings a resumed run has that its checkpoint did not have: then it continues, but not exactly."""
+    now = vars(args)
+    changes = [
+        f"{name} {before[name]!r} -> {now[name]!r}" for name in before if now.get(name) not in (None, before[name])
+    ]
+    if changes:
+        logger.info("Settings that differ from the checkpoint's: %s.", ", ".join(changes))
+
+
+def start_progress(
+    accelerator: Accelerator, project: str, args: argparse.Namespace, resumed: Checkpoint | None
+) -> Progress:
+    """Progress bar, trackers and loss log; a resumed run continues the log of the one that it resumes."""
+    settings = provenance.public_settings(vars(args)).items()
+    accelerator.init_trackers(
+        project, config={key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
+    )
+    first_step = resumed.step if resumed else 0
+    log = None
+    if accelerator.is_main_process:
+        log = LossLog(args.output_dir, first_step, resumed.folder.resolve().parent / LOG_NAME if resumed else None)
+    return Progress(accelerator, log, first_step, args.max_train_steps)
+
+
+def seed_dropout(accelerator: Accelerator, seed: int, micro_step: int) -> None:
+    """Torch's own generator serves dropout only; seeded by place, it needs no state in checkpoints.
+
+    Args:
+        accelerator: the run's; each process has a place of its own.
+        seed: the run's.
+        micro_step: batches that this process has seen.
+    """
+    place = micro_step * accelerator.num_processes + accelerator.process_index
+    torch.manual_seed(int(random_at(seed, place, Purpose.STEP).integers(2**63)))

@@ -1,0 +1,213 @@
+"""Image-text retrieval data: Flickr30K and COCO as Karpathy split them, or a data set of the hub.
+
+`read_karpathy` and `read_hub` give a `RetrievalSplit`; `RetrievalData` maps a position of the endless training stream
+to a picture, one of its captions and captions of other pictures, by the seed and the position alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from .order import Purpose, entry_at, random_at
+from .sources import (
+    HubPicture,
+    PictureSource,
+    check_columns,
+    check_pictures,
+    inside,
+    load_hub_splits,
+    read_json,
+)
+
+# Karpathy's splits, by what they serve. COCO's `restval` is what is left of its validation pictures. Both official
+# codes train on train + val (COCO: train + restval) and look at the test split only.
+TRAIN_SPLITS = ("train", "restval")
+EVALUATION_SPLITS = ("val", "test")
+# Released ViLT code puts this before every text but the false captions of training.
+RELEASED_PREFIX = "Does the images satisfy the description:"
+
+
+@dataclass(frozen=True)
+class RetrievalSplit:
+    """Pictures and their captions: those of picture i are `captions[firsts[i]:firsts[i + 1]]`."""
+
+    images: list[PictureSource]
+    captions: list[str]
+    image_of: list[int]  # of every caption
+    firsts: list[int] = field(repr=False)
+
+    @classmethod
+    def of(cls, items: Iterable[tuple[PictureSource, Iterable[str]]], what: str) -> "RetrievalSplit":
+        """From `(picture, captions)` pairs; a caption that a picture has twice counts once, as in the official code.
+
+        Raises:
+            ValueError: where there is no picture at all, or one without a caption.
+        """
+        images, captions, image_of, firsts = [], [], [], [0]
+        for picture, of_picture in items:
+            distinct = list(dict.fromkeys(text.strip() for text in of_picture if text.strip()))
+            if not distinct:
+                raise ValueError(f"The picture {picture} of {what} has no caption.")
+            captions += distinct
+            image_of += [len(images)] * len(distinct)
+            images.append(picture)
+            firsts.append(len(captions))
+        if not images:
+            raise ValueError(f"There are no pictures in {what}.")
+        return cls(images, captions, image_of, firsts)
+
+    def captions_of(self, image: int) -> list[str]:
+        return self.captions[self.firsts[image] : self.firsts[image + 1]]
+
+
+def read_karpathy(annotations: str | Path, image_dir: str | Path, splits: Iterable[str]) -> RetrievalSplit:
+    """Pictures and captions of some splits of a Karpathy JSON (`dataset_flickr30k.json`, `dataset_coco.json`).
+
+    A picture is `image_dir / filepath / filename`, where COCO's `filepath` is `train2014` or `val2014` and Flickr30K
+    has none; `image_dir / filename` is taken where all pictures lie in one folder.
+
+    Raises:
+        FileNotFoundError: for a missing file or folder, or pictures: their number and the first few.
+        ValueError: for a file of another format, a split that it does not have, or a picture without a caption.
+    """
+    image_dir, splits = Path(image_dir).expanduser(), tuple(splits)
+    content = read_json(annotations, "Karpathy's captions and splits (dataset_flickr30k.json, dataset_coco.json)")
+    if not image_dir.is_dir():
+        raise FileNotFoundError(f"There is no folder {image_dir} with the pictures.")
+    try:
+        rows = content["images"]
+        items = [
+            (_picture(row, image_dir), [sentence["raw"] for sentence in row["sentences"]])
+            for row in rows
+            if row["split"] in splits
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'{annotations} has not the format {{"images": [{{"filename": ..., "split": ..., "sentences": '
+            f'[{{"raw": ...}}]}}]}}: {error!r}.'
+        ) from error
+    _check_splits(splits, {row["split"] for row in rows}, str(annotations))
+    check_pictures((picture for picture, _ in items), f"They are looked for in {image_dir} (--image_dir).")
+    return RetrievalSplit.of(items, f"{annotations}, splits {'+'.join(splits)}")
+
+
+def _picture(row: dict[str, Any], image_dir: Path) -> Path:
+    filed = inside(image_dir, f"{row['filepath']}/{row['filename']}") if row.get("filepath") else None
+    flat = inside(image_dir, row["filename"])
+    return filed if filed is not None and (filed.is_file() or not flat.is_file()) else flat
+
+
+def _check_splits(splits: tuple[str, ...], present: set[str], where: str) -> None:
+    # Flickr30K has no `restval`: asking for it beside `train` is no mistake.
+    if not set(splits) & present:
+        raise ValueError(f"{where} has none of the splits {list(splits)}: there are {sorted(present)}.")
+
+
+def read_hub(
+    name: str, splits: Iterable[str], image_column: str = "image", caption_column: str = "caption"
+) -> RetrievalSplit:
+    """The same from the hub: rows of one picture with its captions (a list, or one text).
+
+    Karpathy's split is read from the column `split` where there is one (`nlphuji/flickr30k` has all rows in one split
+    of the hub), else the splits of the hub are meant; `validation` is `val`.
+
+    Raises:
+        ImportError, ValueError: where it cannot be loaded, or has other columns or splits.
+    """
+    splits = tuple(splits)
+    items, present = [], set()
+    for hub_split, rows in load_hub_splits(name).items():
+        check_columns(rows, (image_column, caption_column), name)
+        by_row = rows["split"] if "split" in rows.column_names else [hub_split] * len(rows)
+        for row, (split, captions) in enumerate(zip(by_row, rows[caption_column], strict=True)):
+            split = "val" if split == "validation" else split
+            present.add(split)
+            if split in splits:
+                texts = [captions] if isinstance(captions, str) else captions
+                items.append((HubPicture(rows, row, image_column), texts))
+    _check_splits(splits, present, f"The data set {name!r}")
+    return RetrievalSplit.of(items, f"{name!r}, splits {'+'.join(splits)}")
+
+
+@dataclass(frozen=True)
+class RetrievalSample:
+    """One line of a training batch."""
+
+    image: PictureSource
+    texts: list[str]  # the true caption, then the false ones
+    false_image: PictureSource | None = None  # for the matching loss
+
+
+class RetrievalData(Dataset):
+    """position -> `RetrievalSample`: a picture, one of its captions, and `num_false` captions that are not true of it.
+
+    Args:
+        split: what to train on; an epoch shows every caption once.
+        seed: every random choice follows from it.
+        num_false: false captions per picture (15 in the official code of ViLT and METER).
+        released_draws: draw them from all captions, true ones of the same picture included, as the released code does.
+        released_prefix: put `RELEASED_PREFIX` before the true caption and not before the false ones, as the released
+            code of ViLT does: the true one can be told by it.
+
+    Raises:
+        ValueError: where there are too few different captions.
+    """
+
+    def __init__(
+        self,
+        split: RetrievalSplit,
+        seed: int,
+        num_false: int = 15,
+        released_draws: bool = False,
+        released_prefix: bool = False,
+    ) -> None:
+        most = max(last - first for first, last in zip(split.firsts, split.firsts[1:], strict=False))
+        distinct = len(set(split.captions))
+        if distinct - most < num_false or len(split.images) < 2:
+            raise ValueError(
+                f"{num_false} false captions per picture need at least as many different captions of other pictures: "
+                f"there are {distinct} captions of {len(split.images)} pictures."
+            )
+        self.split = split
+        self.seed = seed
+        self.num_false = num_false
+        self.released_draws = released_draws
+        self.prefix = RELEASED_PREFIX if released_prefix else ""
+
+    @property
+    def epoch_length(self) -> int:
+        return len(self.split.captions)
+
+    def __getitem__(self, position: int) -> RetrievalSample:
+        draws = random_at(self.seed, position, Purpose.SAMPLE)
+        caption = entry_at(self.seed, position, self.epoch_length)
+        image = self.split.image_of[caption]
+        true = f"{self.prefix} {self.split.captions[caption]}".strip()
+        false_image = self._false_image(image, draws)
+        return RetrievalSample(
+            self.split.images[image],
+            [true, *self._false_captions(image, draws)],
+            self.split.images[false_image],
+        )
+
+    def _false_captions(self, image: int, draws: np.random.Generator) -> list[str]:
+        """Uniform over the captions; ours are distinct, and none reads as a caption of the picture."""
+        captions = self.split.captions
+        if self.released_draws:
+            return [captions[index] for index in draws.integers(len(captions), size=self.num_false)]
+        taken = set(self.split.captions_of(image))
+        chosen: list[str] = []
+        while len(chosen) < self.num_false:
+            text = captions[draws.integers(len(captions))]
+            if text not in taken:
+                taken.add(text)
+                chosen.append(text)
+        return chosen
+
+    def _false_image(self, image: int, draws: np.random.Generator) -> int:
+        other = int(draws.integers(len(self.split.images) - 1))
+        return other + (other >= image)

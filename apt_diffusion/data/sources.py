@@ -1,0 +1,93 @@
+"""Where the pictures and annotations of a data set come from: files in the folder given, or rows of a hub data set.
+
+Everything is checked before the first step: a picture that is missing after an hour of training helps nobody.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+from .pictures import as_rgb, read_picture
+
+SHOWN = 3  # how many examples a message names
+
+
+@dataclass(frozen=True)
+class HubPicture:
+    """A picture in a row of a `datasets.Dataset`, decoded when it is read."""
+
+    rows: Any
+    row: int
+    column: str = "image"
+
+
+PictureSource = Path | HubPicture
+
+
+def read_source(source: PictureSource) -> Image.Image:
+    """The picture as RGB, upright."""
+    if isinstance(source, Path):
+        return read_picture(source)
+    return as_rgb(source.rows[source.row][source.column])
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, where `name` comes from a file; `ValueError` where it leads out of the folder."""
+    parts = PurePosixPath(str(name).replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"The annotations name the picture {name!r}, which leads out of {folder}.")
+    return folder / parts
+
+
+def check_pictures(sources: Iterable[PictureSource], remedy: str) -> None:
+    """`FileNotFoundError` that counts the files that are not there and names the first few.
+
+    Args:
+        sources: pictures; those of hub data sets are there by definition.
+        remedy: a sentence on where they should be.
+    """
+    paths = list(dict.fromkeys(source for source in sources if isinstance(source, Path)))
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        names = ", ".join(map(str, missing[:SHOWN]))
+        more = ", ..." if len(missing) > SHOWN else ""
+        raise FileNotFoundError(f"{len(missing)} of {len(paths)} pictures are missing: {names}{more}. {remedy}")
+
+
+def read_json(file: str | Path, what: str) -> Any:
+    """The content of a JSON file; an error says what the file should have been."""
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}: it should hold {what}.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): it should hold {what}. Download it again.") from error
+
+
+def load_hub_splits(name: str, config: str | None = None) -> dict[str, Any]:
+    """`{split: datasets.Dataset}` of a data set on the hub, in the local cache, or in a folder of parquet files.
+
+    Raises:
+        ImportError: where `datasets` is not installed.
+        ValueError: where the data set cannot be loaded, with the cause.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError("Data sets of the hub need `pip install datasets`.") from error
+    try:
+        return dict(load_dataset(name, config))
+    except Exception as error:  # the hub, the cache and every format fail with classes of their own
+        raise ValueError(f"The data set {name!r} cannot be loaded: {error}") from error
+
+
+def check_columns(rows: Any, names: Iterable[str], data_set: str) -> None:
+    """`ValueError` where a split of a hub data set lacks a column."""
+    missing = [name for name in names if name not in rows.column_names]
+    if missing:
+        raise ValueError(f"The data set {data_set!r} has no column {missing}: its columns are {rows.column_names}.")

@@ -62,7 +62,7 @@ def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text")
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder} with pictures.")
     entries = sorted(folder.iterdir())
-    paths = [path for path in entries if _is_picture(path)]
+    paths = [path for path in entries if is_picture(path)]
     sidecars = {path.with_suffix(".txt") for path in paths}
     ignored = [path.name for path in entries if path not in {*paths, *sidecars, folder / CAPTIONS_FILE}]
     if ignored:
@@ -76,7 +76,7 @@ def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text")
 def has_pictures(folder: str | Path) -> bool:
     """Whether `find_pictures` would find any."""
     folder = Path(folder)
-    return folder.is_dir() and any(_is_picture(path) for path in folder.iterdir())
+    return folder.is_dir() and any(is_picture(path) for path in folder.iterdir())
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -131,7 +131,7 @@ def _resized_size(width: int, height: int, size: int) -> tuple[int, int]:
     return max(size, width * size // short), max(size, height * size // short)
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 

@@ -65,6 +65,7 @@ FAMILIES = (
         (_CLIP,),
         r"(.*\.)?encoder",
         ("self_attn.q_proj", "self_attn.v_proj"),
+        ("classifier",),  # see clip_classifier.add_linear_classifier
     ),
 )
 

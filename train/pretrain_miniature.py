@@ -53,6 +53,7 @@ from apt_diffusion.miniature.pictures import composition
 from apt_diffusion.miniature.world import caption, render, sample_scenes
 
 STAGES = ("autoencoder", "text", "denoiser", "grader", "export")
+STREAMS = (*STAGES, "clip", "vilt", "meter")  # each draws from seeds of its own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,7 +98,7 @@ def fit(stage: Stage, args: argparse.Namespace, at_save: Callable[[int], None] =
     losses: list[Tensor] = []
     bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name)
     for step in bar:
-        generator = torch.Generator().manual_seed(hash((args.seed, STAGES.index(stage.name), step)) % 2**63)
+        generator = torch.Generator().manual_seed(hash((args.seed, STREAMS.index(stage.name), step)) % 2**63)
         warm_up = min(1.0, (step + 1) / min(200, stage.steps))
         rate = stage.lr * warm_up * (0.5 + 0.49 * math.cos(math.pi * step / stage.steps))
         for optimizer in stage.optimizers:

@@ -1,5 +1,6 @@
 """The parts of the miniature Stable Diffusion, untrained: real diffusers and transformers classes, small."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,13 @@ MAX_TOKENS = 32
 LATENT_SIZE = SIZE // 4
 
 
-def make_tokenizer() -> "CLIPTokenizer":
-    """Byte-level BPE in which every word of the world is one token, and any other text still encodes."""
+def make_tokenizer(words: Sequence[str] | None = None) -> "CLIPTokenizer":
+    """Byte-level BPE in which each of `words` (those of the world) is one token, and any other text still encodes."""
     from transformers import CLIPTokenizer
 
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    symbols = [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
+    symbols = byte_symbols()
     grammar = ["a", "an", "the", "on", "and", "background", "picture", "of", "photo"]
-    words = [*COLORS, *SHAPES, *PATTERNS, *" ".join(LAYOUTS).split(), *grammar, *TRIGGERS, CLASS_WORD]
+    words = words or [*COLORS, *SHAPES, *PATTERNS, *" ".join(LAYOUTS).split(), *grammar, *TRIGGERS, CLASS_WORD]
     vocabulary = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
     merges = make_merges(list(dict.fromkeys(words)))
     vocabulary += list(dict.fromkeys("".join(pair) for pair in merges))
@@ -32,20 +31,34 @@ def make_tokenizer() -> "CLIPTokenizer":
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def make_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges after which each word is one token. One word's merge can split another anew, hence the rounds."""
+def byte_symbols() -> list[str]:
+    """GPT-2's letters for the 256 bytes."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
+
+
+def make_merges(words: list[str], start: str = "", end: str = "</w>") -> list[tuple[str, str]]:
+    """Merges after which each word is one token. One word's merge can split another anew, hence the rounds.
+
+    Args:
+        words: one token each, in the end.
+        start: a symbol before the first letter (RoBERTa's `Ġ`).
+        end: a mark of the last letter (CLIP's `</w>`).
+    """
+    split = [[*start, *word[:-1], f"{word[-1]}{end}"] for word in words]
     merges: list[tuple[str, str]] = []
-    while any(len(bpe(word, merges)) > 1 for word in words):
-        for word in words:
+    while any(len(bpe(pieces, merges)) > 1 for pieces in split):
+        for word in split:
             while len(pieces := bpe(word, merges)) > 1:
                 merges.append((pieces[0], pieces[1]))
     return merges
 
 
-def bpe(word: str, merges: list[tuple[str, str]]) -> list[str]:
+def bpe(letters: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """The pieces of a word under byte-pair merges, the earliest merge first."""
     rank = {pair: index for index, pair in enumerate(merges)}
-    pieces = [*word[:-1], f"{word[-1]}</w>"]
+    pieces = list(letters)
     while len(pieces) > 1:
         pairs = list(pairwise(pieces))
         best = min(range(len(pairs)), key=lambda index: rank.get(pairs[index], len(merges)))

@@ -88,7 +88,7 @@ def write_vqa(folder: Path, sizes: Sizes, seed: int) -> Iterator[int]:
                 save_jpeg(image, folder / subset / f"COCO_{subset}_{image_id:012d}.jpg")
                 for number, asked in enumerate(questions_of(picture, rng, QUESTIONS_PER_PICTURE)):
                     ids = {"image_id": image_id, "question_id": image_id * 1000 + number}
-                    questions.append({**ids, "question": asked.text[0].upper() + asked.text[1:]})
+                    questions.append({**ids, "question": asked.text})
                     annotations.append({**ids, **_annotation(asked, rng)})
             yield len(pictures)
         header = {"info": {"description": "drawn questions"}, "license": {"name": LICENSE}, "data_type": "mscoco"}
@@ -134,7 +134,7 @@ def write_nlvr2(folder: Path, sizes: Sizes, seed: int) -> Iterator[int]:
                     pair = pairs[0] if label else pairs[1]
                     set_id = len(lines) // 2
                     line = {
-                        "sentence": statement.text[0].upper() + statement.text[1:] + ".",
+                        "sentence": statement.text,
                         "identifier": f"{name}-{set_id}-{number}-0",
                         "label": str(label),
                         "synset": statement.kind,
@@ -172,7 +172,7 @@ def write_retrieval(folder: Path, sizes: Sizes, seed: int) -> Iterator[int]:
                 sentences = [
                     {
                         "tokens": caption.replace(",", "").split(),
-                        "raw": f"{caption[0].upper()}{caption[1:]}.",
+                        "raw": caption,
                         "imgid": image_id,
                         "sentid": sentence_id,
                     }

@@ -26,7 +26,8 @@ class APTConfig:
         streams: which streams are corrected: `"query"` (paper: the attention's output) and / or
             `"context"` (the encoder states before they become keys and values).
         target_modules: name suffixes of the attention modules, or one regular expression for full names.
-        modules_to_save: name suffixes of modules (heads) that are trained and stored beside the adapter.
+        modules_to_save: name suffixes of modules (heads), or of single parameters, that are trained and stored
+            beside the adapter.
 
     Raises:
         ValueError: for a value outside these, naming it.

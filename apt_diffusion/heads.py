@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .sites import find_modules
+from .sites import find_modules, matches
 
 
 @dataclass
@@ -59,11 +59,17 @@ class Heads:
 
 
 def head_tensors(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Tensor]:
-    """Parameters and buffers of the modules that `modules_to_save` names, by full name."""
+    """Parameters and buffers of what `modules_to_save` names, by full name: modules, or parameters themselves."""
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if matches(name, modules_to_save) and not {"apt", "apt_context"} & set(name.split("."))
+    }
+    modules = tuple(name for name in modules_to_save if not any(matches(found, (name,)) for found in parameters))
     tensors = {}
-    for prefix, module in find_modules(model, modules_to_save, "modules_to_save").items():
+    for prefix, module in (find_modules(model, modules, "modules_to_save") if modules else {}).items():
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    return tensors
+    return tensors | parameters
 
 
 def _tensors(model: nn.Module, names: list[str]) -> dict[str, Tensor]:

@@ -6,11 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_meter
+from conftest import make_meter, meter_config
 from test_behaviour import clip_output, make_clip, make_vilt, meter_output, same, snapshot, vilt_output
 from torch import nn
 
+from apt_diffusion import APTConfig, add_apt, freeze_base, load_apt_weights, remove_apt, save_apt_weights
 from apt_diffusion.costs import count_costs
+from apt_diffusion.meter import MeterForQuestionAnswering
 from apt_diffusion.methods.attach import (
     CHILD,
     METHODS,
@@ -23,6 +25,7 @@ from apt_diffusion.methods.attach import (
     save_method,
 )
 from apt_diffusion.methods.modules import Bottleneck
+from apt_diffusion.methods.sites import trained_beside
 
 MODELS = {"vilt": (make_vilt, vilt_output), "meter": (make_meter, meter_output), "clip": (make_clip, clip_output)}
 ADDING = [method for method in METHODS if method not in ("full", "classifier_only")]
@@ -289,3 +292,31 @@ def test_a_file_for_another_model_changes_nothing(tmp_path):
         MethodConfig("ia3")
     with pytest.raises(ValueError, match="bottleneck must be positive"):
         MethodConfig("adapter", bottleneck=0)
+
+
+def test_what_is_trained_beside_a_method_leaves_the_encoders_alone():
+    """RoBERTa has a table of token types, too: training it would make everything cached from the encoder wrong."""
+    model = make_meter(use_classifier_token=True)
+    assert set(trained_beside(model)) == {
+        "token_type_embeddings", "cross_modal_text_pooler", "cross_modal_image_pooler", "classifier_token",
+    }  # fmt: skip
+    add_method(model, MethodConfig("classifier_only"))
+    freeze_for_method(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "classifier_token" in trained and not any("text_model" in name for name in trained)
+
+
+def test_an_adapter_may_keep_a_single_parameter_beside_it(tmp_path):
+    model = MeterForQuestionAnswering(meter_config(use_classifier_token=True, num_labels=3))
+    token = model.meter.classifier_token
+    base, names = token.detach().clone(), trained_beside(model)
+    add_apt(model, APTConfig(num_prompts=3, modules_to_save=names))
+    freeze_base(model)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if ".apt." in n or n.startswith(names)}
+    token.data.add_(1)
+    file = save_apt_weights(model, tmp_path)
+    remove_apt(model)
+    assert torch.equal(token, base)
+    load_apt_weights(model, file)
+    assert torch.equal(token, base + 1)

@@ -17,7 +17,7 @@ from ..attach import adapter_parameters, add_apt, remove_apt
 from ..config import APTConfig
 from ..files import write_safetensors
 from .modules import Bottleneck, MeterShallowPrompt, Prefix
-from .sites import Family, family_of
+from .sites import Family, family_of, trained_beside
 
 METHODS = ("apt", "shallow_prompt", "deep_prompt", "adapter", "scaled_pa", "lora", "full", "classifier_only")
 CHILD = "compared_method"
@@ -108,11 +108,12 @@ def method_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if any(mark in name for mark in marks)]
 
 
-def save_method(model: nn.Module, path: str | Path) -> Path:
-    """The trained parameters as one safetensors file, with the config in its header."""
+def save_method(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+    """The trained parameters as one safetensors file, with the config, and `metadata`, in its header."""
     config = _config(model)
     tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _stored(model, config)}
-    return write_safetensors(tensors, Path(path), {"format": "pt", FILE_KIND: json.dumps(asdict(config))})
+    header = {"format": "pt", FILE_KIND: json.dumps(asdict(config))}
+    return write_safetensors(tensors, Path(path), header | (metadata or {}))
 
 
 def load_method(model: nn.Module, path: str | Path) -> MethodConfig:
@@ -121,7 +122,7 @@ def load_method(model: nn.Module, path: str | Path) -> MethodConfig:
     Raises:
         ValueError: for another kind of file, or one made for another model.
     """
-    tensors, metadata = _read(Path(path))
+    tensors, metadata = read_file(Path(path))
     if FILE_KIND not in metadata:
         raise ValueError(f"{path} holds none of the compared methods: it was not written by save_method.")
     values = json.loads(metadata[FILE_KIND])
@@ -153,7 +154,8 @@ def remove_method(model: nn.Module) -> None:
     del model.method_config
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a safetensors file; `ValueError` where it is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -172,9 +174,14 @@ def _config(model: nn.Module) -> MethodConfig:
 
 def _beside(model: nn.Module, config: MethodConfig) -> Iterator[tuple[str, nn.Parameter]]:
     """What is trained beside the method: parameters in modules of these names, or of these names themselves."""
-    trained = family_of(model).trained if config.trained is None else config.trained
+    beside = trained_beside(model)
     for name, parameter in model.named_parameters():
-        if set(name.split(".")) & set(trained) and "text_embeddings" not in name:
+        parts = name.split(".")
+        if config.trained is None:
+            chosen = any(name == place or name.startswith(f"{place}.") for place in beside)
+        else:
+            chosen = bool(set(parts) & set(config.trained))
+        if chosen:
             yield name, parameter
 
 

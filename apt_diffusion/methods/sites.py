@@ -28,6 +28,7 @@ class Family:
     encoders: str | None  # regular expression for what shallow prompts are carried through; `None`: METER's two stacks
     lora: tuple[str, ...]  # query and value maps
     trained: tuple[str, ...] = ()  # beside the method itself: the released code's choice, where present in the model
+    frozen: tuple[str, ...] = ()  # parts in which even modules of these names are not
 
 
 _VILT = Branch("attention", "attention.attention.key", prompt_norm="layernorm_before")
@@ -46,6 +47,7 @@ FAMILIES = (
         r"(.*\.)?encoder",
         ("attention.attention.query", "attention.attention.value"),
         _HEADS,
+        ("text_embeddings",),
     ),
     Family(
         "MeterPreTrainedModel",
@@ -56,6 +58,7 @@ FAMILIES = (
         None,
         ("attention.query", "attention.value", "crossattention.query", "crossattention.value"),
         (*_HEADS, "cross_modal_text_pooler", "cross_modal_image_pooler", "classifier_token"),
+        ("text_model", "vision_model"),
     ),
     Family(
         "CLIPPreTrainedModel",
@@ -68,6 +71,14 @@ FAMILIES = (
         ("classifier",),  # see clip_classifier.add_linear_classifier
     ),
 )
+
+
+def trained_beside(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the modules and parameters that the released code trains beside every method."""
+    family = family_of(model)
+    own = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    own = [name for name in own if name and not set(family.frozen) & set(name.split("."))]
+    return tuple(name for name in own if name.rpartition(".")[2] in family.trained)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 UPLOADED = ["*.safetensors", "README.md", "samples/*.png", "loss.png", "losses.jsonl"]
+UPLOADED += ["results.json", "answers.json", "metrics.png", "metrics.jsonl"]
 
 
 def create_repository(repo_id: str, token: str | None) -> str:

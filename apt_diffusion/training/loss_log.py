@@ -15,13 +15,16 @@ class LossLog:
         folder: the run's output folder.
         step: the step at which the run starts: later rows, from a run that went on and was lost, are dropped.
         source: the log that is continued where it is not this one (a checkpoint in another folder).
+        name: of the file; another kind of rows has another file.
     """
 
-    def __init__(self, folder: str | Path, step: int = 0, source: str | Path | None = None) -> None:
-        self.path = Path(folder) / LOG_NAME
+    def __init__(
+        self, folder: str | Path, step: int = 0, source: str | Path | None = None, name: str = LOG_NAME
+    ) -> None:
+        self.path = Path(folder) / name
         rows = [row for row in read_log(source or self.path) if row["step"] <= step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{LOG_NAME}.tmp")
+        temporary = self.path.with_name(f".{name}.tmp")
         temporary.write_text("".join(_line(row) for row in rows))
         temporary.replace(self.path)
 

@@ -20,6 +20,8 @@ def write_model_card(
     prompt: str | None = None,
     images: list[Path] = (),
     loss_plot: Path | None = None,
+    metrics: dict[str, float] | None = None,
+    metrics_plot: Path | None = None,
 ) -> Path:
     """Writes `README.md`. It names no licence: that is for the owner of the pictures to choose.
 
@@ -35,6 +37,8 @@ def write_model_card(
         prompt: the prompt that asks for what was learnt.
         images: sample images inside `folder`.
         loss_plot: the picture of the loss inside `folder`.
+        metrics: results by name.
+        metrics_plot: their course, a picture inside `folder`.
     """
     folder = Path(folder)
     front: dict[str, Any] = {"library_name": "apt-diffusion", "tags": tags}
@@ -48,6 +52,11 @@ def write_model_card(
     if prompt:
         lines += [f"- Trigger prompt: `{prompt}`"]
     lines += ["", *(f"![samples]({image.relative_to(folder).as_posix()})" for image in images), ""]
+    if metrics:
+        lines += ["## Results", "", "| metric | value |", "|---|---|"]
+        lines += [*(f"| {name} | {value:.4g} |" for name, value in metrics.items()), ""]
+    if metrics_plot:
+        lines += [f"![metrics]({metrics_plot.relative_to(folder).as_posix()})", ""]
     lines += ["## Use", "", "```python", usage.strip(), "```", "", "## Training", ""]
     if loss_plot:
         lines += [f"![loss]({loss_plot.relative_to(folder).as_posix()})", ""]

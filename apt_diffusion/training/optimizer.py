@@ -9,7 +9,7 @@ from torch import nn
 def make_adamw(
     groups: list[tuple[dict[str, nn.Parameter], float]],
     betas: tuple[float, float],
-    weight_decay: float,
+    weight_decay: float | list[float],
     epsilon: float,
     use_8bit: bool = False,
 ) -> torch.optim.Optimizer:
@@ -17,16 +17,21 @@ def make_adamw(
 
     Args:
         groups: named parameters and their learning rate.
-        betas, weight_decay, epsilon: AdamW's.
+        betas, epsilon: AdamW's.
+        weight_decay: AdamW's; one for all groups, or one for each.
         use_8bit: needs bitsandbytes.
     """
-    parameter_groups = [{"params": list(parameters.values()), "lr": rate} for parameters, rate in groups]
+    decays = weight_decay if isinstance(weight_decay, list) else [weight_decay] * len(groups)
+    parameter_groups = [
+        {"params": list(parameters.values()), "lr": rate, "weight_decay": decay}
+        for (parameters, rate), decay in zip(groups, decays, strict=True)
+    ]
     if use_8bit:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameter_groups, betas=betas, weight_decay=weight_decay, eps=epsilon)
+        return bitsandbytes.optim.AdamW8bit(parameter_groups, betas=betas, eps=epsilon)
     # Fused: an adapter is many small tensors, and a step of the plain loop costs a millisecond per hundred.
-    return torch.optim.AdamW(parameter_groups, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True)
+    return torch.optim.AdamW(parameter_groups, betas=betas, eps=epsilon, fused=True)
 
 
 def make_schedule(

@@ -1,0 +1,40 @@
+"""What evaluations say: a log, its picture, and `results.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .loss_log import read_log
+
+METRICS_NAME = "metrics.jsonl"
+PLOT_NAME = "metrics.png"
+RESULTS_NAME = "results.json"
+
+
+def write_json(content: Any, file: str | Path) -> Path:
+    """Writes to a temporary name and renames: the file is whole or not there."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
+    return file
+
+
+def plot_metrics(folder: str | Path, names: list[str]) -> Path | None:
+    """Draws the metrics called `names` of `metrics.jsonl` as `metrics.png`; nothing where there are not two points."""
+    from matplotlib.figure import Figure
+
+    folder = Path(folder)
+    rows = read_log(folder / METRICS_NAME)
+    if len(rows) < 2:
+        return None
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        axes.plot([row["step"] for row in rows], [row[name] for row in rows], marker=".", label=name)
+    axes.set(xlabel="step", title="Evaluation")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(folder / PLOT_NAME)
+    return folder / PLOT_NAME

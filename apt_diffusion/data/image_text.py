@@ -47,6 +47,11 @@ class TrainingStream(Dataset):
         return example, random_at(self.seed, position, Purpose.SAMPLE) if self.augment else None
 
 
+def unchanged(examples: Sequence[Example]) -> list[tuple[Example, None]]:
+    """Examples as `ModelInputs` takes them, their pictures as they are."""
+    return [(example, None) for example in examples]
+
+
 class ModelInputs:
     """Collates examples to what ViLT and METER take; a bound of the text's length is all that it decides.
 

@@ -25,7 +25,7 @@ def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
     accelerator = Accelerator(
         # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
         cpu=not torch.accelerator.is_available(),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),

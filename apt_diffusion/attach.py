@@ -34,7 +34,7 @@ class APTState:
     active: dict[str, AdapterWeight] = field(default_factory=dict)
     enabled: bool = True
     heads: Heads = field(default_factory=Heads)
-    hotswap_prompts: int | None = None
+    hotswap_room: tuple[int, int | None] | None = None  # prompts and rank, see `enable_apt_hotswap`
 
 
 def components_of(model: Any) -> dict[str, nn.Module]:

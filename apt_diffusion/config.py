@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,7 @@ class APTConfig:
         for name in ("streams", "target_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, str) and name == "target_modules":
+                _check_expression(name, value)
                 continue
             if value is not None:
                 object.__setattr__(self, name, _names(name, value))
@@ -88,6 +90,13 @@ class APTConfig:
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}.")
+
+
+def _check_expression(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field} must be a list or a regular expression, got {pattern!r}: {error}.") from error
 
 
 def _names(field: str, value: object) -> tuple[str, ...]:

@@ -59,6 +59,15 @@ def read_adapter_file(file: Path) -> AdapterFile:
         ) from error
 
 
+def read_adapter_dict(tensors: dict[str, Tensor]) -> AdapterFile:
+    """Tensors by key as if they came from a file without a header; `TypeError` and `ValueError` where they cannot."""
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(f"An adapter is a dict of tensors by name, got {key!r}: {type(value).__name__}.")
+    _check_is_apt("the given dict", list(tensors))
+    return AdapterFile("the given dict", dict(tensors), {})
+
+
 def _check_is_apt(name: str, keys: list[str]) -> None:
     if any(".apt." in key or ".apt_context." in key for key in keys):
         return
@@ -74,8 +83,11 @@ def resolve_adapter_file(
 
     Raises:
         FileNotFoundError: with what was looked for, and where.
+        TypeError: for what is neither a name nor a path.
         ValueError: for a name that leads out of the folder given.
     """
+    if not isinstance(path_or_repo_id, str | Path):
+        raise TypeError(f"Expected a folder, a file, a hub repository or a dict, got {type(path_or_repo_id).__name__}.")
     weight_name = weight_name or WEIGHTS_NAME
     for name in filter(None, (weight_name, subfolder)):
         parts = PurePosixPath(name.replace("\\", "/"))

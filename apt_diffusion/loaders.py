@@ -53,7 +53,7 @@ class APTLoaderMixin:
             if apt_scale is not None:
                 self._apply_scale(apt_scale)
             if apt_adapter_names is not None:
-                args, kwargs = self._apply_names(list(apt_adapter_names), args, kwargs)
+                args, kwargs = self._apply_names(apt_adapter_names, args, kwargs)
             return super().__call__(*args, **kwargs)
 
     @classmethod
@@ -82,6 +82,7 @@ class APTLoaderMixin:
             place = "" if name == "default" else f"apt_adapters/{name}"
             weights.save_apt_weights(self, folder / place, name)
             index[name] = {"folder": place, "weight": active.get(name)}
+        (folder / ADAPTERS_INDEX).unlink(missing_ok=True)  # of what was saved here before
         if index:
             (folder / ADAPTERS_INDEX).write_text(json.dumps(index, indent=2))
         with attach.hidden_apt(self):
@@ -141,9 +142,9 @@ class APTLoaderMixin:
         """[`apt_diffusion.disable_apt`] on this pipeline; works as a context manager too."""
         return attach.disable_apt(self)
 
-    def enable_apt_hotswap(self, max_num_prompts: int) -> None:
+    def enable_apt_hotswap(self, max_num_prompts: int, max_rank: int | None = None) -> None:
         """[`apt_diffusion.enable_apt_hotswap`] on this pipeline."""
-        weights.enable_apt_hotswap(self, max_num_prompts)
+        weights.enable_apt_hotswap(self, max_num_prompts, max_rank)
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, which would freeze every APT parameter on its way."""
@@ -186,9 +187,11 @@ class APTLoaderMixin:
             core.weights = core.weights | {name: w for name, w in weights.items() if name in core.adapters}
 
     def _apply_names(
-        self, names: list[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tells every core which sample is whose; the arguments come back with a single prompt repeated."""
+        if isinstance(names, str) or not names:
+            raise ValueError(f"apt_adapter_names must be a list with one name per prompt, got {names!r}.")
         attach.check_present(self, [name for name in names if name is not None])
         prompt = args[0] if args else kwargs.get("prompt")
         embeds = kwargs.get("prompt_embeds")

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from .attach import APTState, attach, check_name, components_of, named_cores, new_adapter, state_of, stream_widths
 from .config import APTConfig
 from .core import ApproximatedPrompt
-from .files import WEIGHTS_NAME, AdapterFile, read_adapter_file, resolve_adapter_file, write_safetensors
+from .files import (
+    WEIGHTS_NAME,
+    AdapterFile,
+    read_adapter_dict,
+    read_adapter_file,
+    resolve_adapter_file,
+    write_safetensors,
+)
 from .heads import head_tensors
 from .sites import find_modules, resolve_config
 from .version import __version__
@@ -39,12 +46,12 @@ class _Plan:
 
 
 def save_apt_weights(
-    model: Any, path: str | Path, adapter_name: str = "default", metadata: dict[str, str] | None = None
+    model_or_pipeline: Any, path: str | Path, adapter_name: str = "default", metadata: dict[str, str] | None = None
 ) -> Path:
     """Writes one adapter; to a temporary name first, so that no half-written file is ever seen.
 
     Args:
-        model: a model, a pipeline, or a dict of components.
+        model_or_pipeline: a model, a pipeline, or a dict of components.
         path: a folder (made if needed), or a file name that ends in `.safetensors`.
         adapter_name: which adapter.
         metadata: more strings for the header, such as `base_model`, `instance_prompt`, `training`.
@@ -56,9 +63,10 @@ def save_apt_weights(
         ValueError: where no component has this adapter.
         OSError: where the disk is full or the place cannot be written.
     """
-    parts = {p: c for p, c in components_of(model).items() if adapter_name in state_of(c).configs}
+    components = components_of(model_or_pipeline)
+    parts = {p: c for p, c in components.items() if adapter_name in state_of(c).configs}
     if not parts:
-        present = sorted({name for c in components_of(model).values() for name in state_of(c).configs})
+        present = sorted({name for c in components.values() for name in state_of(c).configs})
         raise ValueError(f"Adapter {adapter_name!r} is not here to be saved; present adapters: {present}.")
     tensors = {
         f"{part}.{key}".strip("."): tensor
@@ -67,7 +75,7 @@ def save_apt_weights(
     }
     configs = {part: state_of(component).configs[adapter_name].to_dict() for part, component in parts.items()}
     header = {"format": "pt", "apt_diffusion_version": __version__, "apt_config": json.dumps(configs)}
-    base_model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    base_model = getattr(getattr(model_or_pipeline, "config", None), "_name_or_path", None)
     if base_model:
         header["base_model"] = str(base_model)
     path = Path(path)
@@ -91,7 +99,7 @@ def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 
 def load_apt_weights(
-    model: Any,
+    model_or_pipeline: Any,
     path_or_repo_id_or_dict: str | Path | dict[str, Tensor],
     adapter_name: str = "default",
     weight_name: str | None = None,
@@ -106,7 +114,7 @@ def load_apt_weights(
     """Loads an adapter and makes it the active one. A failed load leaves the model exactly as it was.
 
     Args:
-        model: a model, a pipeline, or a dict of components.
+        model_or_pipeline: a model, a pipeline, or a dict of components.
         path_or_repo_id_or_dict: a folder, a `.safetensors` file, a hub repository, or tensors by key.
         adapter_name: a new name, or with `hotswap` the name of the adapter to overwrite.
         weight_name: the file's name in the folder or repository.
@@ -119,12 +127,13 @@ def load_apt_weights(
 
     Raises:
         FileNotFoundError: where there is no such file, folder or repository.
+        TypeError: for what is neither a path nor a dict of tensors.
         ValueError: for a file that is no APT adapter or does not fit this model; the message says what and why.
     """
     check_name(adapter_name)
-    components = components_of(model)
+    components = components_of(model_or_pipeline)
     if isinstance(path_or_repo_id_or_dict, dict):
-        file = AdapterFile("the given dict", dict(path_or_repo_id_or_dict), {})
+        file = read_adapter_dict(path_or_repo_id_or_dict)
     else:
         hub = {
             "revision": revision,
@@ -145,17 +154,23 @@ def load_apt_weights(
     return [f"{part}.{name}".strip(".") for part, plan in plans.items() for name in plan.adapters]
 
 
-def enable_apt_hotswap(model: Any, max_num_prompts: int) -> None:
-    """Gives adapters that are loaded from now on room for `max_num_prompts`, so that they can be swapped in place.
+def enable_apt_hotswap(model: Any, max_num_prompts: int, max_rank: int | None = None) -> None:
+    """Gives adapters that are loaded from now on room for others, so that these can be swapped in, in place.
 
-    Unused prompts are zero, which is exact for `relu`. Call it before the first adapter is loaded.
+    Args:
+        model: a model, a pipeline, or a dict of components.
+        max_num_prompts: the most prompts that any of them has. Unused ones are zero, which is exact for `relu`.
+        max_rank: their largest rank; the rank of the first that is loaded if `None`.
+
+    Raises:
+        ValueError: after an adapter was attached: its size is fixed then.
     """
     components = components_of(model)
     if any(state_of(component).configs for component in components.values()):
         raise ValueError("Call enable_apt_hotswap before the first adapter is attached: its size is fixed then.")
-    APTConfig(num_prompts=max_num_prompts)
+    APTConfig(num_prompts=max_num_prompts, rank=1 if max_rank is None else max_rank)
     for component in components.values():
-        component.apt_state = APTState(hotswap_prompts=max_num_prompts)
+        component.apt_state = APTState(hotswap_room=(max_num_prompts, max_rank))
 
 
 def _split_components(
@@ -201,7 +216,7 @@ def _plan_component(
         core = getattr(modules[name], child, None) if hotswap else None
         # A swap keeps the precision of what it overwrites: a float32 adapter may stand beside a bfloat16 module.
         beside = core.adapters[adapter_name] if core is not None and adapter_name in core.adapters else modules[name]
-        adapters[name][child] = _build(config, parameters, beside, state.hotswap_prompts)
+        adapters[name][child] = _build(config, parameters, beside, state.hotswap_room)
     plan = _Plan(config, dict(adapters), heads)
     if hotswap:
         _check_swap(model, adapter_name, plan)
@@ -319,15 +334,22 @@ def _check_shapes(file: AdapterFile, config: APTConfig, name: str, group: dict[s
 
 
 def _build(
-    config: APTConfig, parameters: dict[str, Tensor], beside: nn.Module, hotswap_prompts: int | None
+    config: APTConfig,
+    parameters: dict[str, Tensor],
+    beside: nn.Module,
+    hotswap_room: tuple[int, int | None] | None,
 ) -> ApproximatedPrompt:
     num_prompts, rank = len(parameters["prompts"]), len(parameters["low_rank_down"])
     sizes = dataclasses.replace(config, num_prompts=num_prompts, rank=rank)
-    if hotswap_prompts is not None:
-        if num_prompts > hotswap_prompts:
-            raise ValueError(f"The adapter has {num_prompts} prompts; enable_apt_hotswap allows {hotswap_prompts}.")
-        padded = num_prompts if config.activation == "softmax" else hotswap_prompts
-        sizes = dataclasses.replace(sizes, num_prompts=padded, init="identity")
+    if hotswap_room is not None:
+        max_prompts, max_rank = hotswap_room[0], hotswap_room[1] or rank
+        if num_prompts > max_prompts or rank > max_rank:
+            raise ValueError(
+                f"The adapter has {num_prompts} prompts of rank {rank}; enable_apt_hotswap allows {max_prompts} prompts "
+                f"of rank {max_rank}."
+            )
+        padded = num_prompts if config.activation == "softmax" else max_prompts
+        sizes = dataclasses.replace(sizes, num_prompts=padded, rank=max_rank, init="identity")
     with torch.random.fork_rng(devices=[]):  # loading must not move the random numbers of what follows
         adapter = new_adapter(sizes, parameters["prompts"].shape[1], beside)
     _write(adapter, parameters)
@@ -413,5 +435,5 @@ def _check_room(name: str, target: ApproximatedPrompt, source: ApproximatedPromp
         raise ValueError(
             f"Cannot hotswap: {name} has room for {room[0]} prompts of rank {room[1]}"
             f"{'' if target.gate is not None else ' without a gate'}, the new one has {size[0]} of rank {size[1]}. "
-            "Call enable_apt_hotswap(max_num_prompts) before loading the first adapter."
+            "Call enable_apt_hotswap(max_num_prompts, max_rank) before loading the first adapter."
         )

@@ -158,6 +158,8 @@ def test_dropout_acts_on_affinities_in_training_only():
         ({"streams": []}, "streams"),
         ({"streams": ["key"]}, "key"),
         ({"target_modules": [""]}, "target_modules"),
+        ({"target_modules": "attn[2"}, r"regular expression.*attn\[2"),
+        ({"dropout": float("nan")}, "nan"),
         ({"modules_to_save": "classifier"}, "classifier"),
     ],
 )

@@ -126,6 +126,9 @@ def test_every_image_its_own_adapter(two):
         draw(two, ["one", "two"], apt_adapter_names=names)
     with pytest.raises(ValueError, match="zzz"):
         draw(two, apt_adapter_names=["zzz"])
+    for no_list in ([], "a"):
+        with pytest.raises(ValueError, match="apt_adapter_names must be a list with one name per prompt"):
+            draw(two, apt_adapter_names=no_list)
 
 
 def test_save_and_load(two, tmp_path, tiny_sd_path):
@@ -153,6 +156,13 @@ def test_save_pretrained_brings_the_adapters_back(two, tmp_path, tiny_sd_path):
     stock.set_progress_bar_config(disable=True)
     with two.disable_apt():
         assert np.array_equal(draw(stock), draw(two))
+
+
+def test_a_base_saved_over_an_adapted_pipeline_is_the_base(two, tmp_path):
+    two.save_pretrained(tmp_path)
+    two.unload_apt_weights()
+    two.save_pretrained(tmp_path)
+    assert apt.StableDiffusionAPTPipeline.from_pretrained(tmp_path).get_list_apt_adapters() == {}
 
 
 def test_custom_pipeline(tiny_sd_path, pipe):

@@ -180,6 +180,27 @@ def test_a_failed_load_changes_nothing(unet, file, change, message):
     assert apt.get_list_apt_adapters(unet) == apt.get_active_apt_adapters(unet) == ["first"]
 
 
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ({}, ValueError, "the given dict is not an APT adapter: none of its 0 tensors"),
+        ({"conv.weight": torch.zeros(3)}, ValueError, "not an APT adapter"),
+        ({"unet.x.lora.down.weight": torch.zeros(3)}, ValueError, "LoRA file.*load_lora_weights"),
+        ({3: torch.zeros(3)}, TypeError, "tensors by name, got 3: Tensor"),
+        ({"x.apt.prompts": [1.0]}, TypeError, "tensors by name, got 'x.apt.prompts': list"),
+        (None, TypeError, "got NoneType"),
+        (["a"], TypeError, "got list"),
+    ],
+)
+def test_what_is_no_adapter_is_refused(unet, pipe, tensors, error, message):
+    before = [snapshot(model) for model in (unet, pipe.unet, pipe.text_encoder)]
+    for model in (unet, pipe):
+        with pytest.raises(error, match=message):
+            apt.load_apt_weights(model, tensors)
+    after = [snapshot(model) for model in (unet, pipe.unet, pipe.text_encoder)]
+    assert all(map(same, before, after))
+
+
 def test_truncated_pickled_and_missing_files(unet, file, tmp_path):
     before = snapshot(unet)
     content = file.read_bytes()
@@ -343,6 +364,29 @@ def test_hotswap_writes_in_place_between_sizes(unet, tmp_path, init):
     for key, value in load_file(paths["small"]).items():
         assert torch.equal(load_file(saved)[key], value)
     torch._dynamo.reset()
+
+
+def test_hotswap_between_ranks(unet, tmp_path):
+    outputs, paths = {}, {}
+    for name, rank, seed in (("thin", 1, 1), ("thick", 5, 2)):
+        apt.add_apt(unet, apt.APTConfig(num_prompts=4, rank=rank))
+        randomize(unet, seed)
+        outputs[name] = unet_output(unet).detach()
+        paths[name] = apt.save_apt_weights(unet, tmp_path / name)
+        apt.remove_apt(unet)
+    apt.enable_apt_hotswap(unet, max_num_prompts=6, max_rank=5)
+    apt.load_apt_weights(unet, paths["thin"])
+    pointers = [p.data_ptr() for core in cores_of(unet) for p in core.parameters()]
+    for name in ("thick", "thin"):
+        apt.load_apt_weights(unet, paths[name], hotswap=True)
+        torch.testing.assert_close(unet_output(unet), outputs[name], rtol=1e-5, atol=1e-5)
+        saved = load_file(apt.save_apt_weights(unet, tmp_path / "again"))
+        assert all(torch.equal(saved[key], value) for key, value in load_file(paths[name]).items())
+    assert pointers == [p.data_ptr() for core in cores_of(unet) for p in core.parameters()]
+    apt.remove_apt(unet)
+    apt.enable_apt_hotswap(unet, max_num_prompts=6, max_rank=4)
+    with pytest.raises(ValueError, match="rank 5; enable_apt_hotswap allows 6 prompts of rank 4"):
+        apt.load_apt_weights(unet, paths["thick"])
 
 
 def test_hotswap_keeps_the_precision_of_what_it_overwrites(unet, file):

@@ -87,7 +87,9 @@ def resolve_adapter_file(
         ValueError: for a name that leads out of the folder given.
     """
     if not isinstance(path_or_repo_id, str | Path):
-        raise TypeError(f"Expected a folder, a file, a hub repository or a dict, got {type(path_or_repo_id).__name__}.")
+        raise TypeError(
+            f"Expected a folder, a file, a hub repository or a dict, got {type(path_or_repo_id).__name__}."
+        )
     weight_name = weight_name or WEIGHTS_NAME
     for name in filter(None, (weight_name, subfolder)):
         parts = PurePosixPath(name.replace("\\", "/"))

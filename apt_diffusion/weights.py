@@ -345,8 +345,8 @@ def _build(
         max_prompts, max_rank = hotswap_room[0], hotswap_room[1] or rank
         if num_prompts > max_prompts or rank > max_rank:
             raise ValueError(
-                f"The adapter has {num_prompts} prompts of rank {rank}; enable_apt_hotswap allows {max_prompts} prompts "
-                f"of rank {max_rank}."
+                f"The adapter has {num_prompts} prompts of rank {rank}; "
+                f"enable_apt_hotswap allows {max_prompts} prompts of rank {max_rank}."
             )
         padded = num_prompts if config.activation == "softmax" else max_prompts
         sizes = dataclasses.replace(sizes, num_prompts=padded, rank=max_rank, init="identity")

@@ -121,7 +121,6 @@ def test_help_explains_every_flag(capsys):
             ValueError,
             "--streams are for the UNet",
         ),
-        ({"dropout": 1.5}, ValueError, "dropout must be"),
         ({"seed": -1}, ValueError, "--seed"),
         ({"validation_images": ["nowhere.png"]}, ValueError, "nowhere.png"),
     ],
@@ -137,7 +136,31 @@ def test_what_cannot_work_is_refused_when_it_is_read(flags, error, message, monk
 
 @pytest.mark.parametrize(
     "flags",
-    [{"rank": 0}, {"train_batch_size": 0}, {"init": "zeros"}, {"checkpoints_total_limit": 0}, {"streams": ["value"]}],
+    [
+        {"rank": 0},
+        {"train_batch_size": 0},
+        {"init": "zeros"},
+        {"checkpoints_total_limit": 0},
+        {"streams": ["value"]},
+        {"dropout": 1.5},
+        {"learning_rate": "nan"},
+        {"learning_rate": -1.0},
+        {"learning_rate": "inf"},
+        {"text_encoder_lr": -1.0},
+        {"lr_warmup_steps": -1},
+        {"lr_num_cycles": 0},
+        {"snr_gamma": 0.0},
+        {"noise_offset": -0.1},
+        {"prior_loss_weight": "nan"},
+        {"adam_beta1": 1.0},
+        {"adam_beta2": -0.1},
+        {"adam_epsilon": 0.0},
+        {"adam_weight_decay": -1.0},
+        {"max_grad_norm": 0.0},
+        {"dataloader_num_workers": -1},
+        {"num_validation_images": -1},
+        {"guidance_scale": "nan"},
+    ],
 )
 def test_impossible_values_are_usage_errors(flags, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -192,6 +215,17 @@ def test_other_mistakes_are_found_before_a_model_is_loaded(go, tmp_path, no_mode
         go(resume_from_checkpoint="checkpoint-999")
     with pytest.raises(OSError, match="nowhere"):
         train(tmp_path / "nowhere", instance_dir, tmp_path / "out")
+
+
+def test_adapter_and_prompt_flags_are_checked_before_class_pictures_are_drawn(go, tmp_path, no_models):
+    prior = {"with_prior_preservation": True, "class_data_dir": tmp_path / "class", "class_prompt": "a glyph"}
+    with pytest.raises(ValueError, match=r"attn7.*matches no module"):
+        go(target_modules=["attn7"], **prior)
+    with pytest.raises(ValueError, match="--tokenizer_max_length 78: this text encoder reads at most 77"):
+        go(tokenizer_max_length=78, **prior)
+    with pytest.raises(ValueError, match="reads no encoder states"):
+        go(target_modules=["attn1"], streams=["context"], **prior)
+    assert not (tmp_path / "class").exists()
 
 
 def test_a_unet_for_inpainting_is_refused(go, tiny_sd_path, instance_dir, tmp_path, no_models):
@@ -496,6 +530,15 @@ def test_missing_class_pictures_are_drawn_and_kept(go, tmp_path):
     plain = go(**(flags | {"with_prior_preservation": False, "class_data_dir": None, "class_prompt": None}))
     assert np.allclose(losses(weighted), losses(plain), atol=1e-5)
     assert not np.allclose(losses(weighted), losses(first), atol=1e-2)
+
+
+def test_foreign_files_among_class_pictures_are_named_once(go, tmp_path, caplog):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    Image.new("RGB", (32, 32), "blue").save(folder / "0.png")
+    (folder / "Thumbs.db").write_bytes(b"x")
+    go(with_prior_preservation=True, class_data_dir=folder, class_prompt="a glyph", num_class_images=1)
+    assert caplog.text.count("Thumbs.db") == 1
 
 
 def test_class_pictures_may_have_captions(go, tmp_path):

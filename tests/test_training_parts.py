@@ -154,6 +154,16 @@ def test_the_optimizer_continues_bit_for_bit_and_nothing_is_pickled(tmp_path):
         checkpoints.load_training_state(checkpoint, optimizer, second)
 
 
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path, 2)
+    parameters, optimizer = fresh()
+    take_steps(parameters, range(1), optimizer)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="No space for"), checkpoints.new_checkpoint(tmp_path, 4) as folder:
+        checkpoints.save_training_state(folder, optimizer, parameters, {"step": 4})
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
 # Learning rates
 
 
@@ -216,7 +226,8 @@ def test_noisy_latents_and_targets_are_those_of_diffusers(schedule):
     latents, noise = torch.randn(2, 4, 4, 8, 8)
     timesteps = torch.tensor([0, 10, 500, 999])
     objective = Objective(schedule.alphas_cumprod, "v_prediction")
-    assert torch.allclose(objective.noisy(latents, noise, timesteps), schedule.add_noise(latents, noise, timesteps))
+    expected = schedule.add_noise(latents, noise, timesteps)
+    assert torch.allclose(objective.noisy(latents, noise, timesteps), expected, atol=1e-6)
     velocity = schedule.get_velocity(latents, noise, timesteps)
     assert torch.allclose(objective.target(latents, noise, timesteps), velocity, atol=1e-6)
     assert Objective(schedule.alphas_cumprod, "epsilon").target(latents, noise, timesteps) is noise

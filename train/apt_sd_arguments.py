@@ -5,20 +5,36 @@ What makes no sense is refused here, before anything is loaded.
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import warnings
+from collections.abc import Callable
 
 from apt_diffusion import APTConfig
 from apt_diffusion.config import INITS, QUERY_SOURCES, STREAMS
 from apt_diffusion.data.pictures import INTERPOLATIONS
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def number(kind: type, is_allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """An argparse type: `int` or `float` within limits. A NaN passes none."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+positive_int = number(int, lambda value: value >= 1, "at least 1")
+count = number(int, lambda value: value >= 0, "at least 0")
+positive = number(float, lambda value: value > 0, "above 0")
+not_negative = number(float, lambda value: 0 <= value < math.inf, "at least 0, and finite")
+fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+finite = number(float, math.isfinite, "finite")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +84,7 @@ def _adapter_flags(add) -> None:
         help="Who asks the prompts in the UNet; the library's default if unset.",
     )
     add("--streams", nargs="+", choices=STREAMS, help="Which streams are corrected in the UNet; the default if unset.")
-    add("--dropout", "--lora_dropout", type=float, default=0.0, help="Dropout on the affinities to the prompts.")
+    add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
     add("--train_text_encoder", action="store_true", help="Adapt the text encoder too.")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
 
@@ -87,7 +103,7 @@ def _data_flags(add) -> None:
         choices=sorted(INTERPOLATIONS),
         help="How pictures are resized.",
     )
-    add("--dataloader_num_workers", type=int, default=0, help="Loader processes; 0 loads in the main one.")
+    add("--dataloader_num_workers", type=count, default=0, help="Loader processes; 0 loads in the main one.")
     add(
         "--cache_latents",
         action=argparse.BooleanOptionalAction,
@@ -111,7 +127,7 @@ def _prior_flags(add) -> None:
     add("--class_data_dir", help="Folder with pictures of the class; missing ones are drawn by the base model.")
     add("--class_prompt", help="The prompt for pictures of the class without a caption.")
     add("--num_class_images", type=positive_int, default=100, help="How many pictures of the class to use.")
-    add("--prior_loss_weight", type=float, default=1.0, help="Weight of the class pictures' loss.")
+    add("--prior_loss_weight", type=not_negative, default=1.0, help="Weight of the class pictures' loss.")
     add("--sample_batch_size", type=positive_int, default=4, help="Class pictures drawn at once, per process.")
     add(
         "--prior_generation_precision",
@@ -138,14 +154,14 @@ def _length_flags(add) -> None:
 def _optimizer_flags(add) -> None:
     add(
         "--learning_rate",
-        type=float,
+        type=not_negative,
         default=1.5e-3,
         help="Learning rate after the warmup. The default is the mean of what did best in our sweep, 3e-3 with "
         "--lr_scheduler cosine (docs/miniature.md); diffusers' for LoRA is 5e-4.",
     )
     add(
         "--text_encoder_lr",
-        type=float,
+        type=not_negative,
         help="Learning rate of the text encoder's adapter; --learning_rate if not set.",
     )
     add("--scale_lr", action="store_true", help="Multiply learning rates by processes, accumulation and batch size.")
@@ -155,17 +171,22 @@ def _optimizer_flags(add) -> None:
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
         help="The schedule of the learning rate.",
     )
-    add("--lr_warmup_steps", type=int, default=500, help="Warmup steps, for schedules that have one.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
-    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
-    add("--snr_gamma", type=float, help="Min-SNR weighting of the loss (5 in its paper); off if not set.")
-    add("--noise_offset", type=float, default=0.0, help="Size of a random offset per sample and channel of the noise.")
+    add("--lr_warmup_steps", type=count, default=500, help="Warmup steps, for schedules that have one.")
+    add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
+    add("--snr_gamma", type=positive, help="Min-SNR weighting of the loss (5 in its paper); off if not set.")
+    add(
+        "--noise_offset",
+        type=not_negative,
+        default=0.0,
+        help="Size of a random offset of the noise per channel.",
+    )
     add("--use_8bit_adam", action="store_true", help="8-bit AdamW; needs bitsandbytes.")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's β1.")
-    add("--adam_beta2", type=float, default=0.999, help="AdamW's β2.")
-    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's ε.")
-    add("--max_grad_norm", type=float, default=1.0, help="Gradients are clipped to this norm.")
+    add("--adam_beta1", type=fraction, default=0.9, help="AdamW's β1.")
+    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's β2.")
+    add("--adam_weight_decay", type=not_negative, default=1e-2, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's ε.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
 
 
 def _sample_flags(add) -> None:
@@ -173,12 +194,12 @@ def _sample_flags(add) -> None:
         "--validation_prompt",
         help="Draw samples with this prompt while training. At the end samples are always drawn.",
     )
-    add("--num_validation_images", type=int, default=4, help="Images per sample grid; 0 draws none, ever.")
+    add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws none, ever.")
     add("--validation_epochs", type=positive_int, default=50, help="Epochs between samples.")
     add("--validation_steps", type=positive_int, help="Steps between samples; overrides --validation_epochs.")
     add("--validation_images", nargs="+", help="Pictures to start the samples from (image to image).")
     add("--num_inference_steps", type=positive_int, default=25, help="Denoising steps of all images drawn here.")
-    add("--guidance_scale", type=float, default=7.5, help="Guidance of all images drawn here.")
+    add("--guidance_scale", type=finite, default=7.5, help="Guidance of all images drawn here.")
 
 
 def _output_flags(add) -> None:

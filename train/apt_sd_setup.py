@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from apt_diffusion import add_apt
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing, LatentCache, collate
 from apt_diffusion.data.order import micro_batches
 from apt_diffusion.data.pictures import Picture, find_pictures
@@ -102,6 +103,7 @@ def check(args: Any, command: str) -> Run:
     resumed = find_resumed(args)
     base = StableDiffusionBase(args.pretrained_model_name_or_path, args.revision, args.variant)
     args.resolution = base.check_resolution(args.resolution)
+    check_fit(args, base)
     run = Run(args, accelerator, base, command, agree_on_seed(args.seed, resumed), instance, of_class, resumed)
     if resumed:
         report_changes(args, resumed.state["settings"])
@@ -113,13 +115,29 @@ def check(args: Any, command: str) -> Run:
     return run
 
 
+def check_fit(args: Any, base: StableDiffusionBase) -> None:
+    """Adapter and prompts must fit the model: seen on its configuration, before any weights are loaded."""
+    skeletons = base.skeletons()
+    longest = skeletons["text_encoder"].config.max_position_embeddings
+    if (args.tokenizer_max_length or 0) > longest:
+        raise ValueError(
+            f"--tokenizer_max_length {args.tokenizer_max_length}: this text encoder reads at most {longest} tokens."
+        )
+    add_apt({part: skeletons[part] for part in trained_parts(args)}, apt_config(args))
+
+
+def trained_parts(args: Any) -> list[str]:
+    return [*([] if args.no_train_unet else ["unet"]), *(["text_encoder"] if args.train_text_encoder else [])]
+
+
 def load(run: Run) -> Trainer:
     """The base model with its adapter. A part that only has to be asked once is loaded, asked, and let go first."""
     args, accelerator, base = run.args, run.accelerator, run.base
     device, dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
     if args.with_prior_preservation:
         draw_missing_class_pictures(args, len(run.of_class), base, accelerator, run.seed)
-        run.of_class = find_class_pictures(args)
+        if len(run.of_class) < args.num_class_images:
+            run.of_class = find_class_pictures(args)
     noise_schedule = base.noise_schedule()
     objective = Objective(noise_schedule.alphas_cumprod, noise_schedule.config.prediction_type, args.snr_gamma)
     data = make_data(run, len(noise_schedule.alphas_cumprod))
@@ -137,9 +155,8 @@ def load(run: Run) -> Trainer:
         vae = None
 
     unet = base.unet(dtype).to(device)
-    components = {} if args.no_train_unet else {"unet": unet}
-    if args.train_text_encoder:
-        components["text_encoder"] = text_encoder
+    models = {"unet": unet, "text_encoder": text_encoder}
+    components = {part: models[part] for part in trained_parts(args)}
     torch.manual_seed(run.seed)
     parameters = attach_trainable(components, apt_config(args), run.resumed.folder if run.resumed else None)
     prepare_computation(args, unet, text_encoder)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from apt_diffusion import StableDiffusionAPTImg2ImgPipeline, StableDiffusionAPTPipeline
 from apt_diffusion.miniature import resolve_model
@@ -53,6 +53,13 @@ class StableDiffusionBase:
         """The scheduler that the model itself names: samples look as they will in use."""
         config = DDPMScheduler.load_config(self.path, subfolder="scheduler", revision=self.revision)
         return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    def skeletons(self) -> dict[str, nn.Module]:
+        """UNet and text encoder without weights, from their configurations: to see whether settings fit them."""
+        unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision)
+        text = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder", revision=self.revision)
+        with torch.device("meta"):
+            return {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel(text)}
 
     def tokenizer(self, name: str | None = None) -> Any:
         if name is not None:
@@ -153,10 +160,7 @@ class Prompts:
         text_encoder: CLIPTextModel,
     ) -> None:
         distinct = list(dict.fromkeys(prompts))
-        longest = text_encoder.config.max_position_embeddings
-        max_length = max_length or min(tokenizer.model_max_length, longest)
-        if max_length > longest:
-            raise ValueError(f"--tokenizer_max_length {max_length}: this text encoder reads at most {longest} tokens.")
+        max_length = max_length or min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         tokens = tokenizer(distinct, truncation=True, padding="max_length", max_length=max_length, return_tensors="pt")
         self.rows = {prompt: row for row, prompt in enumerate(distinct)}
         self.input_ids = tokens.input_ids.to(text_encoder.device)  # (n, L)

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..files import write_safetensors
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,7 @@ def save_training_state(
                 tensors[f"{name}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
             else:
                 plain.setdefault(name, {})[key] = value
-    save_file(tensors, folder / OPTIMIZER_NAME, metadata={"format": "pt"})
+    write_safetensors(tensors, folder / OPTIMIZER_NAME, {"format": "pt"})
     content = state | {"optimizer": plain, "scaler": scaler.state_dict() if scaler is not None else None}
     (folder / STATE_NAME).write_text(json.dumps(content, indent=2))
 

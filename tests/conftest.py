@@ -175,3 +175,27 @@ def draw(pipeline, prompt="a sks glyph", seed: int = 0, steps: int = 2, **kwargs
     generator = torch.Generator().manual_seed(seed)
     size = {"height": 16, "width": 16}
     return pipeline(prompt, num_inference_steps=steps, generator=generator, output_type="np", **size, **kwargs).images
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory) -> dict[str, Path]:
+    """Folders with tiny random ViLT and METER models and their processors."""
+    from vl_helpers import MODELS
+
+    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MODELS.items()}
+
+
+@pytest.fixture(scope="session")
+def vqa_dir(tmp_path_factory) -> Path:
+    """VQAv2 in the official layout: 12, 6 and 3 questions."""
+    from vl_helpers import make_vqa_folder
+
+    return make_vqa_folder(tmp_path_factory.mktemp("vqa"))
+
+
+@pytest.fixture(scope="session")
+def nlvr2_dir(tmp_path_factory) -> Path:
+    """NLVR2 in the official layout: 12, 6 and 6 statements."""
+    from vl_helpers import make_nlvr2_folder
+
+    return make_nlvr2_folder(tmp_path_factory.mktemp("nlvr2"))

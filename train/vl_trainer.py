@@ -171,9 +171,8 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
 
 def max_positions(config: PreTrainedConfig) -> int:
     """Tokens that a text may have."""
-    if config.model_type == "meter":
-        return config.text_config.max_position_embeddings - 2  # RoBERTa counts from 2
-    return config.max_position_embeddings
+    positions = getattr(config, "text_config", config).max_position_embeddings
+    return positions - 2 if config.model_type == "meter" else positions  # RoBERTa counts from 2
 
 
 def attach(run: Run, model: nn.Module) -> None:

@@ -248,7 +248,10 @@ def test_a_model_that_was_tuned_for_the_task_keeps_its_own_answers(vqa_dir, tiny
     answers = ["blue", "red", "green"]
     torch.manual_seed(0)
     model = ViltForQuestionAnswering.from_pretrained(
-        tiny_vl["vilt"], num_labels=3, id2label=dict(enumerate(answers)), label2id={a: i for i, a in enumerate(answers)}
+        tiny_vl["vilt"],
+        num_labels=3,
+        id2label=dict(enumerate(answers)),
+        label2id={a: i for i, a in enumerate(answers)},
     )
     model.save_pretrained(tmp_path / "tuned")
     load_processor("vilt", tiny_vl["vilt"]).save_pretrained(tmp_path / "tuned")

@@ -18,6 +18,8 @@ def filled(model: nn.Module, device: str) -> nn.Module:
     for name, buffer in model.named_buffers():
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
+        elif name.endswith("token_type_ids"):
+            buffer.zero_()
     return model
 
 

@@ -176,18 +176,29 @@ def test_prompts_keep_clips_text_causal(method):
 def test_shallow_prompts_are_tokens_of_every_layer():
     """Order does not matter to ViLT's attention: the same tokens at the end, through plain layers, give the same."""
     model = make("vilt")
-    add_method(model, MethodConfig("shallow_prompt", **SIZES))
-    shake(model)
-    x = torch.randn(2, 4, 32)
-    mask = torch.zeros(2, 1, 1, 4)
-    mask[1, ..., 3] = torch.finfo(torch.float32).min
+    pixels, pixel_mask = torch.randn(2, 3, 32, 32), torch.ones(2, 32, 32, dtype=torch.long)
+    pixel_mask[1, 16:] = 0
+    batch = {"input_ids": torch.tensor([[2, 3, 9, 27], [5, 6, 7, 0]]), "pixel_values": pixels}
+    masks = {"attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "pixel_mask": pixel_mask}
+    entered = {}
+    model.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: entered.update(states=args[0], mask=kwargs["attention_mask"]), with_kwargs=True
+    )
     with torch.no_grad():
-        found = model.encoder(x, attention_mask=mask).last_hidden_state
+        torch.manual_seed(0)
+        model(**batch, **masks)  # transformers' own mask: one row per token
+        states, seen = entered["states"], entered["mask"][:, :, :1]
+        assert entered["mask"].shape == (2, 1, 21, 21) and (seen < 0).sum() == 9
+        add_method(model, MethodConfig("shallow_prompt", **SIZES))
+        shake(model)
+        torch.manual_seed(0)
+        found = model(**batch, **masks).last_hidden_state
         prompts = model.encoder.get_submodule(CHILD).prompts
-        states = torch.cat([x, prompts.expand(2, -1, -1)], 1)
+        states = torch.cat([states, prompts.expand(2, -1, -1)], 1)
         for layer in model.encoder.layer:
-            states = layer(states, nn.functional.pad(mask, (0, 5)))[0]
-    assert torch.allclose(found, states[:, :4], atol=1e-5)
+            states = layer(states, nn.functional.pad(seen, (0, 5)))[0]
+        expected = model.layernorm(states)
+    assert torch.allclose(found, expected[:, :21], atol=1e-5)
 
 
 def test_shallow_prompts_of_meters_two_stacks():

@@ -83,8 +83,8 @@ class Prefix(nn.Module):
             prompts = self._norm[0](prompts)
         arguments[name] = torch.cat([prompts.expand(len(states), -1, -1), states], 1)
         if mask is not None:
-            per_query = mask.ndim == 4 and mask.shape[-2] > 1
-            arguments["attention_mask"] = with_open_columns(mask, len(self.prompts), rows=per_query)
+            causal = bool(arguments.get("is_causal"))
+            arguments["attention_mask"] = mask_with_prompts(mask, len(self.prompts), causal)
         return (), arguments
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -135,14 +135,20 @@ def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> d
     return arguments | arguments.pop("kwargs", {})
 
 
-def with_open_columns(mask: Tensor, count: int, rows: bool = False) -> Tensor:
-    """`(..., R, N) -> (..., R, count + N)`, additive or boolean; `rows`: as many causal rows first."""
+def mask_with_prompts(mask: Tensor, count: int, causal: bool) -> Tensor:
+    """`(..., R, N)` of tokens, additive or boolean, for `count` prompts before them, whom every token sees.
+
+    Where the mask has a row per token (R = N), prompts get rows of their own: they see what the tokens see, or with
+    `causal` only the prompts before them.
+    """
     boolean = mask.dtype == torch.bool
     seen, hidden = (True, False) if boolean else (0.0, torch.finfo(mask.dtype).min)
     mask = torch.cat([mask.new_full((*mask.shape[:-1], count), seen), mask], -1)
-    if not rows:
+    if mask.ndim < 4 or mask.shape[-2] == 1:
         return mask
-    first = mask.new_full((*mask.shape[:-2], count, mask.shape[-1]), hidden)
-    causal = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril()
-    first[..., :count] = first[..., :count].masked_fill(causal, seen)
-    return torch.cat([first, mask], -2)
+    rows = mask[..., :1, :].expand(*mask.shape[:-2], count, -1)
+    if causal:
+        rows = torch.full_like(rows, hidden)
+        earlier = torch.ones(count, count, dtype=torch.bool, device=mask.device).tril()
+        rows[..., :count] = rows[..., :count].masked_fill(earlier, seen)
+    return torch.cat([rows, mask], -2)

@@ -19,12 +19,15 @@ def encode_images(model: nn.Module, batch: Batch) -> Batch:
     """All of a score that depends on the pictures alone; the first dimension is the picture.
 
     Exact: METER's encoders see one side only, whatever is attached to the model. ViLT's patches come in random order
-    (each with its position, so that it does not matter), and none is left out: see `keep_all_patches`.
+    (each with its position, so that it does not matter), and none is left out as long as `config.max_image_length`
+    is -1, as in the official fine-tuning code.
 
     Args:
         model: `MeterForImageAndTextRetrieval` or `ViltForImageAndTextRetrieval`.
         batch: `pixel_values` (I, 3, H, W), and for ViLT `pixel_mask` (I, H, W).
     """
+    if "image_embeds" in batch:
+        return batch  # kept from before
     if hasattr(model, "meter"):
         return {"image_embeds": model.meter.get_image_features(batch["pixel_values"])}
     embeddings = model.vilt.embeddings
@@ -35,19 +38,10 @@ def encode_images(model: nn.Module, batch: Batch) -> Batch:
 
 def encode_texts(model: nn.Module, batch: Batch) -> Batch:
     """All of a score that depends on the texts alone: METER's text encoder. ViLT has none."""
-    if not hasattr(model, "meter"):
+    if "text_embeds" in batch or not hasattr(model, "meter"):
         return batch
     mask = batch["attention_mask"]
     return {"text_embeds": model.meter.get_text_features(batch["input_ids"], mask), "attention_mask": mask}
-
-
-def keep_all_patches(model: nn.Module) -> None:
-    """Lets ViLT see every patch: its default leaves some of a large picture out at random, which is for pre-training.
-
-    The official fine-tuning code has `max_image_len=-1` as well.
-    """
-    if hasattr(model, "vilt"):
-        model.config.max_image_length = -1
 
 
 def scores(model: nn.Module, images: Batch, texts: Batch) -> Tensor:
@@ -55,41 +49,64 @@ def scores(model: nn.Module, images: Batch, texts: Batch) -> Tensor:
     return model(**images, **texts).logits[:, 0]
 
 
-def ranking_loss(model: nn.Module, images: Batch, texts: Batch) -> Tensor:
-    """Cross-entropy of the true text among 1 + k: the objective of ViLT and METER.
+class RankingObjective(nn.Module):
+    """The training loss of ViLT and METER as a module, so that wrappers for several processes see its whole pass.
 
     Args:
         model: see `encode_images`.
-        images: pixels of B pictures; what depends on them alone is computed once, not 1 + k times.
-        texts: B (1 + k) tokenised texts, those of one picture together, its true one first.
+        matching_head: the pre-trained map from pooled features to two logits, the second for "they belong together".
+            It stays frozen, and adds `matching_weight` times its own loss.
+        matching_weight: 0.5 in both official configs (of which ViLT's code ignores it, and METER's adds it whole).
     """
-    encoded, count = encode_images(model, images), len(texts["input_ids"]) // len(images["pixel_values"])
-    repeated = {name: tensor.repeat_interleave(count, 0) for name, tensor in encoded.items()}
-    logits = scores(model, repeated, encode_texts(model, texts)).view(-1, count)  # (B, 1 + k)
+
+    def __init__(self, model: nn.Module, matching_head: nn.Linear | None = None, matching_weight: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.matching_head = matching_head.requires_grad_(False) if matching_head is not None else None
+        self.matching_weight = matching_weight
+
+    def forward(
+        self, images: Batch, texts: Batch, matched: Batch | None = None, is_match: Tensor | None = None
+    ) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            images: pixels, or METER's `image_embeds`, of B pictures.
+            texts: B (1 + k) tokenised texts, or METER's `text_embeds`: those of one picture together, its own first.
+            matched: for the matching loss, as `images`: each the true caption's own picture, or another.
+            is_match: `(B,)`, which.
+        """
+        encoded, told = encode_images(self.model, images), encode_texts(self.model, texts)
+        loss = ranking_loss(self.model, encoded, told)
+        if self.matching_head is None:
+            return loss
+        true = {name: tensor[:: len(tensor) // len(is_match)] for name, tensor in told.items()}
+        matched = encode_images(self.model, matched)
+        return loss + self.matching_weight * matching_loss(self.model, self.matching_head, matched, true, is_match)
+
+
+def ranking_loss(model: nn.Module, images: Batch, texts: Batch) -> Tensor:
+    """Cross-entropy of the true text among 1 + k, `(B, ...)` encoded pictures and `(B (1 + k), ...)` encoded texts."""
+    count = len(texts["attention_mask"]) // len(images["image_embeds"])
+    repeated = {name: tensor.repeat_interleave(count, 0) for name, tensor in images.items()}
+    logits = scores(model, repeated, texts).view(-1, count)  # (B, 1 + k)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
-def matching_loss(model: nn.Module, head: nn.Linear, images: Batch, texts: Batch, labels: Tensor) -> Tensor:
-    """Cross-entropy of the pre-trained matching head (frozen): does text b belong to picture b?
-
-    Args:
-        model: see `encode_images`.
-        head: pooled features to two logits, the second for "yes".
-        images, texts: of B pairs.
-        labels: `(B,)`, 1 where they belong together.
-    """
+def matching_loss(model: nn.Module, head: nn.Linear, images: Batch, texts: Batch, is_match: Tensor) -> Tensor:
+    """Cross-entropy of the matching head's "yes" and "no" on B encoded pairs."""
     body = model.meter if hasattr(model, "meter") else model.vilt
-    return F.cross_entropy(head(body(**images, **texts).pooler_output), labels)
+    return F.cross_entropy(head(body(**images, **texts).pooler_output), is_match.long())
 
 
-def start_from_matching_head(model: nn.Module, weight: Tensor, bias: Tensor) -> None:
-    """`rank_output` begins as the "yes" row of the pre-trained matching head: `(2, d)` and `(2,)`.
+def start_from_matching_head(model: nn.Module, head: nn.Linear) -> None:
+    """`rank_output` begins as the "yes" row of the pre-trained matching head.
 
     A copy: in the official code both share memory, and training one moves the other.
     """
     with torch.no_grad():
-        model.rank_output.weight.copy_(weight[1:])
-        model.rank_output.bias.copy_(bias[1:])
+        model.rank_output.weight.copy_(head.weight[1:])
+        model.rank_output.bias.copy_(head.bias[1:])
 
 
 @torch.inference_mode()

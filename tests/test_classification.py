@@ -213,7 +213,7 @@ def test_training_pictures_depend_on_seed_and_position_alone(tmp_path):
         return ours.TrainingPictures(items, seed, 8, lambda square: np.asarray(square).copy())
 
     first, again = pictures(0), pictures(0)
-    epoch = [first[position] for position in range(first.epoch_length)]
+    epoch = [first[position] for position in range(len(first))]
     assert sorted(label for _, label in epoch) == sorted(labels(items))
     for picture, label in epoch:
         assert picture.shape == (8, 8, 3) and abs(int(picture[0, 0, 0]) - 40 * label) <= 1

@@ -13,7 +13,7 @@ from test_behaviour import make_vilt
 from apt_diffusion import add_apt
 from apt_diffusion import retrieval as ours
 from apt_diffusion.data.retrieval import (
-    RELEASED_PREFIX,
+    OFFICIAL_PREFIX,
     RetrievalData,
     RetrievalSplit,
     read_hub,
@@ -136,30 +136,39 @@ def test_false_captions_are_never_true_and_differ():
     split = small_split()
     data = RetrievalData(split, seed=0, num_false=9)
     seen = []
-    for position in range(data.epoch_length):
-        sample = data[position]
+    for position in range(len(data)):
+        sample, draws = data[position]
         true, *false = sample.texts
         own = split.captions_of(sample.image)
         assert true in own and not set(false) & set(own) and len(set(false)) == 9
-        assert sample.false_image != sample.image
+        assert draws is None and sample.is_match == (sample.matched == sample.image)
         seen.append((sample.image, true))
     assert sorted(seen) == sorted((split.image_of[i], text) for i, text in enumerate(split.captions))  # each once
+    assert [data[position][0].is_match for position in range(4)] == [True, False, True, False]  # half and half
     assert data[3] == RetrievalData(split, seed=0, num_false=9)[3] != data[4]
     assert data[3] != RetrievalData(split, seed=1, num_false=9)[3]
-    draws = np.bincount([int(text[2:]) for p in range(600) for text in data[p].texts[1:] if text[1] == " "])
-    assert draws.min() > 0.8 * draws.max()  # uniform
+    counts = np.bincount([int(text[2:]) for p in range(600) for text in data[p][0].texts[1:] if text[1] == " "])
+    assert counts.min() > 0.8 * counts.max()  # uniform
 
 
-def test_the_released_draws_take_true_captions_for_false_ones():
-    data = RetrievalData(small_split(), seed=0, num_false=9, released_draws=True)
-    samples = [data[position] for position in range(40)]
+def test_the_official_draws_take_true_captions_for_false_ones():
+    data = RetrievalData(small_split(), seed=0, num_false=9, official_false_captions=True)
+    samples = [data[position][0] for position in range(40)]
     assert any(set(s.texts[1:]) & set(data.split.captions_of(s.image)) for s in samples)
 
 
-def test_the_released_prefix_tells_the_true_caption():
-    sample = RetrievalData(small_split(), seed=0, num_false=5, released_prefix=True)[0]
-    assert [text.startswith(RELEASED_PREFIX) for text in sample.texts] == [True] + [False] * 5
-    assert not any(RELEASED_PREFIX in text for text in RetrievalData(small_split(), seed=0, num_false=5)[0].texts)
+def test_the_official_prefix_tells_the_true_caption():
+    sample, _ = RetrievalData(small_split(), seed=0, num_false=5, official_prefix=True)[0]
+    assert [text.startswith(OFFICIAL_PREFIX) for text in sample.texts] == [True] + [False] * 5
+    sample, _ = RetrievalData(small_split(), seed=0, num_false=5)[0]
+    assert not any(OFFICIAL_PREFIX in text for text in sample.texts)
+
+
+def test_pictures_are_augmented_by_draws_of_their_own():
+    data, again = (RetrievalData(small_split(), seed=0, augment=True, num_false=5) for _ in range(2))
+    (sample, draws), (same, other_draws) = data[7], again[7]
+    assert sample == same == RetrievalData(small_split(), seed=0, num_false=5)[7][0]
+    assert draws.random() == other_draws.random() != data[8][1].random()
 
 
 def test_too_few_captions_are_refused_at_once():
@@ -214,7 +223,6 @@ def attach_acting_apt(model):
 def test_scores_of_all_pairs_are_those_of_whole_passes(kind):
     """The cached result is the uncached one, with adapters that act."""
     model = attach_acting_apt(make_model(kind))
-    ours.keep_all_patches(model)
     pixels, texts = inputs(kind)
     pairs = []
     scored = ours.score_all_pairs(
@@ -244,7 +252,7 @@ def test_ranking_loss_is_a_cross_entropy_over_whole_passes(kind):
     model = attach_acting_apt(make_model(kind))
     pixels, _ = inputs(kind, images=2)
     _, texts = inputs(kind, texts=8)  # 1 + 3 per picture
-    loss = ours.ranking_loss(model, pixels, texts)
+    loss = ours.RankingObjective(model)(pixels, texts)
     logits = torch.stack(
         [model(**rows_of(pixels, row // 4), **rows_of(texts, row)).logits[0, 0] for row in range(8)]
     ).view(2, 4)
@@ -260,7 +268,7 @@ def test_ranking_loss_is_a_cross_entropy_over_whole_passes(kind):
 def test_rank_output_starts_as_the_matching_heads_yes_and_shares_nothing(kind):
     model = make_model(kind)
     head = torch.nn.Linear(model.rank_output.in_features, 2)
-    ours.start_from_matching_head(model, head.weight, head.bias)
+    ours.start_from_matching_head(model, head)
     pixels, texts = inputs(kind, images=2, texts=2)
     body = model.meter if kind == "meter" else model.vilt
     torch.manual_seed(0)
@@ -273,15 +281,22 @@ def test_rank_output_starts_as_the_matching_heads_yes_and_shares_nothing(kind):
     assert torch.equal(head.weight, before)
 
 
-def test_matching_loss_is_the_heads_cross_entropy(kind):
+def test_the_matching_loss_joins_with_its_weight(kind):
+    """Whole passes of true captions with their own picture, or another, through the frozen head."""
     model = make_model(kind)
     head = torch.nn.Linear(model.rank_output.in_features, 2)
-    pixels, texts = inputs(kind, images=2, texts=2)
-    labels = torch.tensor([1, 0])
+    pixels, _ = inputs(kind, images=2)
+    _, texts = inputs(kind, texts=6)
+    matched, _ = inputs(kind, images=2, seed=1)
+    is_match = torch.tensor([1, 0])
     body = model.meter if kind == "meter" else model.vilt
-    logits = head(body(**pixels, **texts).pooler_output)
-    loss = ours.matching_loss(model, head, pixels, texts, labels)
-    assert loss.item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+    logits = head(body(**matched, **rows_of(texts, 0, 3)).pooler_output)  # the first of three is the true one
+    ranking = ours.RankingObjective(model)(pixels, texts)
+    for weight in (0.5, 1.0):
+        loss = ours.RankingObjective(model, head, weight)(pixels, texts, matched, is_match)
+        expected = ranking + weight * F.cross_entropy(logits, is_match)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
 # Recall

@@ -291,7 +291,7 @@ class TrainingPictures(Dataset):
     """position -> `(picture, label)`: a square of `size` pixels cut out at random, perhaps mirrored.
 
     Args:
-        items: to train on; an epoch shows each once.
+        items: to train on; an epoch, whose length this has, shows each once.
         seed: every random choice follows from it.
         size: of the squares.
         finish: what becomes of a square, given to it as RGB.
@@ -303,12 +303,11 @@ class TrainingPictures(Dataset):
         self.size = size
         self.finish = finish
 
-    @property
-    def epoch_length(self) -> int:
+    def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        picture, label = self.items[entry_at(self.seed, position, self.epoch_length)]
+        picture, label = self.items[entry_at(self.seed, position, len(self))]
         draws = random_at(self.seed, position, Purpose.SAMPLE)
         square = random_resized_crop(read_source(picture), self.size, draws)
         return self.finish(ImageOps.mirror(square) if draws.random() < 0.5 else square), label

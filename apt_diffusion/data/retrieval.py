@@ -27,8 +27,8 @@ from .sources import (
 # codes train on train + val (COCO: train + restval) and look at the test split only.
 TRAIN_SPLITS = ("train", "restval")
 EVALUATION_SPLITS = ("val", "test")
-# Released ViLT code puts this before every text but the false captions of training.
-RELEASED_PREFIX = "Does the images satisfy the description:"
+# APT's released code for ViLT puts this before every text but the false captions of training.
+OFFICIAL_PREFIX = "Does the images satisfy the description:"
 
 
 @dataclass(frozen=True)
@@ -135,23 +135,28 @@ def read_hub(
 
 @dataclass(frozen=True)
 class RetrievalSample:
-    """One line of a training batch."""
+    """One picture of a training batch."""
 
     image: PictureSource
     texts: list[str]  # the true caption, then the false ones
-    false_image: PictureSource | None = None  # for the matching loss
+    matched: PictureSource  # for the matching loss, beside the true caption
+    is_match: bool  # whether it is the caption's own picture
 
 
 class RetrievalData(Dataset):
-    """position -> `RetrievalSample`: a picture, one of its captions, and `num_false` captions that are not true of it.
+    """position -> `(RetrievalSample, draws)`: a picture, one of its captions, and captions that are not true of it.
+
+    `draws` is what to augment the pictures with, `None` where they are left as they are. The length is an epoch, which
+    shows every caption once.
 
     Args:
-        split: what to train on; an epoch shows every caption once.
+        split: what to train on.
         seed: every random choice follows from it.
+        augment: whether pictures are changed at random.
         num_false: false captions per picture (15 in the official code of ViLT and METER).
-        released_draws: draw them from all captions, true ones of the same picture included, as the released code does.
-        released_prefix: put `RELEASED_PREFIX` before the true caption and not before the false ones, as the released
-            code of ViLT does: the true one can be told by it.
+        official_false_captions: draw them from all captions, the picture's own included, as that code does.
+        official_prefix: put `OFFICIAL_PREFIX` before the true caption and not before the false ones, as APT's released
+            code for ViLT does: the true one can be told by it.
 
     Raises:
         ValueError: where there are too few different captions.
@@ -161,9 +166,10 @@ class RetrievalData(Dataset):
         self,
         split: RetrievalSplit,
         seed: int,
+        augment: bool = False,
         num_false: int = 15,
-        released_draws: bool = False,
-        released_prefix: bool = False,
+        official_false_captions: bool = False,
+        official_prefix: bool = False,
     ) -> None:
         most = max(last - first for first, last in zip(split.firsts, split.firsts[1:], strict=False))
         distinct = len(set(split.captions))
@@ -174,30 +180,29 @@ class RetrievalData(Dataset):
             )
         self.split = split
         self.seed = seed
+        self.augment = augment
         self.num_false = num_false
-        self.released_draws = released_draws
-        self.prefix = RELEASED_PREFIX if released_prefix else ""
+        self.official_false_captions = official_false_captions
+        self.prefix = OFFICIAL_PREFIX if official_prefix else ""
 
-    @property
-    def epoch_length(self) -> int:
+    def __len__(self) -> int:
         return len(self.split.captions)
 
-    def __getitem__(self, position: int) -> RetrievalSample:
+    def __getitem__(self, position: int) -> tuple[RetrievalSample, np.random.Generator | None]:
         draws = random_at(self.seed, position, Purpose.SAMPLE)
-        caption = entry_at(self.seed, position, self.epoch_length)
+        caption = entry_at(self.seed, position, len(self))
         image = self.split.image_of[caption]
-        true = f"{self.prefix} {self.split.captions[caption]}".strip()
-        false_image = self._false_image(image, draws)
-        return RetrievalSample(
-            self.split.images[image],
-            [true, *self._false_captions(image, draws)],
-            self.split.images[false_image],
-        )
+        true = prefixed(self.split.captions[caption], self.prefix)
+        texts = [true, *self._false_captions(image, draws)]
+        is_match = position % 2 == 0
+        matched = image if is_match else self._other_image(image, draws)
+        sample = RetrievalSample(self.split.images[image], texts, self.split.images[matched], is_match)
+        return sample, draws if self.augment else None
 
     def _false_captions(self, image: int, draws: np.random.Generator) -> list[str]:
         """Uniform over the captions; ours are distinct, and none reads as a caption of the picture."""
         captions = self.split.captions
-        if self.released_draws:
+        if self.official_false_captions:
             return [captions[index] for index in draws.integers(len(captions), size=self.num_false)]
         taken = set(self.split.captions_of(image))
         chosen: list[str] = []
@@ -208,6 +213,10 @@ class RetrievalData(Dataset):
                 chosen.append(text)
         return chosen
 
-    def _false_image(self, image: int, draws: np.random.Generator) -> int:
+    def _other_image(self, image: int, draws: np.random.Generator) -> int:
         other = int(draws.integers(len(self.split.images) - 1))
         return other + (other >= image)
+
+
+def prefixed(caption: str, prefix: str) -> str:
+    return f"{prefix} {caption}" if prefix else caption

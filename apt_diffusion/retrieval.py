@@ -5,12 +5,16 @@ ViLT's embedding of patches. Axes: I pictures, C captions, B pairs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .files import resolve_adapter_file
+
+MATCHING_HEAD_NAME = "matching_head.safetensors"  # written by the conversion of official checkpoints
 Batch = dict[str, Tensor]
 RANKS = (1, 5, 10)
 
@@ -97,6 +101,27 @@ def matching_loss(model: nn.Module, head: nn.Linear, images: Batch, texts: Batch
     """Cross-entropy of the matching head's "yes" and "no" on B encoded pairs."""
     body = model.meter if hasattr(model, "meter") else model.vilt
     return F.cross_entropy(head(body(**images, **texts).pooler_output), is_match.long())
+
+
+def load_matching_head(place: str | Path, **hub: Any) -> nn.Linear | None:
+    """The pre-trained matching head beside a model, `MATCHING_HEAD_NAME` in its folder or repository; or nothing.
+
+    Raises:
+        ValueError: where the file holds something else.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        file = resolve_adapter_file(place, MATCHING_HEAD_NAME, **hub)
+    except FileNotFoundError:
+        return None
+    tensors = load_file(file)
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is None or bias is None or weight.shape[0] != 2 or bias.shape != (2,):
+        raise ValueError(f"{file} is no matching head: it should hold `weight` (2, d) and `bias` (2,).")
+    head = nn.Linear(weight.shape[1], 2, dtype=weight.dtype)
+    head.load_state_dict({"weight": weight, "bias": bias})
+    return head.float()
 
 
 def start_from_matching_head(model: nn.Module, head: nn.Linear) -> None:

@@ -12,10 +12,11 @@ from test_behaviour import make_vilt
 
 from apt_diffusion import add_apt
 from apt_diffusion import retrieval as ours
+from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
 from apt_diffusion.data.retrieval import (
-    OFFICIAL_PREFIX,
     RetrievalData,
     RetrievalSplit,
+    find_karpathy,
     read_hub,
     read_karpathy,
 )
@@ -33,7 +34,7 @@ def write_karpathy(folder, splits="aabbc", filepath=None):
         sentences = [{"raw": f" caption {index} {word}"} for word in ("one", "two", "two")]
         row = {"filename": f"{index}.jpg", "split": names[split], "sentences": sentences}
         rows.append(row | ({"filepath": filepath} if filepath else {}))
-    file = folder / "dataset.json"
+    file = folder / "dataset_coco.json"
     file.write_text(json.dumps({"images": rows, "dataset": "coco"}))
     return file, folder / "images"
 
@@ -55,6 +56,19 @@ def test_pictures_of_coco_may_lie_in_one_folder(tmp_path):
     for path in (images / "val2014").iterdir():
         path.rename(images / path.name)
     assert read_karpathy(file, images, ("test",)).images == [images / "4.jpg"]
+
+
+def test_the_folder_of_a_data_set(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no dataset_flickr30k\.json or dataset_coco\.json"):
+        find_karpathy(tmp_path)
+    file, images = write_karpathy(tmp_path)
+    assert find_karpathy(tmp_path) == (file, images)
+    assert find_karpathy(tmp_path, tmp_path / "elsewhere")[1] == tmp_path / "elsewhere"
+    images.rename(tmp_path / "train2014")
+    assert find_karpathy(tmp_path)[1] == tmp_path  # COCO
+    (tmp_path / "dataset_flickr30k.json").write_text("{}")
+    with pytest.raises(ValueError, match="several data sets"):
+        find_karpathy(tmp_path)
 
 
 def test_missing_pictures_are_counted_and_named(tmp_path):
@@ -159,9 +173,9 @@ def test_the_official_draws_take_true_captions_for_false_ones():
 
 def test_the_official_prefix_tells_the_true_caption():
     sample, _ = RetrievalData(small_split(), seed=0, num_false=5, official_prefix=True)[0]
-    assert [text.startswith(OFFICIAL_PREFIX) for text in sample.texts] == [True] + [False] * 5
+    assert [text.startswith(OFFICIAL_PROMPT) for text in sample.texts] == [True] + [False] * 5
     sample, _ = RetrievalData(small_split(), seed=0, num_false=5)[0]
-    assert not any(OFFICIAL_PREFIX in text for text in sample.texts)
+    assert not any(OFFICIAL_PROMPT in text for text in sample.texts)
 
 
 def test_pictures_are_augmented_by_draws_of_their_own():

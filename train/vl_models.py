@@ -14,6 +14,7 @@ from apt_diffusion.data.image_text import Example, ModelInputs
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.data.sources import read_picture
 from apt_diffusion.meter import MeterModel
+from apt_diffusion.retrieval import load_matching_head, start_from_matching_head
 
 
 def load_model(run: Run, model_class: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:
@@ -50,7 +51,17 @@ def load_model(run: Run, model_class: type[PreTrainedModel], **settings: Any) ->
         _take_over_modalities(run, model)
     if any(key.endswith("classifier_token") for key in report["missing_keys"]):
         _start_classifier_token(model.base_model)
+    if any(key.startswith("rank_output.") for key in report["missing_keys"]):
+        _start_ranking(run, model)
     return model
+
+
+def _start_ranking(run: Run, model: PreTrainedModel) -> None:
+    head = load_matching_head(run.model_path, revision=run.args.revision)
+    if head is None:
+        run.logger.warning("%s has neither a ranking head nor a matching one: it starts anew.", run.model_path)
+    else:
+        start_from_matching_head(model, head)
 
 
 @torch.no_grad()

@@ -108,6 +108,7 @@ class Task:
         header: more strings for the header of the weights' file.
         summary, usage, tags: for the model card; `usage` with `{base_model!r}` and `{place!r}`.
         conclude: what else to do with the trained model, which it gets as `evaluate` does.
+        network: what accelerate wraps, and `loss` and `evaluate` get, where it is more than the model within it.
     """
 
     model: nn.Module
@@ -121,6 +122,10 @@ class Task:
     tags: list[str]
     header: dict[str, str] = field(default_factory=dict)
     conclude: Callable[[nn.Module], None] | None = None
+    network: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        self.network = self.model if self.network is None else self.network
 
 
 @dataclass
@@ -196,7 +201,7 @@ def run_task(run: Run, task: Task) -> dict[str, float]:
     """Trains and evaluates, or only evaluates. After Ctrl-C or SIGTERM: `SystemExit`, once a checkpoint is written."""
     accelerator, args = run.accelerator, run.args
     if args.eval_only:
-        model, step = accelerator.prepare_model(task.model, evaluation_mode=True), None
+        model, step = accelerator.prepare_model(task.network, evaluation_mode=True), None
         metrics = evaluate(run, task, model)
     else:
         trainer = prepare(run, task)
@@ -239,7 +244,7 @@ def prepare(run: Run, task: Task) -> Trainer:
     optimizer = make_optimizer(args, parameters)
     warmup = args.lr_warmup_steps * (args.max_train_steps if args.lr_warmup_steps < 1 else 1)
     schedule = make_schedule(args.lr_scheduler, optimizer, int(warmup), args.max_train_steps, cycles=1, power=1.0)
-    model, optimizer = accelerator.prepare(task.model, optimizer)
+    model, optimizer = accelerator.prepare(task.network, optimizer)
     log = None
     if run.resumed:
         checkpoints.load_training_state(run.resumed, optimizer.optimizer, parameters, accelerator.scaler)
@@ -342,7 +347,7 @@ def inference_mode(run: Run, task: Task, model: nn.Module) -> Iterator[nn.Module
     """Without dropout, gradients, and any trace in training's random numbers.
 
     Yields:
-        The model without DDP's wrapper, which would make processes wait for each other, but with autocast.
+        `Task.network` without DDP's wrapper, which would make processes wait for each other, but with autocast.
     """
     task.model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

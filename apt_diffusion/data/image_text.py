@@ -81,25 +81,35 @@ class ModelInputs:
         With a cache `text_embeds` (B, T, d) and `image_embeds` (B, I, d), or (B, K, I, d), are in their place.
         """
         examples = [example for example, _ in samples]
-        inputs = self.words([example.text for example in examples])
-        if self.cache is None:
-            images = [self._read(source, draws) for example, draws in samples for source in example.pictures]
-            inputs |= self.processor.image_processor(images, return_tensors="pt")
-        else:
-            inputs["text_embeds"] = self.cache.text_embeds(inputs.pop("input_ids"), inputs["attention_mask"])
-            inputs["image_embeds"] = self.cache.image_embeds([p for example in examples for p in example.pictures])
+        pictures = [(source, draws) for example, draws in samples for source in example.pictures]
+        inputs = self.texts([example.text for example in examples]) | self.pictures(pictures)
         count = len(examples[0].pictures)
         for name in ("pixel_values", "pixel_mask", "image_embeds"):
             if count > 1 and name in inputs:
                 inputs[name] = inputs[name].unflatten(0, (-1, count))
-        inputs = {name: value for name, value in inputs.items() if name in self.names or name.endswith("_embeds")}
         return inputs | {"labels": self.labels([example.target for example in examples])}
 
-    def words(self, texts: list[str]) -> Batch:
+    def texts(self, texts: Sequence[str]) -> Batch:
+        """What of the inputs is the texts', padded to the longest of them."""
+        words = self.words(texts)
+        inputs = {name: words[name] for name in words if name in self.names}
+        if self.cache is not None:
+            inputs["text_embeds"] = self.cache.text_embeds(inputs.pop("input_ids"), inputs["attention_mask"])
+        return inputs
+
+    def pictures(self, pictures: Sequence[tuple[PictureSource, np.random.Generator | None]]) -> Batch:
+        """What of the inputs is the pictures', each with what it is augmented by."""
+        if self.cache is not None:
+            return {"image_embeds": self.cache.image_embeds([source for source, _ in pictures])}
+        images = [self._read(source, draws) for source, draws in pictures]
+        pixels = self.processor.image_processor(images, return_tensors="pt")
+        return {name: pixels[name] for name in pixels if name in self.names}
+
+    def words(self, texts: Sequence[str]) -> Batch:
         """Token ids and masks, padded to the longest of these texts."""
         return dict(
             self.processor.tokenizer(
-                texts, padding=True, truncation=True, max_length=self.max_text_length, return_tensors="pt"
+                list(texts), padding=True, truncation=True, max_length=self.max_text_length, return_tensors="pt"
             )
         )
 

@@ -4,14 +4,17 @@
 to a picture, one of its captions and captions of other pictures, by the seed and the position alone.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
+from .image_text import Batch, ModelInputs
+from .nlvr2 import OFFICIAL_PROMPT
 from .order import Purpose, entry_at, random_at
 from .sources import (
     HubPicture,
@@ -27,8 +30,7 @@ from .sources import (
 # codes train on train + val (COCO: train + restval) and look at the test split only.
 TRAIN_SPLITS = ("train", "restval")
 EVALUATION_SPLITS = ("val", "test")
-# APT's released code for ViLT puts this before every text but the false captions of training.
-OFFICIAL_PREFIX = "Does the images satisfy the description:"
+PICTURE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,23 @@ class RetrievalSplit:
 
     def captions_of(self, image: int) -> list[str]:
         return self.captions[self.firsts[image] : self.firsts[image + 1]]
+
+
+def find_karpathy(folder: str | Path, image_dir: str | Path | None = None) -> tuple[Path, Path]:
+    """Annotations and pictures of a data set's folder: its `dataset_*.json`, and `image_dir`, else
+    `flickr30k-images` where there is one, else the folder itself (COCO's `train2014` and `val2014` lie there).
+
+    Raises:
+        FileNotFoundError, ValueError: where there is not exactly one such file.
+    """
+    folder = Path(folder).expanduser()
+    files = sorted(folder.glob("dataset_*.json"))
+    if not files:
+        raise FileNotFoundError(f"There is no dataset_flickr30k.json or dataset_coco.json in {folder}.")
+    if len(files) > 1:
+        raise ValueError(f"{folder} has several data sets: {[file.name for file in files]}. Give each its own folder.")
+    inner = next((folder / name for name in PICTURE_FOLDERS if (folder / name).is_dir()), folder)
+    return files[0], inner if image_dir is None else Path(image_dir).expanduser()
 
 
 def read_karpathy(annotations: str | Path, image_dir: str | Path, splits: Iterable[str]) -> RetrievalSplit:
@@ -155,7 +174,7 @@ class RetrievalData(Dataset):
         augment: whether pictures are changed at random.
         num_false: false captions per picture (15 in the official code of ViLT and METER).
         official_false_captions: draw them from all captions, the picture's own included, as that code does.
-        official_prefix: put `OFFICIAL_PREFIX` before the true caption and not before the false ones, as APT's released
+        official_prefix: put `OFFICIAL_PROMPT` before the true caption and not before the false ones, as APT's released
             code for ViLT does: the true one can be told by it.
 
     Raises:
@@ -183,7 +202,7 @@ class RetrievalData(Dataset):
         self.augment = augment
         self.num_false = num_false
         self.official_false_captions = official_false_captions
-        self.prefix = OFFICIAL_PREFIX if official_prefix else ""
+        self.prefix = OFFICIAL_PROMPT if official_prefix else ""
 
     def __len__(self) -> int:
         return len(self.split.captions)
@@ -192,7 +211,7 @@ class RetrievalData(Dataset):
         draws = random_at(self.seed, position, Purpose.SAMPLE)
         caption = entry_at(self.seed, position, len(self))
         image = self.split.image_of[caption]
-        true = prefixed(self.split.captions[caption], self.prefix)
+        true = self.prefix + self.split.captions[caption]
         texts = [true, *self._false_captions(image, draws)]
         is_match = position % 2 == 0
         matched = image if is_match else self._other_image(image, draws)
@@ -218,5 +237,33 @@ class RetrievalData(Dataset):
         return other + (other >= image)
 
 
-def prefixed(caption: str, prefix: str) -> str:
-    return f"{prefix} {caption}" if prefix else caption
+class RetrievalInputs:
+    """Collates samples of B pictures to model inputs, with B (1 + k) texts, those of one picture together.
+
+    Args:
+        inputs: for the model.
+        with_matched: also `matched.*`, inputs of the pictures for the matching loss, and `is_match` (B,).
+    """
+
+    def __init__(self, inputs: ModelInputs, with_matched: bool = False) -> None:
+        self.inputs = inputs
+        self.with_matched = with_matched
+
+    def __call__(self, samples: Sequence[tuple[RetrievalSample, np.random.Generator | None]]) -> Batch:
+        batch = self.inputs.texts([text for sample, _ in samples for text in sample.texts])
+        batch |= self.inputs.pictures([(sample.image, draws) for sample, draws in samples])
+        if self.with_matched:
+            matched = self.inputs.pictures([(sample.matched, draws) for sample, draws in samples])
+            batch |= {f"matched.{name}": tensor for name, tensor in matched.items()}
+            batch["is_match"] = torch.tensor([sample.is_match for sample, _ in samples])
+        return batch
+
+
+def first_images(split: RetrievalSplit, count: int | None) -> RetrievalSplit:
+    """The first so many pictures of a split, and their captions."""
+    if count is None or count >= len(split.images):
+        return split
+    last = split.firsts[count]
+    return RetrievalSplit(
+        split.images[:count], split.captions[:last], split.image_of[:last], split.firsts[: count + 1]
+    )

@@ -1,0 +1,248 @@
+#!/usr/bin/env python
+"""Teach ViLT or METER to find pictures by captions and captions by pictures (Flickr30K, COCO) with APT, or a method
+that it is compared with.
+
+    python -m apt_diffusion.miniature.tasks retrieval --output_dir data/flickr30k
+    accelerate launch train/train_apt_retrieval.py --model_name_or_path miniature-vilt \\
+        --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 100 \\
+        --gradient_accumulation_steps 1 --no-augment --max_evaluation_images 100
+
+Here are data, model, loss and metrics of the task. The flags that all tasks share, and the loop, stand in
+`vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import ViltForImageAndTextRetrieval
+from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
+from vl_models import load_model, make_inputs
+from vl_trainer import Run, Task, attach, gather_by_index, run_task, start, to_device
+
+from apt_diffusion.data.image_text import Batch, Example, ModelInputs
+from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
+from apt_diffusion.data.retrieval import (
+    EVALUATION_SPLITS,
+    TRAIN_SPLITS,
+    RetrievalData,
+    RetrievalInputs,
+    RetrievalSplit,
+    find_karpathy,
+    first_images,
+    read_hub,
+    read_karpathy,
+)
+from apt_diffusion.meter import MeterForImageAndTextRetrieval
+from apt_diffusion.retrieval import (
+    MATCHING_HEAD_NAME,
+    RANKS,
+    RankingObjective,
+    load_matching_head,
+    recall,
+    score_all_pairs,
+)
+from apt_diffusion.training.interrupt import leave_signals_to_parent
+
+RECIPES = {
+    "vilt": Recipe(5e-4, 1e-4, head_lr_multiplier=1, total_batch_size=256, max_text_length=40),
+    "meter": Recipe(
+        5e-5, 5e-6, head_lr_multiplier=1, total_batch_size=512, max_text_length=40, cross_modal_lr_multiplier=5
+    ),
+}
+MODELS = {"vilt": ViltForImageAndTextRetrieval, "meter": MeterForImageAndTextRetrieval}
+IMAGES_PER_BATCH = 16  # that evaluation encodes together
+USAGE = """
+from {module} import {model_class}
+from apt_diffusion import load_apt_weights
+from apt_diffusion.data.processors import load_processor
+from apt_diffusion.miniature import resolve_model
+
+base = resolve_model({{base_model!r}})
+model = {model_class}.from_pretrained(base).eval()
+{load}
+inputs = load_processor({kind!r}, base)(picture, "two dogs in the snow", return_tensors="pt")
+print(model(**inputs).logits)  # how well they fit: to be compared with other pictures and captions
+"""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_shared_flags(parser, RECIPES)
+    # A picture is read with 16 captions: the released scripts take 4 pictures (ViLT) or 2 (METER) at a time.
+    parser.set_defaults(train_batch_size=4)
+    add = parser.add_argument_group("retrieval").add_argument
+    add("--data_dir", help="Folder with Karpathy's dataset_flickr30k.json or dataset_coco.json.")
+    add("--image_dir", help="Folder of the pictures, if it is not in --data_dir: COCO's has train2014 and val2014.")
+    add("--dataset_name", help="In place of --data_dir: a data set of the hub, one row per picture.")
+    add("--image_column", default="image", help="With --dataset_name: column of the pictures.")
+    add("--caption_column", default="caption", help="With --dataset_name: column of the lists of captions.")
+    add(
+        "--train_splits",
+        nargs="+",
+        default=list(TRAIN_SPLITS),
+        choices=[*TRAIN_SPLITS, "val"],
+        help="Karpathy's splits to train on; COCO has `restval`. Published Flickr30K results train on `val`, too.",
+    )
+    add("--evaluation_split", default="test", choices=EVALUATION_SPLITS, help="What recall is measured on.")
+    add(
+        "--max_evaluation_images",
+        type=positive_int,
+        help="Measure recall among the first so many pictures. All if not set: the 1,000 pictures and 5,000 captions "
+        "of Flickr30K are 5 million passes through the model. Fewer pictures are easier to tell apart.",
+    )
+    add("--num_false_captions", type=positive_int, default=15, help=f"Per picture of training; 15 in {SOURCE}.")
+    add(
+        "--matching_loss_weight",
+        type=float,
+        default=0.0,
+        help="Weight of the loss of the pre-trained matching head, which stays frozen and must lie beside the model "
+        "(matching_head.safetensors, from the conversion of an official checkpoint). Both official configs say 0.5; "
+        "ViLT's code leaves the loss out.",
+    )
+    add(
+        "--official_matching_loss",
+        action="store_true",
+        help="As the released code for METER does: add that loss whole, whatever its config says.",
+    )
+    add(
+        "--official_false_captions",
+        action="store_true",
+        help="As the released code does: draw false captions from all, the picture's own included.",
+    )
+    add(
+        "--official_prefix",
+        action="store_true",
+        help=f"As the released code for ViLT does: put {OFFICIAL_PROMPT!r} before every caption but the false ones of "
+        "training. The true one can then be told by it: training looks better than it is.",
+    )
+    args = parser.parse_args(argv)
+    if (args.data_dir is None) == (args.dataset_name is None):
+        parser.error("give --data_dir or --dataset_name")
+    if args.official_matching_loss:
+        if args.matching_loss_weight not in (0.0, 1.0):
+            parser.error("--official_matching_loss means a --matching_loss_weight of 1")
+        args.matching_loss_weight = 1.0
+    if args.matching_loss_weight < 0:
+        parser.error("--matching_loss_weight must not be negative")
+    check_shared(args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse_args(argv)
+    run = start(args, "train_apt_retrieval", argv, RECIPES)
+    if args.evaluation_steps is None:
+        args.evaluation_steps = 2**62  # at the end only: scoring all pairs takes longer than many epochs
+    tested = first_images(load(args, (args.evaluation_split,)), args.max_evaluation_images)
+    training = tested if args.eval_only else load(args, args.train_splits)
+    examples = RetrievalData(
+        training, run.seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
+    )
+    head = find_matching_head(run)
+    model = load_model(run, MODELS[run.model_type])
+    attach(run, model)
+    prefix = OFFICIAL_PROMPT if args.official_prefix else ""
+    every = [pairs(training, ""), pairs(training, prefix), pairs(tested, prefix)]
+    inputs = make_inputs(run, model, torch.tensor, every)
+
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        return recall(score_split(run, network.model, inputs, tested, prefix), tested.image_of)
+
+    return run_task(
+        run,
+        Task(
+            model,
+            examples,
+            RetrievalInputs(inputs, with_matched=head is not None),
+            loss,
+            evaluate,
+            plotted=[f"{way}_recall@{k}" for way in ("text", "image") for k in RANKS[:2]],
+            summary=f"{type(model).__name__} for image-text retrieval, trained with `{args.method}` on "
+            f"{len(training.images)} pictures with {len(training.captions)} captions. Recall is measured among "
+            f"{len(tested.images)} pictures with {len(tested.captions)} captions ({args.evaluation_split}).",
+            usage=usage(run, model),
+            tags=["image-text-retrieval", run.model_type],
+            network=RankingObjective(model, head, args.matching_loss_weight),
+        ),
+    )
+
+
+def loss(network: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of the true caption among the false ones, and what `RankingObjective` adds."""
+    matched = {name.removeprefix("matched."): batch.pop(name) for name in list(batch) if name.startswith("matched.")}
+    is_match = batch.pop("is_match", None)
+    images = {name: batch.pop(name) for name in ("pixel_values", "pixel_mask", "image_embeds") if name in batch}
+    return network(images, batch, matched or None, is_match)
+
+
+def load(args: argparse.Namespace, splits: Sequence[str]) -> RetrievalSplit:
+    if args.dataset_name is not None:
+        return read_hub(args.dataset_name, splits, args.image_column, args.caption_column)
+    annotations, image_dir = find_karpathy(args.data_dir, args.image_dir)
+    return read_karpathy(annotations, image_dir, splits)
+
+
+def find_matching_head(run: Run) -> nn.Linear | None:
+    """The pre-trained one, where the flags ask for its loss."""
+    if run.args.matching_loss_weight == 0 or run.args.eval_only:
+        return None
+    head = load_matching_head(run.model_path, revision=run.args.revision)
+    if head is None:
+        raise ValueError(
+            f"--matching_loss_weight needs {MATCHING_HEAD_NAME} beside {run.args.model_name_or_path}: the conversion "
+            "of an official pre-training checkpoint writes it."
+        )
+    return head
+
+
+def pairs(split: RetrievalSplit, prefix: str) -> list[Example]:
+    """Every caption with its picture: all that the model will read."""
+    return [
+        Example(prefix + caption, (split.images[image],), None)
+        for caption, image in zip(split.captions, split.image_of, strict=True)
+    ]
+
+
+def score_split(run: Run, model: nn.Module, inputs: ModelInputs, split: RetrievalSplit, prefix: str) -> Tensor:
+    """Scores of all pairs `(I, C)`; the processes share the pictures."""
+    accelerator, size = run.accelerator, run.args.eval_batch_size
+    own = range(accelerator.process_index, len(split.images), accelerator.num_processes)
+    pictures = DataLoader(
+        [(split.images[image], None) for image in own],
+        IMAGES_PER_BATCH,
+        collate_fn=inputs.pictures,
+        num_workers=run.args.dataloader_num_workers,
+        worker_init_fn=leave_signals_to_parent,
+    )
+    captions = [prefix + caption for caption in split.captions]
+    texts = [inputs.texts(captions[start : start + size]) for start in range(0, len(captions), size)]
+    torch.manual_seed(run.seed)  # ViLT shuffles its patches
+    with (
+        accelerator.autocast(),
+        tqdm(total=len(own) * len(captions), desc="pairs", disable=not accelerator.is_local_main_process) as bar,
+    ):
+        scores = score_all_pairs(
+            model,
+            (to_device(batch, accelerator.device) for batch in pictures),
+            [to_device(batch, accelerator.device) for batch in texts],
+            bar.update,
+        )
+    return gather_by_index(accelerator, own, scores, len(split.images))
+
+
+def usage(run: Run, model: nn.Module) -> str:
+    load = "load_apt_weights(model, {place!r})"
+    if run.args.method != "apt":
+        load = 'load_method(model, "pytorch_method_weights.safetensors")  # from apt_diffusion.methods.attach'
+    module = "apt_diffusion.meter" if run.model_type == "meter" else "transformers"
+    return USAGE.format(module=module, model_class=type(model).__name__, kind=run.model_type, load=load)
+
+
+if __name__ == "__main__":
+    main()

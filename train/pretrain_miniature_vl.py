@@ -2,8 +2,8 @@
 """Make the miniature CLIP, ViLT and METER from nothing: draw the world, train, grade, export.
 
     python train/pretrain_miniature_vl.py --model clip --output_dir runs/clip
-    python train/pretrain_miniature_vl.py --model vilt --output_dir runs/vilt
-    python train/pretrain_miniature_vl.py --model meter --output_dir runs/meter   # starts from the exported CLIP
+    python train/pretrain_miniature_vl.py --model vilt --output_dir runs/vilt     # starts from the exported CLIP,
+    python train/pretrain_miniature_vl.py --model meter --output_dir runs/meter   # as this one does
     python train/pretrain_miniature_vl.py --model vilt --grade                    # only grade the embedded weights
 
 CLIP learns by contrast of captions; ViLT and METER learn whether a text fits a picture, and masked words. All see
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from apt_diffusion.miniature import MODELS
 from apt_diffusion.miniature.knowledge import clip_grades, load, matching_grades
 from apt_diffusion.miniature.muon import Muon
+from apt_diffusion.miniature.start import start_meter, start_vilt
 from apt_diffusion.miniature.tasks.captions import describe
 from apt_diffusion.miniature.tasks.picture import Claim, Picture, read_picture
 from apt_diffusion.miniature.tasks.similar import GROUP, similar_scenes
@@ -44,7 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=["clip", "vilt", "meter"], required=True)
     parser.add_argument("--output_dir", help="checkpoints and grades (default: runs/miniature-MODEL)")
     parser.add_argument("--export_dir", help="where the model goes, in fp16 (default: where the package has it)")
-    parser.add_argument("--clip", default=str(MODELS["miniature-clip"]), help="METER's vision tower comes from here")
+    parser.add_argument(
+        "--clip", default=str(MODELS["miniature-clip"]), help="ViLT and METER start from its vision tower"
+    )
     parser.add_argument("--grade", action="store_true", help="grade what is in --export_dir, and nothing else")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2000)
@@ -86,7 +89,8 @@ def clip_loss(args: argparse.Namespace, model: nn.Module, processor: Any) -> Los
     """Contrast within the batch; a caption that fits another picture too is no negative for it."""
 
     def loss(generator: torch.Generator) -> Tensor:
-        pixels, pictures, texts, claims, _ = draw_batch(args.batch_size, generator, sentences=0.1)
+        pixels, pictures, texts, claims, rng = draw_batch(args.batch_size, generator, sentences=0.1)
+        texts = [text + rng.choice(("", "", ".")) for text in texts]  # templates end in a full stop
         tokens = processor.tokenizer(texts, padding=True, return_tensors="pt")
         fits = torch.tensor([[claim.holds(picture) for claim in claims] for picture in pictures])
         pixel_values = normalised(pixels, processor.image_processor)
@@ -121,7 +125,8 @@ def matching_loss(args: argparse.Namespace, model: nn.Module, word_head: WordHea
                 model,
                 ids.masked_fill(masked, tokenizer.mask_token_id),
                 tokens.attention_mask,
-                normalised(pixels, processor.image_processor)[shown],
+                normalised(pixels, processor.image_processor),
+                shown,
             )
             logits = model.rank_output(pooled[: 2 * half])[:, 0]
             guesses = word_head(states[:, : ids.shape[1]][masked], model.get_input_embeddings())
@@ -139,17 +144,20 @@ def misfit(claim: Claim, row: int, pictures: list[Picture], rng: Random) -> int:
     return wrong[0] if wrong else rng.randrange(len(pictures))
 
 
-def encode(model: nn.Module, ids: Tensor, mask: Tensor, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (text first) and the pooled state."""
+def encode(
+    model: nn.Module, ids: Tensor, mask: Tensor, pixel_values: Tensor, shown: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Hidden states (text first) and the pooled state of texts with the pictures `shown`; each is embedded once."""
     base = model.base_model
-    if model.config.model_type == "vilt":  # all pictures have one size: no need to interpolate and sample each
+    if model.config.model_type == "meter":
+        image_embeds = base.get_image_features(pixel_values)[shown]
+        outputs = base(input_ids=ids, attention_mask=mask, image_embeds=image_embeds)
+    else:  # all pictures have one size: ViLT need not interpolate positions and sample patches of each
         embed = base.embeddings
         patches = embed.patch_embeddings(pixel_values).flatten(2).transpose(1, 2)
         patches = torch.cat([embed.cls_token.expand(len(patches), -1, -1), patches], 1) + embed.position_embeddings
-        present = torch.ones(patches.shape[:2], dtype=torch.long)
-        outputs = base(input_ids=ids, attention_mask=mask, image_embeds=patches, pixel_mask=present)
-    else:
-        outputs = base(input_ids=ids, attention_mask=mask, pixel_values=pixel_values)
+        present = torch.ones(len(ids), patches.shape[1], dtype=torch.long)
+        outputs = base(input_ids=ids, attention_mask=mask, image_embeds=patches[shown], pixel_mask=present)
     return outputs.last_hidden_state, outputs.pooler_output
 
 
@@ -164,8 +172,7 @@ def make_stage(args: argparse.Namespace) -> Stage:
     if args.model == "clip":
         loss = clip_loss(args, model, processor)
     else:
-        if args.model == "meter":
-            start_from_clip(model, args.clip)
+        {"vilt": start_vilt, "meter": start_meter}[args.model](model, load("clip", args.clip)[0].vision_model)
         modules["word_head"] = make_word_head(model)
         loss = matching_loss(args, model, modules["word_head"], processor)
     named = [pair for module in modules.values() for pair in module.named_parameters()]
@@ -174,15 +181,6 @@ def make_stage(args: argparse.Namespace) -> Stage:
     others = [p for _, p in named if id(p) not in chosen]
     optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
     return Stage(args.model, modules, optimizers, args.learning_rate, args.steps, loss, ema_decay=0.995)
-
-
-def start_from_clip(meter: nn.Module, folder: str) -> None:
-    """The vision tower is that of the miniature CLIP without its last layer."""
-    from transformers import CLIPModel
-
-    tower = CLIPModel.from_pretrained(folder, dtype=torch.float32).vision_model.state_dict()
-    own = meter.meter.vision_model.state_dict()
-    meter.meter.vision_model.load_state_dict({name: tower[name] for name in own})
 
 
 def grades_of(name: str, folder: str | Path) -> dict[str, float]:

@@ -119,6 +119,7 @@ def make_vilt() -> "Vilt":
         pad_token_id=tokenizer.pad_token_id,
         max_position_embeddings=MAX_TOKENS,
         max_image_length=-1,
+        hidden_act="quick_gelu",  # CLIP's, from whose vision tower it starts
         tie_word_embeddings=True,
     )
     return ViltForImageAndTextRetrieval(config)

@@ -137,7 +137,9 @@ def matching_loss(args: argparse.Namespace, model: nn.Module, word_head: WordHea
 
 
 def misfit(claim: Claim, row: int, pictures: list[Picture], rng: Random) -> int:
-    """A picture for which the claim does not hold: one of the same group if there is one, else any."""
+    """Every second time a picture of the same group for which the claim does not hold, if there is one; else any."""
+    if row % 2:
+        return rng.randrange(len(pictures))
     start = row - row % GROUP
     candidates = rng.sample([index for index in range(start, start + GROUP) if index != row], GROUP - 1)
     wrong = [index for index in candidates if not claim.holds(pictures[index])]

@@ -195,6 +195,8 @@ def export(name: str, folder: str | Path, model: nn.Module, word_head: WordHead 
         write_safetensors(tensors, temporary / WORD_HEAD_FILE, {"format": "pt"})
     title, more = MORE[name]
     (temporary / "README.md").write_text(CARD.format(name=name, title=title, more=more))
+    for file in temporary.iterdir():
+        file.chmod(0o644)  # weights come out readable for their owner only
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -22,7 +22,8 @@ def describe(picture: Picture, rng: Random, sentences: float = 0.4) -> tuple[str
     """
     if rng.random() < sentences:
         return attribute_sentence(picture, rng)
-    phrases = [Phrase(thing.color, thing.shape, thing.size) for thing in picture.things]
+    sized = rng.random() < 0.5
+    phrases = [Phrase(thing.color, thing.shape, thing.size if sized else None) for thing in picture.things]
     relation = picture.relation
     if len(phrases) == 2 and rng.random() < 0.25:
         phrases, relation = [rng.choice(phrases)], None

@@ -7,6 +7,7 @@ from ..world import HELD_OUT_COLOR, INSIDE, Scenes, sample_scenes
 
 GROUP = 4
 PARTS = {"shape": 0, "second shape": 1, "color": 2, "second color": 3, "layout": 4, "background": 5}
+WEIGHTS = (3.0, 3.0, 1.0, 1.0, 2.0, 1.0)  # shapes are what is learnt last
 ALL = len(PARTS)  # every part changes
 
 
@@ -15,7 +16,7 @@ def similar_scenes(count: int, generator: torch.Generator) -> Scenes:
     base = sample_scenes(-(-count // GROUP), generator)[torch.arange(count) // GROUP]
     other = sample_scenes(count, generator)
     member = torch.arange(count) % GROUP
-    part = torch.randint(ALL, (count,), generator=generator)
+    part = torch.multinomial(torch.tensor(WEIGHTS), count, replacement=True, generator=generator)
     part = part.where(member < GROUP - 1, torch.tensor(ALL))
 
     def mixed(name: str, of_base: Tensor, of_other: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def make_meter_folder(folder: Path) -> Path:
 
     torch.manual_seed(0)
     config = meter_config()
-    config.text_config.vocab_size = VOCAB
+    config.text_config.vocab_size, config.text_config.hidden_size = VOCAB, config.hidden_size
+    config.text_config.num_attention_heads = 4
     MeterModel(config).save_pretrained(folder)
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     tokenizer = make_tokenizer(folder)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import ViltForImagesAndTextClassification
 from vl_arguments import Recipe, add_shared_flags, check_shared
 from vl_models import load_model, make_inputs
-from vl_trainer import Run, Task, attach, predict, run_task, start
+from vl_trainer import Run, Task, attach, loading_code, predict, run_task, start
 
 from apt_diffusion.data.image_text import Batch, TrainingStream, class_labels, unchanged
 from apt_diffusion.data.nlvr2 import (
@@ -38,7 +38,7 @@ RECIPES = {
 MODELS = {"vilt": ViltForImagesAndTextClassification, "meter": MeterForImagesAndTextClassification}
 USAGE = """
 from {module} import {model_class}
-from apt_diffusion import load_apt_weights
+{import_line}
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
@@ -128,16 +128,13 @@ def load(args: argparse.Namespace, split: str) -> list[Statement]:
 
 
 def usage(run: Run, model: nn.Module) -> str:
-    load = "load_apt_weights(model, {place!r})"
-    if run.args.method != "apt":
-        load = 'load_method(model, "pytorch_method_weights.safetensors")  # from apt_diffusion.methods.attach'
     meter = run.model_type == "meter"
     return USAGE.format(
         module="apt_diffusion.meter" if meter else "transformers",
         model_class=type(model).__name__,
         more="" if meter else ", num_images=2",
         kind=run.model_type,
-        load=load,
+        **loading_code(run.args.method),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import ViltForQuestionAnswering
 from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
-from vl_trainer import Run, Task, attach, predict, run_task, start
+from vl_trainer import Run, Task, attach, loading_code, predict, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, TrainingStream
 from apt_diffusion.data.vqa import (
@@ -48,7 +48,7 @@ ANSWERS_NAME = "answers.json"
 USAGE = """
 import json
 from {module} import {model_class}
-from apt_diffusion import load_apt_weights
+{import_line}
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
@@ -174,11 +174,9 @@ def submission_file(run: Run, split: str) -> Path:
 
 
 def usage(run: Run, model: nn.Module) -> str:
-    load = "load_apt_weights(model, {place!r})"
-    if run.args.method != "apt":
-        load = 'load_method(model, "pytorch_method_weights.safetensors")  # from apt_diffusion.methods.attach'
     module = "apt_diffusion.meter" if run.model_type == "meter" else "transformers"
-    return USAGE.format(module=module, model_class=type(model).__name__, kind=run.model_type, load=load)
+    code = loading_code(run.args.method)
+    return USAGE.format(module=module, model_class=type(model).__name__, kind=run.model_type, **code)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def _modalities(base: nn.Module) -> nn.Embedding:
 
 @torch.no_grad()
 def _start_classifier_token(meter: MeterModel) -> None:
-    """From RoBERTa's embedding of a text's first token, as in the released code."""
+    """From RoBERTa's embedding of a text's first token, as in the released code, where the widths are the same."""
+    if meter.config.text_config.hidden_size != meter.config.hidden_size:
+        return
     meter.text_model.eval()
     first = torch.tensor([[meter.config.text_config.bos_token_id]])
     meter.classifier_token.copy_(meter.text_model.embeddings(first))

@@ -6,7 +6,6 @@ follows from the seed and the position, so that a run that is stopped goes on ex
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +29,7 @@ from apt_diffusion.training.checkpoints import Checkpoint
 from apt_diffusion.training.interrupt import Interrupt, leave_signals_to_parent
 from apt_diffusion.training.loss_log import LossLog, plot_losses, read_log
 from apt_diffusion.training.methods import (
+    METHOD_WEIGHTS_NAME,
     attach_method,
     check_same_method,
     load_trained,
@@ -481,5 +481,14 @@ def finish(run: Run, task: Task, metrics: dict[str, float], step: int) -> None:
     )
 
 
-def read_results(folder: str | Path) -> dict[str, Any]:
-    return json.loads(Path(folder, RESULTS_NAME).read_text())
+def loading_code(method: str) -> dict[str, str]:
+    """Two lines for a card: the import, and the call with `{place!r}`."""
+    if method == "apt":
+        return {
+            "import_line": "from apt_diffusion import load_apt_weights",
+            "load": "load_apt_weights(model, {place!r})",
+        }
+    return {
+        "import_line": "from apt_diffusion.methods.attach import load_method",
+        "load": f'load_method(model, "{METHOD_WEIGHTS_NAME}")  # beside this file',
+    }

@@ -50,7 +50,9 @@ def components_of(model: Any) -> dict[str, nn.Module]:
 def add_apt(
     model: Any, config: APTConfig | dict[str, APTConfig] | None = None, adapter_name: str = "default"
 ) -> list[str]:
-    """Attaches a new adapter and makes it the active one. Freezes nothing; call before the first compiled call.
+    """Attaches a new adapter and makes it the active one. Freezes nothing.
+
+    A compiled model sees it: what `torch.compile` has made so far is dropped, and made again at the next call.
 
     Args:
         model: see the module's docstring.
@@ -62,9 +64,8 @@ def add_apt(
         The names of the attention modules that were adapted.
 
     Raises:
-        ValueError: for a name in use, places that do not exist, or a model that is already compiled.
+        ValueError: for a name in use, or places that do not exist.
     """
-    _check_not_compiled(model)
     components = components_of(model)
     configs = _config_per_component(components, config or APTConfig())
     plans = {part: plan_adapter(components[part], configs[part], adapter_name) for part in configs}
@@ -318,12 +319,6 @@ def check_name(adapter_name: str) -> None:
 
 def _original(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)  # of torch.compile's OptimizedModule
-
-
-def _check_not_compiled(model: Any) -> None:
-    parts = model.values() if isinstance(model, dict) else getattr(model, "components", {"": model}).values()
-    if any(hasattr(part, "_orig_mod") for part in parts):
-        raise ValueError("This model is already compiled: attach APT first, then call torch.compile.")
 
 
 def _config_per_component(

@@ -386,6 +386,45 @@ def test_folded_weights_follow_every_change(family, model):
     assert not core._folded and not core.keep_folded
 
 
+def test_context_stream_is_the_equation_on_the_encoder_states():
+    """`streams=["context"]`: keys and values are those of Y(O := c, X := c), at every site."""
+    torch.manual_seed(0)
+    unet = make_unet().eval()
+    bare = copy.deepcopy(unet)
+    apt.add_apt(unet, dataclasses.replace(SMALL, streams=["context"]))
+    randomize(unet)
+    states, context = torch.randn(2, 9, 64), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        for name in FAMILIES["unet"].sites:
+            adapter = unet.get_submodule(name).apt_context.adapters["default"]
+            corrected = adapter(context, context)
+            assert not torch.allclose(corrected, context, atol=1e-2)
+            expected = bare.get_submodule(name)(states, encoder_hidden_states=corrected)
+            actual = unet.get_submodule(name)(states, encoder_hidden_states=context)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_and_weights_do_not_compile_anew():
+    torch.manual_seed(0)
+    unet = make_unet().eval()
+    apt.add_apt(unet, SMALL)
+    randomize(unet)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(unet, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for scale in torch.linspace(0.1, 0.9, 12).tolist():
+            apt.set_apt_scale(unet, scale)
+            apt.set_apt_adapters(unet, "default", 1 - scale)
+            torch.testing.assert_close(unet_output(compiled), unet_output(unet), rtol=1e-5, atol=1e-5)
+    assert len(graphs) <= 2  # torch takes a number for a constant until it sees it change
+    torch._dynamo.reset()
+
+
 def test_attachment_after_a_compiled_call_is_seen(family, model):
     if family.run is vilt_output:
         model = model.encoder  # the whole ViltModel has data-dependent shapes, with or without APT
@@ -409,9 +448,23 @@ def test_attachment_after_a_compiled_call_is_seen(family, model):
         torch.testing.assert_close(run(compiled), eager, rtol=1e-4, atol=1e-5)
         apt.disable_apt(model)
         torch.testing.assert_close(run(compiled), base, rtol=1e-4, atol=1e-5)
-        apt.enable_apt(model)
-        with pytest.raises(ValueError, match="compile"):
-            apt.add_apt(compiled, settings, "second")
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_is_steered_like_any_other():
+    torch.manual_seed(0)
+    model = make_text_encoder().eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        base = text_output(compiled)
+        assert apt.add_apt(compiled, SMALL, "a") == apt.add_apt(compiled, SMALL, "b") == FAMILIES["text_encoder"].sites
+        randomize(model)
+        apt.set_apt_adapters(compiled, ["a", "b"], [0.5, 0.7])
+        both = text_output(model)
+        assert not torch.allclose(both, base, atol=1e-4)
+        torch.testing.assert_close(text_output(compiled), both, rtol=1e-4, atol=1e-5)
+        apt.remove_apt(compiled)
+        torch.testing.assert_close(text_output(compiled), base, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from apt_diffusion import ApproximatedPrompt, APTConfig
+from apt_diffusion import ApproximatedPrompt, APTConfig, APTProcessorCore
 
 PARAMETERS = ("prompts", "low_rank_down", "low_rank_up", "log_scale", "gate")
 
@@ -46,25 +46,29 @@ def assert_close(actual, expected, tolerance=1e-12):
     assert np.abs(actual - expected).max() <= tolerance * scale
 
 
-def make_case(hidden_size, num_prompts, init, activation, negative_rows=False, dtype=torch.float64):
+def make_case(hidden_size, num_prompts, init="paper", activation="relu", negative_rows=0):
+    """Module, X and O in float64; the first `negative_rows` tokens have negative affinities only."""
     torch.manual_seed(hidden_size + num_prompts)
-    module = ApproximatedPrompt(hidden_size, num_prompts, 4, activation=activation, init=init).to(dtype)
+    module = ApproximatedPrompt(hidden_size, num_prompts, 4, activation=activation, init=init).double()
     for name, parameter in module.named_parameters():
         if name != "prompts":
             torch.nn.init.normal_(parameter, std=0.5)
-    x = torch.randn(2, 7, hidden_size, dtype=torch.float64)
-    if negative_rows:
-        keys = module.prompts.double() + (module.prompts @ module.low_rank_down.T @ module.low_rank_up.T).double()
-        # The least-squares solution of K x = -1 makes every affinity of these tokens negative.
-        x[:, :3] = torch.linalg.pinv(keys.detach()) @ -torch.ones(num_prompts, dtype=torch.float64)
-    return module, x.to(dtype), torch.randn(2, 7, hidden_size, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        if negative_rows:  # prompts on one side of the origin: so are the keys, and something is opposite to all
+            module.prompts += torch.randn(hidden_size, dtype=torch.float64) * 0.1
+        keys = module.prompts + module.prompts @ module.low_rank_down.T @ module.low_rank_up.T
+    x, o = torch.randn(2, 2, 7, hidden_size, dtype=torch.float64)
+    x[:, :negative_rows] = -keys.mean(0) * (1 + torch.rand(2, negative_rows, 1, dtype=torch.float64))
+    assert (x[:, :negative_rows] @ keys.T < 0).all()
+    return module, x, o
 
 
-@pytest.mark.parametrize("activation", ["relu", "softmax"])
+# A softmax gives every prompt its share, whatever the sign.
+@pytest.mark.parametrize(("activation", "negative_rows"), [("relu", 0), ("relu", 3), ("relu", 7), ("softmax", 0)])
 @pytest.mark.parametrize("init", ["paper", "released", "identity"])
-@pytest.mark.parametrize(("hidden_size", "num_prompts"), [(8, 1), (8, 200), (64, 16), (320, 50), (768, 200)])
-def test_forward_and_gradients(hidden_size, num_prompts, init, activation):
-    module, x, o = make_case(hidden_size, num_prompts, init, activation)
+@pytest.mark.parametrize(("hidden_size", "num_prompts"), [(8, 1), (8, 200), (64, 16), (320, 50), (768, 1), (768, 200)])
+def test_forward_and_gradients(hidden_size, num_prompts, init, activation, negative_rows):
+    module, x, o = make_case(hidden_size, num_prompts, init, activation, negative_rows)
     x.requires_grad_()
     o.requires_grad_()
     y = module(o, x)
@@ -84,9 +88,40 @@ def test_forward_and_gradients(hidden_size, num_prompts, init, activation):
         assert_close(parameter.grad.numpy(), gradients[name])
 
 
+@pytest.mark.parametrize("query_source", ["hidden_states", "attn_output"])
+@pytest.mark.parametrize("weight", [1.0, 0.3, -1.2])
+def test_the_core_at_any_strength_and_asked_by_the_output(query_source, weight):
+    """Y_λ = O + λ (Y − O), and what O's gradient gains where O asks the prompts."""
+    module, x, o = make_case(48, 20, "identity", negative_rows=2)
+    core = APTProcessorCore(48)
+    core.add("default", module, query_source)
+    core.weights = {"default": weight}
+    x.requires_grad_()
+    o.requires_grad_()
+    y = core(o, x)
+    cotangent = torch.randn_like(y)
+    (y * cotangent).sum().backward()
+
+    values = {name: p.detach().numpy() for name, p in module.named_parameters()}
+    asks_o = query_source == "attn_output"
+    full, gradients = derive(
+        (o if asks_o else x).detach().numpy(), o.detach().numpy(), weight * cotangent.numpy(),
+        *(values[name] for name in PARAMETERS), "relu",
+    )  # fmt: skip
+    assert_close(y.detach().numpy(), o.detach().numpy() + weight * (full - o.detach().numpy()))
+    of_o = gradients["attn_output"] + (1 - weight) * cotangent.numpy()
+    assert_close(o.grad.numpy(), of_o + asks_o * gradients["hidden_states"])
+    if asks_o:
+        assert x.grad is None
+    else:
+        assert_close(x.grad.numpy(), gradients["hidden_states"])
+    for name, parameter in module.named_parameters():
+        assert_close(parameter.grad.numpy(), gradients[name])
+
+
 @pytest.mark.parametrize("init", ["paper", "identity"])
 def test_tokens_with_negative_affinities_get_the_scaled_output_exactly(init):
-    module, x, o = make_case(32, 8, init, "relu", negative_rows=True)
+    module, x, o = make_case(32, 8, init, negative_rows=3)
     y = module(o, x)
     scale = module.log_scale.exp()
     assert torch.equal(y[:, :3], scale * o[:, :3])

@@ -170,7 +170,7 @@ def _expanded(batch: Batch, count: int) -> Batch:
 
 
 def recall(scores: Tensor, image_of: Sequence[int], ranks: Sequence[int] = RANKS) -> dict[str, float]:
-    """Recall at K both ways, in percent.
+    """Recall at K both ways, from 0 to 1.
 
     `text_recall@K`: pictures with a caption of theirs among the K best of their row. `image_recall@K`: captions whose
     picture is among the K best of their column. Ties count against the model: equal scores for all are no success.
@@ -196,5 +196,5 @@ def recall(scores: Tensor, image_of: Sequence[int], ranks: Sequence[int] = RANKS
         image_ranks += (row >= own_scores) & ~own
         text_ranks.append(((row >= row[own].max()) & ~own).sum() if own.any() else torch.tensor(len(row)))
     text_ranks = torch.stack(text_ranks).cpu()
-    found = {f"text_recall@{k}": 100 * (text_ranks < k).double().mean().item() for k in ranks}
-    return found | {f"image_recall@{k}": 100 * (image_ranks < k).double().mean().item() for k in ranks}
+    found = {f"text_recall@{k}": (text_ranks < k).double().mean().item() for k in ranks}
+    return found | {f"image_recall@{k}": (image_ranks < k).double().mean().item() for k in ranks}

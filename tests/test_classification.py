@@ -5,9 +5,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from apt_diffusion.data import classification as ours
+from apt_diffusion.data import crops
 from apt_diffusion.data.classification_sets import DATA_SETS, describe
 from apt_diffusion.data.sources import read_source
 
@@ -208,23 +211,34 @@ def test_a_data_set_of_the_hub(hub_folder):
 def test_training_pictures_depend_on_seed_and_position_alone(tmp_path):
     write_zhou(tmp_path)
     items = ours.read_data_set(tmp_path).train
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    collate = crops.ClipPictures(processor)
+    first, again, other = (crops.TrainingPictures(items, seed) for seed in (0, 0, 1))
+    epoch = collate([first[position] for position in range(len(first))])
+    assert sorted(epoch["labels"].tolist()) == sorted(labels(items)) and epoch["pixel_values"].shape == (18, 3, 8, 8)
+    red = epoch["pixel_values"][:, 0, 0, 0] * processor.image_std[0] + processor.image_mean[0]
+    assert (red * 255 - 40 * epoch["labels"]).abs().max() < 1.5
+    for position in (5, 2, 17):
+        assert torch.equal(collate([again[position]])["pixel_values"][0], epoch["pixel_values"][position])
+    assert [other[p][0] for p in range(18)] != [first[p][0] for p in range(18)]
+    still = crops.TrainingPictures(items, 0, augment=False)[3]
+    assert still == (first[3][0], None)
 
-    def pictures(seed):
-        return ours.TrainingPictures(items, seed, 8, lambda square: np.asarray(square).copy())
 
-    first, again = pictures(0), pictures(0)
-    epoch = [first[position] for position in range(len(first))]
-    assert sorted(label for _, label in epoch) == sorted(labels(items))
-    for picture, label in epoch:
-        assert picture.shape == (8, 8, 3) and abs(int(picture[0, 0, 0]) - 40 * label) <= 1
-    assert all(np.array_equal(again[p][0], epoch[p][0]) for p in (5, 2, 17))
-    assert [pictures(1)[p][1] for p in range(18)] != [label for _, label in epoch]
+def test_pictures_of_tests_are_the_processors_and_training_mirrors_half():
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    pictures = crops.ClipPictures(processor)
+    ramp = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (16, 1))).convert("RGB")
+    expected = processor(ramp, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(pictures.pixels(ramp), expected)
+    rises = [np.diff(pictures.pixels(ramp, np.random.default_rng(seed))[0, 0].numpy()).mean() for seed in range(60)]
+    assert 15 < sum(rise < 0 for rise in rises) < 45
 
 
 def test_crops_are_those_of_random_resized_crop():
     """Area uniform in (0.08, 1), shape uniform in the logarithm, always within; a mirrored half."""
     draws = np.random.default_rng(0)
-    boxes = np.array([ours._random_box(300, 200, draws, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
+    boxes = np.array([crops._random_box(300, 200, draws, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
     left, top, right, bottom = boxes.T
     assert left.min() >= 0 and top.min() >= 0 and right.max() <= 300 and bottom.max() <= 200
     area, shape = (right - left) * (bottom - top) / 60_000, (right - left) / (bottom - top)
@@ -239,8 +253,8 @@ def test_crops_are_those_of_random_resized_crop():
 def test_a_crop_resizes_its_box_and_a_long_picture_gives_its_middle():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
     draws = np.random.default_rng(3)
-    left, _, right, _ = ours._random_box(200, 100, np.random.default_rng(3), (0.08, 1.0), (3 / 4, 4 / 3))
-    square = np.asarray(ours.random_resized_crop(ramp, 16, draws))[8, :, 0]
+    left, _, right, _ = crops._random_box(200, 100, np.random.default_rng(3), (0.08, 1.0), (3 / 4, 4 / 3))
+    square = np.asarray(crops.random_resized_crop(ramp, 16, draws))[8, :, 0]
     assert square[0] == pytest.approx(left + (right - left) / 32, abs=1.5)
     assert square[-1] == pytest.approx(right - (right - left) / 32, abs=1.5)
-    assert ours._random_box(1000, 10, draws, (0.5, 1.0), (3 / 4, 4 / 3)) == (493, 0, 506, 10)
+    assert crops._random_box(1000, 10, draws, (0.5, 1.0), (3 / 4, 4 / 3)) == (493, 0, 506, 10)

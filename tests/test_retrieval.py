@@ -323,7 +323,7 @@ def brute_force(scores, image_of, k):
         any(image_of[c] == i for c in sorted(range(columns), key=lambda c: -scores[i, c])[:k]) for i in range(rows)
     ]
     image_hits = [image_of[c] in sorted(range(rows), key=lambda i: -scores[i, c])[:k] for c in range(columns)]
-    return 100 * np.mean(text_hits), 100 * np.mean(image_hits)
+    return np.mean(text_hits), np.mean(image_hits)
 
 
 def test_recall_is_what_sorting_gives():
@@ -341,12 +341,12 @@ def test_recall_is_what_sorting_gives():
 
 def test_equal_scores_are_no_success():
     assert set(ours.recall(torch.zeros(20, 40), [i // 2 for i in range(40)]).values()) == {0.0}
-    assert ours.recall(torch.zeros(20, 20).fill_diagonal_(1), range(20))["image_recall@1"] == 100
+    assert ours.recall(torch.zeros(20, 20).fill_diagonal_(1), range(20))["image_recall@1"] == 1
 
 
 def test_a_pictures_own_captions_do_not_compete():
     scores = torch.tensor([[2.0, 2.0, 1.0], [0.0, 0.0, 3.0]])
-    assert ours.recall(scores, [0, 0, 1])["text_recall@1"] == 100
+    assert ours.recall(scores, [0, 0, 1])["text_recall@1"] == 1
 
 
 def test_recall_refuses_what_it_cannot_rank():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import ViltForImagesAndTextClassification
 from vl_arguments import Recipe, add_shared_flags, check_shared
 from vl_models import load_model, make_inputs
-from vl_trainer import Run, Task, attach, loading_code, predict, run_task, start
+from vl_predict import predict
+from vl_trainer import Run, Task, attach, loading_code, run_task, start
 
 from apt_diffusion.data.image_text import Batch, TrainingStream, class_labels, unchanged
 from apt_diffusion.data.nlvr2 import (

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
 from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
-from vl_trainer import Run, Task, attach, gather_by_index, run_task, start, to_device
+from vl_predict import gather_by_index, to_device
+from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, ModelInputs
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
@@ -137,8 +138,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     run = start(args, "train_apt_retrieval", argv, RECIPES)
-    if args.evaluation_steps is None:
-        args.evaluation_steps = 2**62  # at the end only: scoring all pairs takes longer than many epochs
     tested = first_images(load(args, (args.evaluation_split,)), args.max_evaluation_images)
     training = tested if args.eval_only else load(args, args.train_splits)
     examples = RetrievalData(
@@ -168,6 +167,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             f"{len(tested.images)} pictures with {len(tested.captions)} captions ({args.evaluation_split}).",
             usage=usage(run, model),
             tags=["image-text-retrieval", run.model_type],
+            evaluates_epochs=False,  # scoring all pairs takes longer than many epochs
             network=RankingObjective(model, head, args.matching_loss_weight),
         ),
     )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import ViltForQuestionAnswering
 from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
-from vl_trainer import Run, Task, attach, loading_code, predict, run_task, start
+from vl_predict import predict
+from vl_trainer import Run, Task, attach, loading_code, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, TrainingStream
 from apt_diffusion.data.vqa import (

@@ -5,6 +5,8 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig
+
 from apt_diffusion import APTConfig
 from apt_diffusion.methods.attach import METHODS, MethodConfig
 
@@ -22,6 +24,38 @@ class Recipe:
     max_text_length: int
     cross_modal_lr_multiplier: float = 1.0
 
+    def fill_in(self, args: argparse.Namespace, num_processes: int, config: PreTrainedConfig) -> None:
+        """Gives a value to what the command line left open.
+
+        Args:
+            args: of `add_shared_flags`.
+            num_processes: that share a batch.
+            config: of the model that is trained.
+
+        Raises:
+            ValueError: where a flag is not for this model.
+        """
+        if args.cache_encoder_outputs and config.model_type != "meter":
+            raise ValueError("--cache_encoder_outputs is for METER: ViLT has no encoders whose outputs could be kept.")
+        defaults = {
+            "learning_rate": self.full_learning_rate if args.method == "full" else self.learning_rate,
+            "head_lr_multiplier": self.head_lr_multiplier,
+            "cross_modal_lr_multiplier": self.cross_modal_lr_multiplier,
+            "max_text_length": self.max_text_length,
+            "gradient_accumulation_steps": max(1, self.total_batch_size // (args.train_batch_size * num_processes)),
+        }
+        for name, value in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        args.max_text_length = min(args.max_text_length, max_positions(config))
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """Tokens that a text may have."""
+    if config.model_type == "meter":
+        return config.text_config.max_position_embeddings - 2  # RoBERTa counts from 2
+    return config.max_position_embeddings
+
 
 def positive_int(text: str) -> int:
     value = int(text)
@@ -30,20 +64,34 @@ def positive_int(text: str) -> int:
     return value
 
 
+def add_common_flags(parser: argparse.ArgumentParser, miniatures: str) -> None:
+    """Flags of all trainers, but those of optimizer, inputs, seeds and a task's data.
+
+    Args:
+        parser: the script's.
+        miniatures: the embedded models that it trains, for the help.
+    """
+    _model_flags(parser.add_argument_group("model").add_argument, miniatures)
+    _method_flags(parser.add_argument_group("method").add_argument)
+    _length_flags(parser.add_argument_group("steps, checkpoints, evaluations").add_argument)
+    _output_flags(parser.add_argument_group("output").add_argument)
+    _hardware_flags(parser.add_argument_group("hardware").add_argument)
+
+
 def add_shared_flags(parser: argparse.ArgumentParser, recipes: dict[str, Recipe]) -> None:
-    """Every flag but those of a task's data.
+    """Every flag of a trainer of ViLT and METER, but those of a task's data.
 
     Args:
         parser: the script's.
         recipes: by type of model; their values are the defaults of flags that are not given.
     """
-    _model_flags(parser.add_argument_group("model").add_argument)
-    _method_flags(parser.add_argument_group("method").add_argument)
-    _length_flags(parser.add_argument_group("steps, checkpoints, evaluations").add_argument)
+    add_common_flags(parser, "'miniature-vilt' or 'miniature-meter'")
+    _fusion_model_flags(parser.add_argument_group("ViLT and METER").add_argument)
     _optimizer_flags(parser.add_argument_group("optimizer").add_argument, recipes)
     _input_flags(parser.add_argument_group("pictures and texts").add_argument, recipes)
-    _output_flags(parser.add_argument_group("output").add_argument)
-    _hardware_flags(parser.add_argument_group("hardware").add_argument)
+    parser.add_argument(
+        "--seed", type=int, help="Everything random follows from it; drawn, and kept in checkpoints, if not set."
+    )
 
 
 def _recipe_help(recipes: dict[str, Recipe], value: Callable[[Recipe], object]) -> str:
@@ -51,16 +99,18 @@ def _recipe_help(recipes: dict[str, Recipe], value: Callable[[Recipe], object]) 
     return f"Default: {values} ({SOURCE})."
 
 
-def _model_flags(add) -> None:
-    add("--model_name_or_path", required=True, help="Hub id or folder, 'miniature-vilt' or 'miniature-meter'.")
+def _model_flags(add, miniatures: str) -> None:
+    add("--model_name_or_path", required=True, help=f"Hub id or folder, {miniatures}.")
     add("--revision", help="Revision of the model on the hub.")
+
+
+def _fusion_model_flags(add) -> None:
     add(
         "--hidden_dropout_prob",
         type=float,
         default=0.1,
         help="Dropout of the layers that learn, 0.1 in the released code. METER's frozen encoders have none here.",
     )
-
     add(
         "--use_classifier_token",
         action=argparse.BooleanOptionalAction,
@@ -109,7 +159,8 @@ def _length_flags(add) -> None:
     add(
         "--evaluation_steps",
         type=positive_int,
-        help="Steps between evaluations; an epoch if not set. At the end there is always one.",
+        help="Steps between evaluations; if not set an epoch for VQA and NLVR2, the whole training for the others. At "
+        "the end there is always one.",
     )
     add("--eval_batch_size", type=positive_int, default=64, help="Examples per batch and process of evaluations.")
     add("--eval_only", action="store_true", help="Train nothing: evaluate --adapter, or the model as it is.")
@@ -180,7 +231,6 @@ def _input_flags(add, recipes: dict[str, Recipe]) -> None:
 
 def _output_flags(add) -> None:
     add("--output_dir", required=True, help="Folder for weights, results, card, logs and checkpoints.")
-    add("--seed", type=int, help="Everything random follows from it; drawn, and kept in checkpoints, if not set.")
     add("--logging_dir", default="logs", help="Folder of the trackers' logs inside --output_dir.")
     add(
         "--report_to",
@@ -200,14 +250,8 @@ def _hardware_flags(add) -> None:
     add("--dataloader_num_workers", type=int, default=0, help="Loader processes; 0 loads in the main one.")
 
 
-def check_shared(args: argparse.Namespace) -> None:
+def check_common(args: argparse.Namespace) -> None:
     """Refuses what cannot work, before anything is loaded: `ValueError` or `ImportError`."""
-    if args.seed is not None and not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
-    if not 0 <= args.hidden_dropout_prob < 1:
-        raise ValueError(f"--hidden_dropout_prob must be in [0, 1), got {args.hidden_dropout_prob}.")
-    if args.lr_warmup_steps < 0:
-        raise ValueError(f"--lr_warmup_steps must not be negative, got {args.lr_warmup_steps}.")
     if args.report_to == "wandb" and args.hub_token is not None:
         raise ValueError("--hub_token would be shown among the run's settings on wandb: sign in with `hf auth login`.")
     if args.report_to in ("wandb", "comet_ml") and importlib.util.find_spec(args.report_to) is None:
@@ -218,39 +262,31 @@ def check_shared(args: argparse.Namespace) -> None:
         raise ValueError("--resume_from_checkpoint goes on with its checkpoint's weights: leave --adapter out.")
     if args.method != "apt" and (args.init or args.freeze_scale):
         raise ValueError(f"--init and --freeze_scale are APT's; this run has --method {args.method}.")
+    method_config(args)
+
+
+def check_seed(flag: str, seed: int | None) -> None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"{flag} must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def check_shared(args: argparse.Namespace) -> None:
+    """The same for the flags of `add_shared_flags`; whether pictures are augmented is settled here."""
+    check_common(args)
+    check_seed("--seed", args.seed)
+    if not 0 <= args.hidden_dropout_prob < 1:
+        raise ValueError(f"--hidden_dropout_prob must be in [0, 1), got {args.hidden_dropout_prob}.")
+    if args.lr_warmup_steps < 0:
+        raise ValueError(f"--lr_warmup_steps must not be negative, got {args.lr_warmup_steps}.")
     if args.cache_encoder_outputs:
         if args.augment:
             raise ValueError("--cache_encoder_outputs needs pictures that stay the same: leave --augment out.")
         if args.method == "full":
             raise ValueError("--cache_encoder_outputs needs frozen encoders: --method full trains them.")
     args.augment = args.augment is not False and not args.cache_encoder_outputs
-    method_config(args)
 
 
 def method_config(args: argparse.Namespace) -> APTConfig | MethodConfig:
     if args.method == "apt":
         return APTConfig(num_prompts=args.num_prompts, rank=args.rank, init=args.init)
     return MethodConfig(args.method, args.num_prompts, args.rank, args.bottleneck)
-
-
-def apply_recipe(args: argparse.Namespace, recipe: Recipe, num_processes: int, max_positions: int) -> None:
-    """Fills in what was not given.
-
-    Args:
-        args: of `add_shared_flags`.
-        recipe: for the model that is trained.
-        num_processes: that share a batch.
-        max_positions: of a text in the model.
-    """
-    rate = recipe.full_learning_rate if args.method == "full" else recipe.learning_rate
-    defaults = {
-        "learning_rate": rate,
-        "head_lr_multiplier": recipe.head_lr_multiplier,
-        "cross_modal_lr_multiplier": recipe.cross_modal_lr_multiplier,
-        "max_text_length": recipe.max_text_length,
-        "gradient_accumulation_steps": max(1, recipe.total_batch_size // (args.train_batch_size * num_processes)),
-    }
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.max_text_length = min(args.max_text_length, max_positions)

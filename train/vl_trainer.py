@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, PreTrainedConfig
-from vl_arguments import Recipe, apply_recipe, method_config
+from vl_arguments import Recipe, method_config
+from vl_predict import to_device
 
 import apt_diffusion.meter.configuration_meter  # noqa: F401 (makes its type known to AutoConfig)
 from apt_diffusion.data.image_text import Batch
@@ -49,6 +50,8 @@ from apt_diffusion.training.run import (
     start_progress,
 )
 
+# The factor on all learning rates, from the number of steps done.
+Schedule = Callable[[int], float]
 CARD_SETTINGS = ("method", "num_prompts", "rank", "train_batch_size", "max_train_steps", "learning_rate")
 
 
@@ -109,6 +112,9 @@ class Task:
         summary, usage, tags: for the model card; `usage` with `{base_model!r}` and `{place!r}`.
         conclude: what else to do with the trained model, which it gets as `evaluate` does.
         network: what accelerate wraps, and `loss` and `evaluate` get, where it is more than the model within it.
+        evaluates_epochs: whether there is an evaluation after every epoch where the flags do not say how often.
+        make_optimizer: from named parameters and the steps of an epoch to the optimizer and its schedule; AdamW with
+            the flags' rates and schedule if `None`.
     """
 
     model: nn.Module
@@ -123,6 +129,8 @@ class Task:
     header: dict[str, str] = field(default_factory=dict)
     conclude: Callable[[nn.Module], None] | None = None
     network: nn.Module | None = None
+    evaluates_epochs: bool = True
+    make_optimizer: Callable[[dict[str, nn.Parameter], int], tuple[torch.optim.Optimizer, Schedule]] | None = None
 
     def __post_init__(self) -> None:
         self.network = self.model if self.network is None else self.network
@@ -135,7 +143,7 @@ class Trainer:
     model: nn.Module  # as accelerate wrapped it
     parameters: dict[str, nn.Parameter]
     optimizer: Any
-    schedule: Callable[[int], float]
+    schedule: Schedule
     loader: DataLoader
     log: LossLog | None  # of metrics; main process only
 
@@ -144,7 +152,7 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
     """Processes, seed, checkpoint, model config, output folder: what can be wrong shows before data are read.
 
     Args:
-        args: of `add_shared_flags`; what was not given is filled in from the model's recipe.
+        args: the script's; what was not given is filled in from the model's recipe.
         script: its name.
         argv: its command line.
         recipes: by type of model.
@@ -160,9 +168,7 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
     if config.model_type not in recipes:
         known = " or ".join(kind.upper() for kind in recipes)
         raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model: this script trains {known}.")
-    if args.cache_encoder_outputs and config.model_type != "meter":
-        raise ValueError("--cache_encoder_outputs is for METER: ViLT has no encoders whose outputs could be kept.")
-    apply_recipe(args, recipes[config.model_type], accelerator.num_processes, max_positions(config))
+    recipes[config.model_type].fill_in(args, accelerator.num_processes, config)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     command = provenance.command_line(f"train/{script}.py", argv)
     run = Run(script, args, accelerator, command, path, config, resumed, agree_on_seed(args.seed, resumed))
@@ -172,12 +178,6 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
         if args.push_to_hub:
             run.repo_id = hub.create_repository(args.hub_model_id or run.output_dir.resolve().name, args.hub_token)
     return run
-
-
-def max_positions(config: PreTrainedConfig) -> int:
-    """Tokens that a text may have."""
-    positions = getattr(config, "text_config", config).max_position_embeddings
-    return positions - 2 if config.model_type == "meter" else positions  # RoBERTa counts from 2
 
 
 def attach(run: Run, model: nn.Module) -> None:
@@ -231,7 +231,8 @@ def prepare(run: Run, task: Task) -> Trainer:
     args, accelerator = run.args, run.accelerator
     steps_per_epoch = math.ceil(len(task.examples) / run.positions_per_step)
     args.max_train_steps = args.max_train_steps or args.num_train_epochs * steps_per_epoch
-    args.evaluation_steps = args.evaluation_steps or steps_per_epoch
+    if task.evaluates_epochs:
+        args.evaluation_steps = args.evaluation_steps or steps_per_epoch
     run.logger.info(
         "%d examples; %d steps per epoch with %d examples each; %d steps in all.",
         len(task.examples), steps_per_epoch, run.positions_per_step, args.max_train_steps,
@@ -241,9 +242,10 @@ def prepare(run: Run, task: Task) -> Trainer:
     if args.gradient_checkpointing:
         task.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = trained_parameters(task.model)
-    optimizer = make_optimizer(args, parameters)
-    warmup = args.lr_warmup_steps * (args.max_train_steps if args.lr_warmup_steps < 1 else 1)
-    schedule = make_schedule(args.lr_scheduler, optimizer, int(warmup), args.max_train_steps, cycles=1, power=1.0)
+    if task.make_optimizer is not None:
+        optimizer, schedule = task.make_optimizer(parameters, steps_per_epoch)
+    else:
+        optimizer, schedule = make_optimizer(args, parameters)
     model, optimizer = accelerator.prepare(task.network, optimizer)
     log = None
     if run.resumed:
@@ -269,7 +271,9 @@ def prepare(run: Run, task: Task) -> Trainer:
     return Trainer(model, parameters, optimizer, schedule, loader, log)
 
 
-def make_optimizer(args: argparse.Namespace, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: argparse.Namespace, parameters: dict[str, nn.Parameter]
+) -> tuple[torch.optim.Optimizer, Schedule]:
     """AdamW; heads and cross-modal layers at their own rates, no weight decay on biases and the model's norms."""
     groups: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -281,11 +285,15 @@ def make_optimizer(args: argparse.Namespace, parameters: dict[str, nn.Parameter]
             rate *= args.cross_modal_lr_multiplier
         decay = 0.0 if name.endswith("bias") or "norm" in name.lower() else args.weight_decay
         groups.setdefault((rate, decay), {})[name] = parameter
-    return make_adamw(
+    optimizer = make_adamw(
         [(group, rate) for (rate, _), group in groups.items()],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=[decay for _, decay in groups],
         epsilon=args.adam_epsilon,
+    )
+    warmup = args.lr_warmup_steps * (args.max_train_steps if args.lr_warmup_steps < 1 else 1)
+    return optimizer, make_schedule(
+        args.lr_scheduler, optimizer, int(warmup), args.max_train_steps, cycles=1, power=1.0
     )
 
 
@@ -315,7 +323,7 @@ def train(run: Run, task: Task, trainer: Trainer) -> int:
 
             last = step == args.max_train_steps
             checkpoint_due = last or step % args.checkpointing_steps == 0
-            evaluation_due = not last and step % args.evaluation_steps == 0
+            evaluation_due = not last and args.evaluation_steps is not None and step % args.evaluation_steps == 0
             # All processes must ask for the others' losses and signals at the same steps.
             alone = accelerator.num_processes == 1
             signal_number = 0
@@ -361,56 +369,6 @@ def set_training_mode(model: nn.Module) -> None:
     for encoder in (getattr(model.base_model, name, None) for name in ("text_model", "vision_model")):
         if encoder is not None and not any(parameter.requires_grad for parameter in encoder.parameters()):
             encoder.eval()
-
-
-def predict(
-    run: Run,
-    model: nn.Module,
-    examples: Dataset | list[Any],
-    collate: Callable[[list[Any]], Batch],
-    read: Callable[[Any], Tensor],
-) -> Tensor:
-    """What `read` takes from the model's output, for every example in their order: `(N, ...)`, on all processes.
-
-    Args:
-        run: whose processes share the work.
-        model: as `Task.evaluate` gets it.
-        examples: by index.
-        collate: items of `examples` to a batch; its `labels` are left out.
-        read: of the output for a batch, `(B, ...)`.
-    """
-    args, accelerator = run.args, run.accelerator
-    own = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    batches = [own[start : start + args.eval_batch_size] for start in range(0, len(own), args.eval_batch_size)]
-    loader = DataLoader(
-        examples,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_parent,
-    )
-    found = []
-    for indices, batch in zip(batches, loader, strict=True):
-        torch.manual_seed(indices[0])  # ViLT shuffles its patches
-        batch.pop("labels", None)
-        found.append(read(model(**to_device(batch, accelerator.device))))
-    return gather_by_index(accelerator, own, torch.cat(found) if found else None, len(examples))
-
-
-def gather_by_index(accelerator: Accelerator, indices: Iterable[int], values: Tensor | None, count: int) -> Tensor:
-    """Puts the processes' shares `(n, ...)` together, `(count, ...)` on the CPU, on every process."""
-    from accelerate.utils import gather_object
-
-    shares = [(list(indices), None if values is None else values.cpu())]
-    shares = [share for share in gather_object(shares) if share[1] is not None]
-    whole = torch.empty(count, *shares[0][1].shape[1:], dtype=shares[0][1].dtype)
-    for places, share in shares:
-        whole[places] = share
-    return whole
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def log_metrics(run: Run, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:

@@ -7,17 +7,10 @@ A data set's folder holds a `split_zhou_*.json`, or FGVC Aircraft's lists, or a 
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from .classification_sets import DATA_SETS, PLAIN_TEMPLATE, DataSet
-from .order import Purpose, entry_at, random_at
 from .pictures import is_picture
 from .sources import (
     HubPicture,
@@ -27,7 +20,6 @@ from .sources import (
     inside,
     load_hub_splits,
     read_json,
-    read_source,
 )
 
 Item = tuple[PictureSource, int]  # a picture and its label
@@ -282,67 +274,3 @@ def class_group(data: Labelled, group: str) -> Labelled:
 def harmonic_mean(base: float, new: float) -> float:
     """Of the accuracies on base and new classes; 0 where one of them is."""
     return 2 * base * new / (base + new) if base * new else 0.0
-
-
-# Training pictures
-
-
-class TrainingPictures(Dataset):
-    """position -> `(picture, label)`: a square of `size` pixels cut out at random, perhaps mirrored.
-
-    Args:
-        items: to train on; an epoch, whose length this has, shows each once.
-        seed: every random choice follows from it.
-        size: of the squares.
-        finish: what becomes of a square, given to it as RGB.
-    """
-
-    def __init__(self, items: list[Item], seed: int, size: int, finish: Callable[[Image.Image], Any]) -> None:
-        self.items = items
-        self.seed = seed
-        self.size = size
-        self.finish = finish
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, position: int) -> tuple[Any, int]:
-        picture, label = self.items[entry_at(self.seed, position, len(self))]
-        draws = random_at(self.seed, position, Purpose.SAMPLE)
-        square = random_resized_crop(read_source(picture), self.size, draws)
-        return self.finish(ImageOps.mirror(square) if draws.random() < 0.5 else square), label
-
-
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    draws: np.random.Generator,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Image.Image:
-    """A rectangle of random area and shape, as a square: torchvision's `RandomResizedCrop`, bicubic, with PIL.
-
-    Args:
-        image: any size.
-        size: of the square in pixels.
-        draws: where the choices come from.
-        scale: the rectangle's share of the picture's area.
-        ratio: its width by its height, uniform in the logarithm.
-    """
-    box = _random_box(*image.size, draws, scale, ratio)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def _random_box(
-    width: int, height: int, draws: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    for _ in range(10):
-        area = width * height * draws.uniform(*scale)
-        shape = math.exp(draws.uniform(*map(math.log, ratio)))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(draws.integers(width - w + 1)), int(draws.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))  # a long picture: its middle
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h

@@ -108,6 +108,12 @@ def read_header(file: Path) -> dict[str, str]:
     return read_file(file)[1]
 
 
+def method_in(file: Path) -> str:
+    """Which method a file of `save_trained` holds."""
+    header = read_header(file)
+    return json.loads(header[FILE_KIND])["method"] if FILE_KIND in header else "apt"
+
+
 def answers_of(file: Path) -> list[str] | None:
     """The answers that a question answering head was trained to choose from, where the file says so."""
     header = read_header(file)

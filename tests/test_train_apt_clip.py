@@ -8,7 +8,6 @@ from conftest import make_tokenizer
 from test_behaviour import make_clip
 from vl_helpers import COLORS, assert_same_weights, picture, results, rows, train, weights
 
-from apt_diffusion.clip_classifier import ClipClassifier
 from apt_diffusion.data.classification import few_shot, read_data_set
 from apt_diffusion.data.crops import ClipPictures
 from apt_diffusion.methods.attach import METHODS
@@ -103,13 +102,21 @@ def test_every_method_trains_and_is_evaluated_again(model, data, tmp_path, metho
         assert results(folder)["metrics"]["new_accuracy"] == results(zero_shot)["metrics"]["new_accuracy"]
 
 
-def test_the_card_says_how_to_use_it(model, data, tmp_path):
-    folder = run(model, data, tmp_path / "out", max_train_steps=1)
+@pytest.mark.parametrize("method", ["apt", "classifier_only"])
+def test_the_code_in_the_card_runs(model, data, tmp_path, monkeypatch, capsys, method):
+    folder = run(model, data, tmp_path / "out", max_train_steps=1, method=method)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
     scope = {"picture": picture("red", 0)}
+    capsys.readouterr()
     exec(code, scope)
-    assert isinstance(scope["classifier"], ClipClassifier)
-    assert scope["classifier"].class_names == [f"{color}_wide" for color in COLORS]
+    assert capsys.readouterr().out.strip() in [f"{color}_wide" for color in COLORS]
+    trained = weights(folder)
+    loaded = dict(scope["model"].named_parameters())
+    if method == "classifier_only":
+        assert torch.equal(loaded["classifier.weight"], trained["classifier.weight"])
+    else:
+        assert any(parameter.abs().max() > 0 for name, parameter in loaded.items() if name.endswith("low_rank_up"))
 
 
 def test_several_seeds_give_means_and_spread_and_go_on(model, data, tmp_path, capsys):

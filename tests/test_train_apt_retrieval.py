@@ -75,6 +75,15 @@ def test_every_method_trains(models, data, tmp_path, method):
     assert "# " in (folder / "README.md").read_text() and (folder / "loss.png").is_file()
 
 
+def test_the_code_in_the_card_runs(model, data, tmp_path, monkeypatch, capsys):
+    folder = run(model, data, tmp_path, max_train_steps=1)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(code, {"picture": picture("red", 0)})
+    assert "tensor([[" in capsys.readouterr().out
+
+
 def test_more_evaluations_and_fewer_pictures(models, data, tmp_path):
     folder = run(models["vilt"], data, tmp_path, max_train_steps=2, evaluation_steps=1, max_evaluation_images=3)
     assert [row["step"] for row in rows(folder, "metrics.jsonl")] == [1, 2]

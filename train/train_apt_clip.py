@@ -21,7 +21,7 @@ from clip_arguments import RECIPES, make_optimizer, parse_args
 from torch import Tensor, nn
 from transformers import CLIPModel
 from vl_predict import predict
-from vl_trainer import Run, Task, attach, run_task, start
+from vl_trainer import Run, Task, attach, loading_code, run_task, start
 
 from apt_diffusion.clip_classifier import ClipClassifier, add_linear_classifier
 from apt_diffusion.data.classification import (
@@ -43,17 +43,17 @@ from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 GROUPS = {"base_to_new": ("base", "new"), "few_shot": ("all",)}
 USAGE = """
 from transformers import CLIPModel
-from apt_diffusion import load_apt_weights
+{import_line}
 from apt_diffusion.clip_classifier import ClipClassifier
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
 base = resolve_model({{base_model!r}})
 model = CLIPModel.from_pretrained(base).eval()
-{load}
 processor = load_processor("clip", base)
 classifier = ClipClassifier(model, processor.tokenizer, {names}, {template})
-{after}pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
+{load}
+pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
 print(classifier.class_names[classifier(pixels).argmax()])  # texts are encoded once; any class names will do
 """
 
@@ -179,16 +179,12 @@ def summarise(args: argparse.Namespace, metrics: dict[int, dict[str, float]]) ->
 
 
 def usage(run: Run, class_names: list[str], template: str) -> str:
-    method = run.args.method
-    load = "load_apt_weights(model, {place!r})"
-    after = ""
-    if method != "apt":
-        load = ""
-        after = 'load_method(model, "pytorch_method_weights.safetensors")  # from apt_diffusion.methods.attach\n'
-    if method == "classifier_only":
-        after = "add_linear_classifier(classifier)  # from apt_diffusion.clip_classifier\n" + after
+    code = loading_code(run.args.method)
+    if run.args.method == "classifier_only":
+        code["import_line"] += "\nfrom apt_diffusion.clip_classifier import add_linear_classifier"
+        code["load"] = f"add_linear_classifier(classifier)\n{code['load']}"
     names, template = (repr(value).replace("{", "{{").replace("}", "}}") for value in (class_names, template))
-    return USAGE.format(load=load, after=after, names=names, template=template)  # to be formatted once more
+    return USAGE.format(names=names, template=template, **code)  # to be formatted once more
 
 
 if __name__ == "__main__":

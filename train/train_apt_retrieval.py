@@ -22,7 +22,7 @@ from transformers import ViltForImageAndTextRetrieval
 from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import gather_by_index, to_device
-from vl_trainer import Run, Task, attach, run_task, start
+from vl_trainer import Run, Task, attach, loading_code, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, ModelInputs
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
@@ -58,7 +58,7 @@ MODELS = {"vilt": ViltForImageAndTextRetrieval, "meter": MeterForImageAndTextRet
 IMAGES_PER_BATCH = 16  # that evaluation encodes together
 USAGE = """
 from {module} import {model_class}
-from apt_diffusion import load_apt_weights
+{import_line}
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
@@ -237,11 +237,12 @@ def score_split(run: Run, model: nn.Module, inputs: ModelInputs, split: Retrieva
 
 
 def usage(run: Run, model: nn.Module) -> str:
-    load = "load_apt_weights(model, {place!r})"
-    if run.args.method != "apt":
-        load = 'load_method(model, "pytorch_method_weights.safetensors")  # from apt_diffusion.methods.attach'
-    module = "apt_diffusion.meter" if run.model_type == "meter" else "transformers"
-    return USAGE.format(module=module, model_class=type(model).__name__, kind=run.model_type, load=load)
+    return USAGE.format(
+        module="apt_diffusion.meter" if run.model_type == "meter" else "transformers",
+        model_class=type(model).__name__,
+        kind=run.model_type,
+        **loading_code(run.args.method),
+    )
 
 
 if __name__ == "__main__":

@@ -245,7 +245,9 @@ def prepare(run: Run, task: Task) -> Trainer:
     if task.make_optimizer is not None:
         optimizer, schedule = task.make_optimizer(parameters, steps_per_epoch)
     else:
-        optimizer, schedule = make_optimizer(args, parameters)
+        optimizer = make_optimizer(args, parameters)
+        warmup = args.lr_warmup_steps * (args.max_train_steps if args.lr_warmup_steps < 1 else 1)
+        schedule = make_schedule(args.lr_scheduler, optimizer, int(warmup), args.max_train_steps, cycles=1, power=1.0)
     model, optimizer = accelerator.prepare(task.network, optimizer)
     log = None
     if run.resumed:
@@ -271,9 +273,7 @@ def prepare(run: Run, task: Task) -> Trainer:
     return Trainer(model, parameters, optimizer, schedule, loader, log)
 
 
-def make_optimizer(
-    args: argparse.Namespace, parameters: dict[str, nn.Parameter]
-) -> tuple[torch.optim.Optimizer, Schedule]:
+def make_optimizer(args: argparse.Namespace, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW; heads and cross-modal layers at their own rates, no weight decay on biases and the model's norms."""
     groups: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -285,15 +285,11 @@ def make_optimizer(
             rate *= args.cross_modal_lr_multiplier
         decay = 0.0 if name.endswith("bias") or "norm" in name.lower() else args.weight_decay
         groups.setdefault((rate, decay), {})[name] = parameter
-    optimizer = make_adamw(
+    return make_adamw(
         [(group, rate) for (rate, _), group in groups.items()],
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=[decay for _, decay in groups],
         epsilon=args.adam_epsilon,
-    )
-    warmup = args.lr_warmup_steps * (args.max_train_steps if args.lr_warmup_steps < 1 else 1)
-    return optimizer, make_schedule(
-        args.lr_scheduler, optimizer, int(warmup), args.max_train_steps, cycles=1, power=1.0
     )
 
 

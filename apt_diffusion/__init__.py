@@ -26,6 +26,7 @@ _MODULES = {
         "set_apt_scale",
     ],
     "weights": ["enable_apt_hotswap", "load_apt_weights", "save_apt_weights"],
+    "store": ["AdapterStore"],
     "loaders": ["APTLoaderMixin"],
     "pipelines.stable_diffusion_apt": ["StableDiffusionAPTPipeline"],
     "pipelines.stable_diffusion_apt_img2img": ["StableDiffusionAPTImg2ImgPipeline"],

@@ -121,10 +121,12 @@ def attach(
     state = state_of(model)
     model.apt_state = state
     modules = dict(model.named_modules())
+    new_hooks = False
     for name, children in adapters.items():
         for child, adapter in children.items():
             core = getattr(modules[name], child, None)
             if core is None:
+                new_hooks = True
                 core = APTProcessorCore(adapter.prompts.shape[1])
                 core.enabled = state.enabled
                 modules[name].add_module(child, core)
@@ -137,7 +139,7 @@ def attach(
         state.heads.add(model, adapter_name, config.modules_to_save)
     _set_weights(model, {adapter_name: 1.0}, _core_weights(model, {adapter_name: 1.0}, ""))
     regroup_offloaded(model)
-    if "torch._dynamo" in sys.modules:
+    if new_hooks and "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # a graph compiled before the hooks were there would go on without them
 
 
@@ -148,7 +150,9 @@ def remove_apt(model: Any, adapter_name: str | None = None) -> None:
         for name in list(state.configs) if adapter_name is None else [adapter_name]:
             if name in state.configs:
                 _delete(component, state, name)
-        if not state.configs and hasattr(component, "apt_state"):
+        # One that leaves does not take the room away that `enable_apt_hotswap` promised to the next.
+        kept = adapter_name is not None and state.hotswap_room is not None
+        if not state.configs and not kept and hasattr(component, "apt_state"):
             del component.apt_state
 
 
@@ -191,6 +195,23 @@ def set_apt_adapters(
 def get_active_apt_adapters(model: Any) -> list[str]:
     """Names of the active adapters, in the order of activation."""
     return list(dict.fromkeys(name for part in components_of(model).values() for name in state_of(part).active))
+
+
+@contextlib.contextmanager
+def kept_active(model: Any) -> Iterator[None]:
+    """At its end those adapters are active, with those weights, that were at its beginning (and are still there)."""
+    before = [
+        (c, state_of(c).active, {core: core.weights for core in cores_of(c)}) for c in components_of(model).values()
+    ]
+    try:
+        yield
+    finally:
+        for component, active, weights in before:
+            plan = [
+                (core, {name: w for name, w in weights.get(core, {}).items() if name in core.adapters})
+                for core in cores_of(component)
+            ]
+            _set_weights(component, active, plan)
 
 
 def get_list_apt_adapters(model: Any) -> list[str] | dict[str, list[str]]:

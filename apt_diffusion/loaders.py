@@ -12,8 +12,9 @@ from torch import Tensor
 from . import attach, weights
 from .attach import AdapterWeight, components_of, cores_of, state_of
 from .block_weights import check_number
-from .files import WEIGHTS_NAME, resolve_adapter_file
+from .files import WEIGHTS_NAME, AdapterFile, resolve_adapter_file
 from .miniature import resolve_model
+from .store import AdapterStore
 
 ADAPTERS_INDEX = "apt_adapters.json"
 
@@ -25,7 +26,13 @@ class APTLoaderMixin:
         apt_scale: a factor on all adapter weights, or `{adapter name: weight}`.
         apt_adapter_names: one adapter name (or `None` for the base model) per prompt. With a single prompt, it is
             repeated, so that several adapters draw the same prompt in one batch.
+
+    Attributes:
+        apt_store: an `AdapterStore`. Adapters that a call names and the pipeline does not have come from it, and
+            leave when the call ends.
     """
+
+    apt_store: AdapterStore | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,7 +56,7 @@ class APTLoaderMixin:
         apt_adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        with self._for_this_call(), attach.prepared_apt(self):
+        with self._from_store(apt_scale, apt_adapter_names), self._for_this_call(), attach.prepared_apt(self):
             if apt_scale is not None:
                 self._apply_scale(apt_scale)
             if apt_adapter_names is not None:
@@ -94,7 +101,10 @@ class APTLoaderMixin:
         return json.dumps(json.loads(super().to_json_string()) | {"_class_name": stock.__name__}, indent=2) + "\n"
 
     def load_apt_weights(
-        self, pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor], *args: Any, **kwargs: Any
+        self,
+        pretrained_model_name_or_path_or_dict: str | Path | dict[str, Tensor] | AdapterFile,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """[`apt_diffusion.load_apt_weights`] on this pipeline; returns the pipeline."""
         weights.load_apt_weights(self, pretrained_model_name_or_path_or_dict, *args, **kwargs)
@@ -167,6 +177,14 @@ class APTLoaderMixin:
         stay = asked.get("offload_type") == "leaf_level" or asked.get("offload_to_disk_path") is not None
         with attach.hidden_apt(self) if stay else contextlib.nullcontext():
             super().enable_group_offload(*args, **kwargs)
+
+    def _from_store(
+        self, apt_scale: float | dict[str, float] | None, apt_adapter_names: Sequence[str | None] | None
+    ) -> contextlib.AbstractContextManager[None]:
+        names = [*(apt_scale if isinstance(apt_scale, dict) else ())]
+        if not isinstance(apt_adapter_names, str):  # which is an error, told where the names are used
+            names += [name for name in apt_adapter_names or () if name is not None]
+        return contextlib.nullcontext() if self.apt_store is None else self.apt_store.attached(self, names)
 
     @contextlib.contextmanager
     def _for_this_call(self) -> Iterator[None]:

@@ -100,7 +100,7 @@ def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
 
 def load_apt_weights(
     model_or_pipeline: Any,
-    path_or_repo_id_or_dict: str | Path | dict[str, Tensor],
+    path_or_repo_id_or_dict: str | Path | dict[str, Tensor] | AdapterFile,
     adapter_name: str = "default",
     weight_name: str | None = None,
     subfolder: str | None = None,
@@ -115,7 +115,8 @@ def load_apt_weights(
 
     Args:
         model_or_pipeline: a model, a pipeline, or a dict of components.
-        path_or_repo_id_or_dict: a folder, a `.safetensors` file, a hub repository, or tensors by key.
+        path_or_repo_id_or_dict: a folder, a `.safetensors` file, a hub repository, tensors by key, or a file that was
+            read before (`AdapterStore.get`).
         adapter_name: a new name, or with `hotswap` the name of the adapter to overwrite.
         weight_name: the file's name in the folder or repository.
         subfolder: a folder inside it.
@@ -132,7 +133,9 @@ def load_apt_weights(
     """
     check_name(adapter_name)
     components = components_of(model_or_pipeline)
-    if isinstance(path_or_repo_id_or_dict, dict):
+    if isinstance(path_or_repo_id_or_dict, AdapterFile):
+        file = path_or_repo_id_or_dict
+    elif isinstance(path_or_repo_id_or_dict, dict):
         file = read_adapter_dict(path_or_repo_id_or_dict)
     else:
         hub = {

@@ -1,16 +1,19 @@
-"""A fused kernel for the attention of transformers' ViLT, which computes it step by step.
+"""What transformers' ViLT lacks: a fused kernel for its attention, and the classifier token of APT's official code.
 
-The numbers are the same; the probabilities, which no fused kernel gives, are computed as before where they are asked
-for. Works before and after APT or one of the compared methods is attached, in training and in evaluation.
+Both work before and after APT or one of the compared methods is attached, in training and in evaluation.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.vilt.modeling_vilt import ViltSelfAttention
+from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltSelfAttention
 
 
 class ViltSdpaSelfAttention(ViltSelfAttention):
-    """`ViltSelfAttention` with `scaled_dot_product_attention`; same parameters."""
+    """`ViltSelfAttention` with `scaled_dot_product_attention`: same parameters, same numbers.
+
+    Probabilities, which no fused kernel gives, are computed as before where they are asked for.
+    """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
@@ -46,3 +49,33 @@ def use_sdpa(model: nn.Module, enabled: bool = True) -> int:
     for attention in attentions:
         attention.__class__ = ViltSdpaSelfAttention if enabled else ViltSelfAttention
     return len(attentions)
+
+
+def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parameter:
+    """Gives ViLT a learnable state in place of the first word's, as the official code of APT does.
+
+    METER has this built in (`MeterConfig(use_classifier_token=True)`). The parameter
+    `embeddings.text_embeddings.classifier_token` (1, 1, d) begins as what the text embeddings say of [CLS]; name it in
+    `modules_to_save` to train and keep it with an adapter, and call this before that adapter is loaded.
+
+    Raises:
+        ValueError: for a model that is not ViLT, or has one already.
+    """
+    embeddings = next((module for module in model.modules() if isinstance(module, TextEmbeddings)), None)
+    if embeddings is None:
+        raise ValueError(f"{type(model).__name__} has no ViLT text embeddings.")
+    if hasattr(embeddings, "classifier_token"):
+        raise ValueError("This model has a classifier token already.")
+    training = embeddings.training
+    device = embeddings.word_embeddings.weight.device
+    with torch.no_grad():  # without dropout: the official code's initial value has some in it by accident
+        first = embeddings.eval()(torch.tensor([[cls_token_id]], device=device))
+    embeddings.train(training)
+    embeddings.classifier_token = nn.Parameter(first)
+    embeddings.register_forward_hook(_replace_first_state)
+    return embeddings.classifier_token
+
+
+def _replace_first_state(embeddings: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    token = embeddings.classifier_token.expand(len(output), -1, -1).to(output.dtype)
+    return torch.cat([token, output[:, 1:]], 1)

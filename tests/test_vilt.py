@@ -1,4 +1,4 @@
-"""ViLT with the fused attention kernel: transformers' numbers, whatever else is attached."""
+"""ViLT with the fused attention kernel and the classifier token: transformers' numbers, whatever else is attached."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 import apt_diffusion as apt
 from apt_diffusion.methods.attach import MethodConfig, add_method, remove_method
-from apt_diffusion.vilt import ViltSdpaSelfAttention, use_sdpa
+from apt_diffusion.vilt import ViltSdpaSelfAttention, add_classifier_token, use_sdpa
 
 
 @pytest.fixture
@@ -170,3 +170,24 @@ def test_an_attachment_asks_for_no_probabilities(model):
 def test_a_model_without_vilt():
     with pytest.raises(ValueError, match="MeterModel has no ViLT attention; METER and CLIP use the fused kernel"):
         use_sdpa(make_meter())
+
+
+def test_the_classifier_token_takes_the_first_words_place(model):
+    before = run(model).pooler_output
+    token = add_classifier_token(model, cls_token_id=2)
+    assert token.shape == (1, 1, 32) and token.requires_grad
+    torch.testing.assert_close(run(model).pooler_output[0], before[0])  # this text begins with token 2
+    assert (run(model).pooler_output[1] - before[1]).abs().max() > 1e-4  # and this one does not
+    with torch.no_grad():
+        clone = copy.deepcopy(model)
+        clone.embeddings.text_embeddings.classifier_token.fill_(3.0)
+        first = clone.embeddings.text_embeddings(torch.tensor([[2, 9]]))
+    assert (first[0, 0] == 3).all() and not (token == 3).any()
+    restored = pickle.loads(pickle.dumps(model))
+    assert torch.equal(run(restored).pooler_output, run(model).pooler_output)
+    run(model).pooler_output.sum().backward()
+    assert token.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="has a classifier token already"):
+        add_classifier_token(model)
+    with pytest.raises(ValueError, match="MeterModel has no ViLT text embeddings"):
+        add_classifier_token(make_meter())

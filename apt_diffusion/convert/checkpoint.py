@@ -1,0 +1,56 @@
+"""Reading a Lightning checkpoint: its tensors and nothing else. No code of the file is ever run."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Lightning names these classes in its files, beside the tensors. They are read as empty shells.
+LIGHTNING_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+# How torch says that a file needs a class or function to be called.
+_NEEDS_CODE = re.compile(
+    r"GLOBAL [\w.]+|[^.]*call reduce for unrecognized function[^.]*|Can only (?:build|create)[^.]*"
+)
+
+
+class _Shell(dict):
+    """Stands for a class of Lightning; its contents do not matter here."""
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Tensor]:
+    """The `state_dict` of a Lightning checkpoint, or of a file that is a plain dict of tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for another kind of file, one that is cut off, or one that could only be read by running its code.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    shells = [(_Shell, name) for name in LIGHTNING_CLASSES]
+    try:
+        with torch.serialization.safe_globals(shells):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        code = _NEEDS_CODE.search(str(error))
+        if code is None:
+            raise ValueError(
+                f"{file} cannot be read as a PyTorch checkpoint: it is cut off, damaged or of another format. Copy it "
+                f"again. ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            ) from error
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, and reading it would run code from the file "
+            f"({code[0]}). If you trust where it is from, keep its tensors only: "
+            "torch.save({'state_dict': torch.load(old, weights_only=False)['state_dict']}, new)."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds no `state_dict` of tensors: it is no Lightning checkpoint of a model.")
+    return dict(state)

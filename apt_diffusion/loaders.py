@@ -56,6 +56,9 @@ class APTLoaderMixin:
         apt_adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
+        misspelt = [name for name in kwargs if name.startswith("apt_")]  # stock pipelines take any name silently
+        if misspelt:
+            raise TypeError(f"Unknown arguments {misspelt}: there are apt_scale and apt_adapter_names.")
         with self._from_store(apt_scale, apt_adapter_names), self._for_this_call(), attach.prepared_apt(self):
             if apt_scale is not None:
                 self._apply_scale(apt_scale)

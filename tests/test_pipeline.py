@@ -177,6 +177,58 @@ def test_custom_pipeline(tiny_sd_path, pipe):
     assert np.array_equal(draw(custom, apt_scale=0.5), draw(pipe))
 
 
+def test_custom_pipeline_by_a_path_from_the_checkout(two, tmp_path, monkeypatch):
+    """The line of the README; adapters saved beside the pipeline are one more line away, as on any stock pipeline."""
+    from diffusers import DiffusionPipeline
+
+    apt.add_apt(two, SMALL)
+    randomize(two, seed=3)
+    expected = draw(two)
+    two.save_pretrained(tmp_path)
+    monkeypatch.chdir(ROOT)
+    custom = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline="pipelines/stable_diffusion_apt.py", trust_remote_code=True
+    )
+    custom.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(custom.load_apt_weights(tmp_path)), expected)
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    apt.load_apt_weights(stock, tmp_path)
+    assert np.array_equal(draw(stock), expected)
+
+
+def test_bad_input_where_lora_says_nothing(pipe, two, tmp_path, caplog):
+    """A misspelt argument, a weight for a part that has no adapters, steering without adapters: features 3b."""
+    with pytest.raises(TypeError, match="adapter_nmae"):
+        pipe.load_apt_weights(tmp_path, adapter_nmae="x")
+    with pytest.raises(TypeError, match="apt_scalee"):
+        draw(pipe, apt_scalee=0.5)
+    two.set_apt_adapters("a", {"unet": 0.5, "vae": 2.0})
+    assert "Ignoring adapter weights of components that carry no adapters: ['vae']" in caplog.text
+
+
+def test_a_pipeline_without_adapters_can_be_steered(pipe):
+    base = draw(pipe)
+    pipe.unload_apt_weights()
+    pipe.unload_apt_weights()
+    pipe.disable_apt()
+    pipe.enable_apt()
+    pipe.set_apt_scale(0.5)
+    assert pipe.get_active_apt_adapters() == [] and pipe.get_list_apt_adapters() == {}
+    assert np.array_equal(draw(pipe, apt_scale=0.3), base)
+    with pytest.raises(ValueError, match="not in the list of present adapters"):
+        pipe.delete_apt_adapters("a")
+
+
+def test_an_adapter_of_one_part_loads_without_noise(pipe, tmp_path, caplog, recwarn):
+    """A LoRA of the UNet alone warns of the text encoder that it has nothing for, on every load."""
+    apt.add_apt({"unet": pipe.unet}, SMALL)
+    pipe.save_apt_weights(tmp_path)
+    pipe.unload_apt_weights()
+    pipe.load_apt_weights(tmp_path)
+    assert not caplog.records and not [w for w in recwarn if "apt" in str(w.filename)]
+
+
 def test_signature_names_the_stock_arguments_and_ours():
     parameters = inspect.signature(apt.StableDiffusionAPTPipeline.__call__).parameters
     assert {"prompt", "negative_prompt", "callback_on_step_end", "apt_scale", "apt_adapter_names"} <= set(parameters)

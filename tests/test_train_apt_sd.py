@@ -288,6 +288,46 @@ def test_dreambooth_apt_with_flags_made_for_other_models(go):
     assert {key.split(".")[0] for key in tensors(trained)} == {"unet", "text_encoder"}
 
 
+def test_a_command_line_for_diffusers_script_runs(tiny_sd_path, instance_dir, tmp_path):
+    """All of its flags at once, but for those that contradict these, or need other packages, files or the hub."""
+    import train_apt_sd
+    from accelerate.state import AcceleratorState, GradientState
+
+    flags = {
+        "pretrained_model_name_or_path": tiny_sd_path, "tokenizer_name": tiny_sd_path / "tokenizer",
+        "revision": "main",
+        "instance_data_dir": instance_dir, "instance_prompt": "a sks glyph", "class_data_dir": tmp_path / "class",
+        "class_prompt": "a glyph", "with_prior_preservation": True, "prior_loss_weight": 0.5, "num_class_images": 2,
+        "sample_batch_size": 2, "prior_generation_precision": "fp32", "validation_prompt": "a sks glyph at night",
+        "num_validation_images": 1, "validation_epochs": 1, "validation_images": sorted(instance_dir.iterdir())[0],
+        "output_dir": tmp_path / "out", "seed": 3, "resolution": 16, "center_crop": True, "train_batch_size": 1,
+        "num_train_epochs": 1, "max_train_steps": 2, "checkpointing_steps": 1, "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest", "gradient_accumulation_steps": 1, "gradient_checkpointing": True,
+        "learning_rate": 1e-4, "scale_lr": True, "lr_scheduler": "polynomial", "lr_warmup_steps": 1,
+        "lr_num_cycles": 1, "lr_power": 1.0, "dataloader_num_workers": 0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+        "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "logging_dir": "logs",
+        "allow_tf32": True, "report_to": "tensorboard", "mixed_precision": "no", "local_rank": -1,
+        "pre_compute_text_embeddings": True, "tokenizer_max_length": 20, "text_encoder_use_attention_mask": True,
+        "class_labels_conditioning": "timesteps", "rank": 4, "image_interpolation_mode": "bicubic",
+        "lora_dropout": 0.1,
+    }  # fmt: skip
+    others = {"use_8bit_adam", "enable_xformers_memory_efficient_attention", "variant", "train_text_encoder",
+              "push_to_hub", "hub_token", "hub_model_id"}  # fmt: skip
+    assert set(flags) | others == set(DIFFUSERS_FLAGS)
+    words = [word for k, v in flags.items() for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    train_apt_sd.main(words)
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} >= {WEIGHTS, "README.md", "samples", "loss.png", "checkpoint-2"}
+    assert len(losses(out)) == 2 and checkpoint_names(out) == {"checkpoint-2"}
+    used = json.loads(header(out)["training"])
+    for name, value in flags.items():
+        if name != "lora_dropout":  # whose name here is `dropout`
+            assert used[name] in (value, str(value), [str(value)]), name
+    assert used["dropout"] == 0.1
+
+
 # What is trained
 
 

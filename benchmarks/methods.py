@@ -1,0 +1,218 @@
+#!/usr/bin/env python
+"""APT and the methods that it is compared with, on the drawn vision-language tasks, by the trainers themselves.
+
+    python benchmarks/methods.py                                         # the table of docs/vision_language.md
+    python benchmarks/methods.py --tasks vqa --models vilt --methods apt lora --seeds 0 1 2
+
+Within a task all methods get the same steps, batches, order of examples and schedule, and of each method's learning
+rates (`RATES`) the one that does best on the validation split with the first seed. Finished runs are kept in
+--output_dir, so that a comparison that was stopped goes on, and more methods and seeds can be added.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from tqdm import tqdm
+
+from apt_diffusion.methods.attach import METHODS
+from apt_diffusion.training.metrics import RESULTS_NAME, write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trainer's script, its data, and how its budget is said.
+
+    Args:
+        data: the drawn task.
+        models: which of the miniature models it trains.
+        flags: the budget.
+        chosen_by: the metric that chooses a learning rate; of the validation split where there is one beside the test.
+        reported: metrics of the table, by column.
+        seed_flag: of the script.
+    """
+
+    data: str
+    models: tuple[str, ...]
+    flags: dict[str, Any]
+    chosen_by: str
+    reported: dict[str, str]
+    seed_flag: str = "seed"
+
+
+SHARED = {
+    "gradient_accumulation_steps": 1, "no-augment": True, "hidden_dropout_prob": 0.0, "head_lr_multiplier": 1,
+    "cross_modal_lr_multiplier": 1, "evaluation_steps": 10**6, "report_to": "none",
+}  # fmt: skip
+TASKS = {
+    "vqa": Task("vqa", ("vilt", "meter"), SHARED | {"max_train_steps": 300}, "accuracy", {"VQA accuracy": "accuracy"}),
+    "nlvr2": Task(
+        "nlvr2",
+        ("vilt", "meter"),
+        SHARED | {"max_train_steps": 300},
+        "dev_accuracy",
+        {"NLVR2 test-P accuracy": "test_p_accuracy"},
+    ),
+}
+RATES = dict.fromkeys(METHODS, (1e-3, 3e-3)) | {"full": (1e-4, 5e-4)}
+NAMES = {
+    "classifier_only": "classifier only", "shallow_prompt": "shallow prompts", "deep_prompt": "deep prompts",
+    "lora": "LoRA", "adapter": "adapter", "scaled_pa": "scaled parallel adapter", "apt": "APT", "full": "full tuning",
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/methods", help="data, runs, table, plot")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--models", nargs="+", default=["vilt", "meter", "clip"], choices=["vilt", "meter", "clip"])
+    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="in place of each method's own")
+    return parser.parse_args(argv)
+
+
+@dataclass(frozen=True)
+class Job:
+    task: str
+    model: str
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.model}-{self.method}-{self.rate:g}-{self.seed}"
+
+
+def run(job: Job, output_dir: Path) -> dict[str, Any]:
+    """The trainer's `results.json`; from before where this job was finished already."""
+    task, folder = TASKS[job.task], output_dir / "runs" / job.name
+    if not (folder / RESULTS_NAME).is_file():
+        flags = task.flags | {
+            "model_name_or_path": f"miniature-{job.model}",
+            "data_dir": data_folder(task, output_dir),
+            "output_dir": folder,
+            "method": job.method,
+            "learning_rate": job.rate,
+            task.seed_flag: job.seed,
+        }
+        words = [w for name, value in flags.items() for w in (f"--{name}", *([] if value is True else [str(value)]))]
+        script = ROOT / "train" / f"train_apt_{job.task}.py"
+        done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{job.name} failed:\n{done.stderr[-3000:]}")
+        for checkpoint in folder.glob("checkpoint-*/optimizer.safetensors"):
+            checkpoint.unlink()  # only results are kept
+    return json.loads((folder / RESULTS_NAME).read_text())
+
+
+def data_folder(task: Task, output_dir: Path) -> Path:
+    """The drawn task in its official layout, drawn once."""
+    folder = output_dir / "data" / task.data
+    if not folder.is_dir():
+        command = [sys.executable, "-m", "apt_diffusion.miniature.tasks", task.data, "--output_dir", str(folder)]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(command, check=True)
+    return folder
+
+
+def all_jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    for task in args.tasks:
+        for model in TASKS[task].models:
+            if model in args.models:
+                yield from ((task, model, method) for method in args.methods)
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per finished run with the chosen learning rate."""
+    output_dir, rows = Path(args.output_dir), []
+    for task, model, method in tqdm(list(all_jobs(args)), desc="methods"):
+        rates = args.learning_rates or RATES[method]
+        first = {rate: run(Job(task, model, method, rate, args.seeds[0]), output_dir) for rate in rates}
+        best = max(rates, key=lambda rate: first[rate]["metrics"][TASKS[task].chosen_by])
+        for seed in args.seeds:
+            result = run(Job(task, model, method, best, seed), output_dir)
+            rows.append(
+                {
+                    "task": task, "model": model, "method": method, "learning_rate": best, "seed": seed,
+                    "parameters": result["trained_parameters"], "metrics": result["metrics"],
+                }
+            )  # fmt: skip
+        write_json(rows, output_dir / "methods.json")
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """`{method: {column: values}}`; a column is a metric of a task on a model."""
+    table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        for column, metric in TASKS[row["task"]].reported.items():
+            table[row["method"]][f"{column}, {row['model']}"].append(row["metrics"][metric])
+    return table
+
+
+def format_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: methods by columns in percent, with the spread over seeds; the best of a column in bold."""
+    table = table_of(rows)
+    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
+    best = {column: max(mean(cells[column]) for cells in table.values() if column in cells) for column in columns}
+    lines = [f"| method | parameters | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for method, cells in table.items():
+        own = [row["parameters"] for row in rows if row["method"] == method]
+        sizes = f"{min(own):,}" if min(own) == max(own) else f"{min(own):,} to {max(own):,}"
+        shown = [spread(cells[column], best[column]) if column in cells else "" for column in columns]
+        lines.append(f"| {NAMES[method]} | {sizes} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], best: float) -> str:
+    text = f"{100 * mean(values):.1f}" + (f" ± {100 * stdev(values):.1f}" if len(values) > 1 else "")
+    return f"**{text}**" if mean(values) == best else text
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """One panel per column: a bar per method, a dot per seed."""
+    from matplotlib.figure import Figure
+
+    table = table_of(rows)
+    columns = list(dict.fromkeys(column for cells in table.values() for column in cells))
+    figure = Figure(figsize=(3.2 * len(columns), 3.4), dpi=120, layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        methods = [method for method in table if column in table[method]]
+        colors = ["tab:orange" if method == "apt" else "tab:blue" for method in methods]
+        axes.barh(
+            [NAMES[m] for m in methods], [100 * mean(table[m][column]) for m in methods], color=colors, alpha=0.6
+        )
+        for method in methods:
+            values = [100 * value for value in table[method][column]]
+            axes.plot(values, [NAMES[method]] * len(values), "k.", markersize=4)
+        every = [100 * value for method in methods for value in table[method][column]]
+        axes.set(title=column, xlim=(max(0, min(every) - 8), min(100, max(every) + 4)))
+        axes.invert_yaxis()
+        axes.tick_params(labelleft=column == columns[0])
+        axes.grid(alpha=0.3, axis="x")
+    figure.savefig(file)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    rows = compare(args)
+    table = format_table(rows)
+    (output_dir / "methods.md").write_text(table + "\n")
+    plot(rows, output_dir / "methods.png")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

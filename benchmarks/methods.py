@@ -10,6 +10,7 @@ rates (`RATES`) the one that does best on the validation split with the first se
 """
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from accelerate.state import AcceleratorState, GradientState
 from tqdm import tqdm
 
 from apt_diffusion.methods.attach import METHODS
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 
-ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,7 @@ class Task:
     seed_flag: str = "seed"
 
 
-SHARED = {
-    "gradient_accumulation_steps": 1, "no-augment": True, "hidden_dropout_prob": 0.0, "head_lr_multiplier": 1,
-    "cross_modal_lr_multiplier": 1, "evaluation_steps": 10**6, "report_to": "none",
-}  # fmt: skip
+SHARED = {"no-augment": True, "evaluation_steps": 10**6, "report_to": "none"}
 TASKS = {
     "vqa": Task("vqa", ("vilt", "meter"), SHARED | {"max_train_steps": 300}, "accuracy", {"VQA accuracy": "accuracy"}),
     "nlvr2": Task(
@@ -106,11 +105,12 @@ def run(job: Job, output_dir: Path) -> dict[str, Any]:
             "learning_rate": job.rate,
             task.seed_flag: job.seed,
         }
+        if job.model == "meter" and job.method != "full":
+            flags["cache_encoder_outputs"] = output_dir / "encoder-outputs"
         words = [w for name, value in flags.items() for w in (f"--{name}", *([] if value is True else [str(value)]))]
-        script = ROOT / "train" / f"train_apt_{job.task}.py"
-        done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{job.name} failed:\n{done.stderr[-3000:]}")
+        for state in (AcceleratorState, GradientState):  # of the run before, in this same process
+            state._reset_state(*([True] if state is AcceleratorState else []))
+        importlib.import_module(f"train_apt_{job.task}").main(words)
         for checkpoint in folder.glob("checkpoint-*/optimizer.safetensors"):
             checkpoint.unlink()  # only results are kept
     return json.loads((folder / RESULTS_NAME).read_text())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from vl_arguments import add_common_flags, check_common, check_seed, positive_int
+from vl_arguments import HelpFormatter, add_common_flags, check_common, check_seed, positive_int
 from vl_trainer import Schedule
 
 from apt_diffusion.data.classification_sets import DATA_SETS
@@ -43,7 +43,7 @@ def recipe_help(name: str) -> str:
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_common_flags(parser, "'miniature-clip'")
     parser.set_defaults(
         train_batch_size=None, num_train_epochs=None, gradient_accumulation_steps=1, eval_batch_size=100

@@ -3,7 +3,7 @@
 
     python -m apt_diffusion.miniature.tasks nlvr2 --output_dir data/nlvr2
     accelerate launch train/train_apt_nlvr2.py --model_name_or_path miniature-meter --data_dir data/nlvr2 \\
-        --output_dir out/nlvr2 --max_train_steps 300 --gradient_accumulation_steps 1 --no-augment
+        --output_dir out/nlvr2 --max_train_steps 300 --no-augment
 
 Here are data, model, loss and metric of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
@@ -14,7 +14,7 @@ import argparse
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForImagesAndTextClassification
-from vl_arguments import Recipe, add_shared_flags, check_shared
+from vl_arguments import MINIATURE, HelpFormatter, Recipe, add_shared_flags, check_shared
 from vl_models import load_model, make_inputs
 from vl_predict import predict
 from vl_trainer import Run, Task, attach, loading_code, run_task, start
@@ -35,6 +35,7 @@ RECIPES = {
     "meter": Recipe(
         1e-5, 1e-5, head_lr_multiplier=10, total_batch_size=256, max_text_length=50, cross_modal_lr_multiplier=5
     ),
+    "miniature": MINIATURE,
 }
 MODELS = {"vilt": ViltForImagesAndTextClassification, "meter": MeterForImagesAndTextClassification}
 USAGE = """
@@ -56,9 +57,7 @@ print("true" if model(**inputs, **pictures).logits.argmax() else "false")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
     add = parser.add_argument_group("NLVR2").add_argument
     add(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
-from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
+from vl_arguments import SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import gather_by_index, to_device
 from vl_trainer import Run, Task, attach, loading_code, run_task, start
@@ -71,9 +71,7 @@ print(model(**inputs).logits)  # how well they fit: to be compared with other pi
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
     # A picture is read with 16 captions: the released scripts take 4 pictures (ViLT) or 2 (METER) at a time.
     parser.set_defaults(train_batch_size=4)

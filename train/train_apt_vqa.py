@@ -3,7 +3,7 @@
 
     python -m apt_diffusion.miniature.tasks vqa --output_dir data/vqa
     accelerate launch train/train_apt_vqa.py --model_name_or_path miniature-vilt --data_dir data/vqa \\
-        --output_dir out/vqa --max_train_steps 300 --gradient_accumulation_steps 1 --no-augment
+        --output_dir out/vqa --max_train_steps 300 --no-augment
 
 Here are data, model, loss and metric of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForQuestionAnswering
-from vl_arguments import SOURCE, Recipe, add_shared_flags, check_shared, positive_int
+from vl_arguments import MINIATURE, SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import predict
 from vl_trainer import Run, Task, attach, loading_code, run_task, start
@@ -43,6 +43,7 @@ RECIPES = {
     "meter": Recipe(
         2.5e-5, 5e-6, head_lr_multiplier=50, total_batch_size=512, max_text_length=50, cross_modal_lr_multiplier=5
     ),
+    "miniature": MINIATURE,
 }
 MODELS = {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}
 ANSWERS_NAME = "answers.json"
@@ -63,9 +64,7 @@ print(answers[model(**inputs).logits.argmax()])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
     add = parser.add_argument_group("VQAv2").add_argument
     add("--data_dir", help="Folder with the official question and annotation files, and COCO's picture folders.")

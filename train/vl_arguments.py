@@ -57,6 +57,17 @@ def max_positions(config: PreTrainedConfig) -> int:
     return config.max_position_embeddings
 
 
+# For the embedded models: not published, chosen by benchmarks/methods.py.
+MINIATURE = Recipe(2e-3, 5e-4, head_lr_multiplier=1, total_batch_size=32, max_text_length=24)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not that there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -95,8 +106,11 @@ def add_shared_flags(parser: argparse.ArgumentParser, recipes: dict[str, Recipe]
 
 
 def _recipe_help(recipes: dict[str, Recipe], value: Callable[[Recipe], object]) -> str:
-    values = ", ".join(f"{value(recipe)} for {kind.upper()}" for kind, recipe in recipes.items())
-    return f"Default: {values} ({SOURCE})."
+    values = ", ".join(
+        f"{value(recipe)} for {kind.upper()}" for kind, recipe in recipes.items() if kind != "miniature"
+    )
+    ours = f"; {value(recipes['miniature'])} for the embedded models" if "miniature" in recipes else ""
+    return f"Default: {values} ({SOURCE}){ours}."
 
 
 def _model_flags(add, miniatures: str) -> None:

@@ -24,7 +24,7 @@ from vl_predict import to_device
 import apt_diffusion.meter.configuration_meter  # noqa: F401 (makes its type known to AutoConfig)
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.order import micro_batches
-from apt_diffusion.miniature import resolve_model
+from apt_diffusion.miniature import MODELS, resolve_model
 from apt_diffusion.training import checkpoints, hub, provenance
 from apt_diffusion.training.checkpoints import Checkpoint
 from apt_diffusion.training.interrupt import Interrupt, leave_signals_to_parent
@@ -155,7 +155,7 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
         args: the script's; what was not given is filled in from the model's recipe.
         script: its name.
         argv: its command line.
-        recipes: by type of model.
+        recipes: by type of model; `miniature` is for the embedded ones, where their type's is not.
 
     Raises:
         ValueError: for a model of another type.
@@ -166,9 +166,10 @@ def start(args: argparse.Namespace, script: str, argv: list[str] | None, recipes
     path = resolve_model(args.model_name_or_path)
     config = AutoConfig.from_pretrained(path, revision=args.revision)
     if config.model_type not in recipes:
-        known = " or ".join(kind.upper() for kind in recipes)
+        known = " or ".join(kind.upper() for kind in recipes if kind != "miniature")
         raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model: this script trains {known}.")
-    recipes[config.model_type].fill_in(args, accelerator.num_processes, config)
+    embedded = args.model_name_or_path in MODELS and "miniature" in recipes
+    recipes["miniature" if embedded else config.model_type].fill_in(args, accelerator.num_processes, config)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     command = provenance.command_line(f"train/{script}.py", argv)
     run = Run(script, args, accelerator, command, path, config, resumed, agree_on_seed(args.seed, resumed))

@@ -196,14 +196,22 @@ def test_the_scale_can_be_frozen_as_released(go):
     go("nlvr2", "meter", "frozen-True", freeze_scale=True, max_train_steps=3, resume_from_checkpoint="latest")
 
 
-def test_a_classifier_token_starts_from_the_first_word_and_is_kept(go, logits, tiny_vl):
+@pytest.mark.parametrize("kind", ["vilt", "meter"])
+def test_a_classifier_token_starts_from_the_first_word_and_is_kept(go, logits, tiny_vl, kind):
+    from transformers import AutoTokenizer, ViltModel
+
     from apt_diffusion.meter import MeterModel
 
-    out = go("vqa", "meter", "out", use_classifier_token=True, learning_rate=1e-12)
-    token = weights(out)["meter.classifier_token"]
-    text_model = MeterModel.from_pretrained(tiny_vl["meter"]).text_model.eval()
-    assert torch.allclose(token, text_model.embeddings(torch.tensor([[0]])), atol=1e-6)
-    again = go("vqa", "meter", "again", use_classifier_token=True, eval_only=True, adapter=out)
+    out = go("vqa", kind, "out", use_classifier_token=True, learning_rate=1e-12)
+    if kind == "vilt":
+        embeddings = ViltModel.from_pretrained(tiny_vl[kind]).eval().embeddings.text_embeddings
+        first = AutoTokenizer.from_pretrained(tiny_vl[kind]).cls_token_id
+    else:
+        embeddings = MeterModel.from_pretrained(tiny_vl[kind]).text_model.eval().embeddings
+        first = 0
+    (token,) = (value for key, value in weights(out).items() if key.endswith("classifier_token"))
+    assert torch.allclose(token, embeddings(torch.tensor([[first]])), atol=1e-6)
+    again = go("vqa", kind, "again", use_classifier_token=True, eval_only=True, adapter=out)
     assert results(again)["metrics"] == results(out)["metrics"] and torch.equal(*logits)
 
 

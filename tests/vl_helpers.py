@@ -32,7 +32,9 @@ def make_vilt_folder(folder: Path) -> Path:
     )  # fmt: skip
     ViltModel(config).save_pretrained(folder)
     image_processor = ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=16)
-    ViltProcessor(image_processor, make_tokenizer(folder)).save_pretrained(folder)
+    tokenizer = make_tokenizer(folder)
+    tokenizer.cls_token = tokenizer.bos_token  # as BERT's
+    ViltProcessor(image_processor, tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -128,8 +128,8 @@ def _fusion_model_flags(add) -> None:
     add(
         "--use_classifier_token",
         action=argparse.BooleanOptionalAction,
-        help="METER: put a learnable token in place of the first word's state, as the released code does for all "
-        "methods; as the model was saved if not set.",
+        help="Put a learnable token in place of the first word's state, as the released code does for all methods; as "
+        "the model was saved if not set. --adapter needs it as it was when that was trained.",
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ViltModel
+from transformers import AutoTokenizer, PreTrainedModel, ViltModel
 from vl_trainer import Run
 
 from apt_diffusion.data.image_text import Example, ModelInputs
@@ -15,6 +15,7 @@ from apt_diffusion.data.processors import load_processor
 from apt_diffusion.data.sources import read_picture
 from apt_diffusion.meter import MeterModel
 from apt_diffusion.retrieval import load_matching_head, start_from_matching_head
+from apt_diffusion.vilt import add_classifier_token
 
 
 def load_model(run: Run, model_class: type[PreTrainedModel], **settings: Any) -> PreTrainedModel:
@@ -32,7 +33,7 @@ def load_model(run: Run, model_class: type[PreTrainedModel], **settings: Any) ->
     settings |= {"hidden_dropout_prob": run.args.hidden_dropout_prob}
     if run.model_type == "vilt":
         settings["max_image_length"] = -1  # all patches of a picture, as in the released fine-tuning code
-    if run.args.use_classifier_token is not None:
+    if run.args.use_classifier_token is not None and run.model_type == "meter":
         settings["use_classifier_token"] = run.args.use_classifier_token
     model, report = model_class.from_pretrained(
         run.model_path,
@@ -51,6 +52,9 @@ def load_model(run: Run, model_class: type[PreTrainedModel], **settings: Any) ->
         _take_over_modalities(run, model)
     if any(key.endswith("classifier_token") for key in report["missing_keys"]):
         _start_classifier_token(model.base_model)
+    if run.args.use_classifier_token and run.model_type == "vilt":
+        tokenizer = AutoTokenizer.from_pretrained(run.model_path, revision=run.args.revision)
+        add_classifier_token(model, tokenizer.cls_token_id)
     if any(key.startswith("rank_output.") for key in report["missing_keys"]):
         _start_ranking(run, model)
     return model

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..sites import matches
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -28,7 +30,7 @@ class Family:
     encoders: str | None  # regular expression for what shallow prompts are carried through; `None`: METER's two stacks
     lora: tuple[str, ...]  # query and value maps
     trained: tuple[str, ...] = ()  # beside the method itself: the released code's choice, where present in the model
-    frozen: tuple[str, ...] = ()  # parts in which even modules of these names are not
+    frozen: tuple[str, ...] = ()  # suffixes of full names that are not, although the last part of the name is
 
 
 _VILT = Branch("attention", "attention.attention.key", prompt_norm="layernorm_before")
@@ -46,8 +48,8 @@ FAMILIES = (
         (_VILT,),
         r"(.*\.)?encoder",
         ("attention.attention.query", "attention.attention.value"),
-        _HEADS,
-        ("text_embeddings",),
+        (*_HEADS, "classifier_token"),
+        ("text_embeddings.token_type_embeddings",),
     ),
     Family(
         "MeterPreTrainedModel",
@@ -58,7 +60,7 @@ FAMILIES = (
         None,
         ("attention.query", "attention.value", "crossattention.query", "crossattention.value"),
         (*_HEADS, "cross_modal_text_pooler", "cross_modal_image_pooler", "classifier_token"),
-        ("text_model", "vision_model"),
+        ("text_model.embeddings.token_type_embeddings",),
     ),
     Family(
         "CLIPPreTrainedModel",
@@ -76,9 +78,10 @@ FAMILIES = (
 def trained_beside(model: nn.Module) -> tuple[str, ...]:
     """Full names of the modules and parameters that the released code trains beside every method."""
     family = family_of(model)
-    own = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
-    own = [name for name in own if name and not set(family.frozen) & set(name.split("."))]
-    return tuple(name for name in own if name.rpartition(".")[2] in family.trained)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    return tuple(
+        name for name in names if name.rpartition(".")[2] in family.trained and not matches(name, family.frozen)
+    )
 
 
 def family_of(model: nn.Module) -> Family:

@@ -3,127 +3,25 @@
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import make_meter, make_text_encoder, make_unet, meter_inputs, randomize
+from conftest import randomize
+from families import (
+    FAMILIES,
+    SMALL,
+    output,
+    same,
+    snapshot,
+    vilt_output,
+)
+from safetensors.torch import save_file
 
 import apt_diffusion as apt
 from apt_diffusion.attach import cores_of
 from apt_diffusion.core import ApproximatedPrompt
-
-
-@dataclass
-class Family:
-    make: Callable[[], torch.nn.Module]
-    run: Callable[[torch.nn.Module], torch.Tensor]
-    sites: list[str]
-    default_init: str
-
-
-def unet_output(model):
-    generator = torch.Generator().manual_seed(0)
-    dtype = next(model.parameters()).dtype
-    sample = torch.randn(2, 4, 8, 8, generator=generator).to(dtype)
-    context = torch.randn(2, 5, 32, generator=generator).to(dtype)
-    return model(sample, torch.tensor([3, 700]), encoder_hidden_states=context).sample
-
-
-def text_output(model):
-    tokens = torch.tensor([[512, 3, 9, 27, 513, 513], [512, 5, 6, 7, 8, 513]])
-    return model(input_ids=tokens).last_hidden_state
-
-
-def clip_output(model):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(2, 3, 16, 16, generator=generator).to(next(model.parameters()).dtype)
-    tokens = torch.tensor([[512, 3, 9, 27, 513, 513], [512, 5, 6, 7, 8, 513]])
-    return model(input_ids=tokens, pixel_values=pixels).logits_per_image
-
-
-def vilt_output(model):
-    torch.manual_seed(0)  # ViLT draws its image patches at random
-    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    tokens = torch.tensor([[2, 3, 9, 27], [5, 6, 7, 8]])
-    return model(input_ids=tokens, pixel_values=pixels.to(next(model.parameters()).dtype)).pooler_output
-
-
-def make_clip():
-    from transformers import CLIPConfig, CLIPModel
-
-    text = make_text_encoder().config.to_dict()
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "image_size": 16,
-        "patch_size": 8,
-    }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-
-
-def make_vilt():
-    from transformers import ViltConfig, ViltModel
-
-    config = ViltConfig(
-        vocab_size=100,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-    )
-    return ViltModel(config)
-
-
-def meter_output(model):
-    batch = meter_inputs()
-    pixels = batch.pop("pixel_values").to(next(model.parameters()).dtype)
-    return model(pixel_values=pixels, **batch).pooler_output
-
-
-FAMILIES = {
-    "unet": Family(
-        make_unet,
-        unet_output,
-        [
-            "down_blocks.1.attentions.0.transformer_blocks.0.attn2",
-            "up_blocks.0.attentions.0.transformer_blocks.0.attn2",
-            "up_blocks.0.attentions.1.transformer_blocks.0.attn2",
-            "mid_block.attentions.0.transformer_blocks.0.attn2",
-        ],
-        "identity",
-    ),
-    "text_encoder": Family(
-        make_text_encoder, text_output, [f"encoder.layers.{i}.self_attn" for i in range(3)], "identity"
-    ),
-    "clip": Family(
-        make_clip,
-        clip_output,
-        [
-            *[f"text_model.encoder.layers.{i}.self_attn" for i in range(3)],
-            *[f"vision_model.encoder.layers.{i}.self_attn" for i in range(2)],
-        ],
-        "paper",
-    ),
-    "meter": Family(
-        make_meter,
-        meter_output,
-        [
-            f"cross_modal_{tower}_layers.{i}.{kind}"
-            for tower in ("text", "image")
-            for i in range(2)
-            for kind in ("attention", "crossattention")
-        ],
-        "paper",
-    ),
-    "vilt": Family(make_vilt, vilt_output, [f"encoder.layer.{i}.attention" for i in range(2)], "paper"),
-}
-SMALL = apt.APTConfig(num_prompts=6, rank=2)
+from apt_diffusion.files import read_adapter_file
+from apt_diffusion.heads import head_tensors
 
 
 @pytest.fixture(params=FAMILIES)
@@ -135,29 +33,6 @@ def family(request):
 def model(family):
     torch.manual_seed(0)
     return family.make().eval()
-
-
-@torch.no_grad()
-def output(family, model):
-    return family.run(model)
-
-
-def snapshot(model):
-    hooks = [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs))
-        for name, m in model.named_modules()
-    ]
-    attributes = {name: sorted(set(vars(m)) - {"_is_hf_initialized"}) for name, m in model.named_modules()}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    return hooks, attributes, state
-
-
-def same(before, after):
-    return (
-        before[:2] == after[:2]
-        and before[2].keys() == after[2].keys()
-        and all(torch.equal(value, after[2][key]) for key, value in before[2].items())
-    )
 
 
 def test_default_sites_and_counts(family, model):
@@ -386,45 +261,6 @@ def test_folded_weights_follow_every_change(family, model):
     assert not core._folded and not core.keep_folded
 
 
-def test_context_stream_is_the_equation_on_the_encoder_states():
-    """`streams=["context"]`: keys and values are those of Y(O := c, X := c), at every site."""
-    torch.manual_seed(0)
-    unet = make_unet().eval()
-    bare = copy.deepcopy(unet)
-    apt.add_apt(unet, dataclasses.replace(SMALL, streams=["context"]))
-    randomize(unet)
-    states, context = torch.randn(2, 9, 64), torch.randn(2, 5, 32)
-    with torch.no_grad():
-        for name in FAMILIES["unet"].sites:
-            adapter = unet.get_submodule(name).apt_context.adapters["default"]
-            corrected = adapter(context, context)
-            assert not torch.allclose(corrected, context, atol=1e-2)
-            expected = bare.get_submodule(name)(states, encoder_hidden_states=corrected)
-            actual = unet.get_submodule(name)(states, encoder_hidden_states=context)
-            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_scales_and_weights_do_not_compile_anew():
-    torch.manual_seed(0)
-    unet = make_unet().eval()
-    apt.add_apt(unet, SMALL)
-    randomize(unet)
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module.forward
-
-    compiled = torch.compile(unet, backend=backend, fullgraph=True)
-    with torch.no_grad():
-        for scale in torch.linspace(0.1, 0.9, 12).tolist():
-            apt.set_apt_scale(unet, scale)
-            apt.set_apt_adapters(unet, "default", 1 - scale)
-            torch.testing.assert_close(unet_output(compiled), unet_output(unet), rtol=1e-5, atol=1e-5)
-    assert len(graphs) <= 2  # torch takes a number for a constant until it sees it change
-    torch._dynamo.reset()
-
-
 def test_attachment_after_a_compiled_call_is_seen(family, model):
     if family.run is vilt_output:
         model = model.encoder  # the whole ViltModel has data-dependent shapes, with or without APT
@@ -448,23 +284,6 @@ def test_attachment_after_a_compiled_call_is_seen(family, model):
         torch.testing.assert_close(run(compiled), eager, rtol=1e-4, atol=1e-5)
         apt.disable_apt(model)
         torch.testing.assert_close(run(compiled), base, rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
-
-
-def test_a_compiled_model_is_steered_like_any_other():
-    torch.manual_seed(0)
-    model = make_text_encoder().eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        base = text_output(compiled)
-        assert apt.add_apt(compiled, SMALL, "a") == apt.add_apt(compiled, SMALL, "b") == FAMILIES["text_encoder"].sites
-        randomize(model)
-        apt.set_apt_adapters(compiled, ["a", "b"], [0.5, 0.7])
-        both = text_output(model)
-        assert not torch.allclose(both, base, atol=1e-4)
-        torch.testing.assert_close(text_output(compiled), both, rtol=1e-4, atol=1e-5)
-        apt.remove_apt(compiled)
-        torch.testing.assert_close(text_output(compiled), base, rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -528,50 +347,117 @@ def test_save_pretrained_of_the_base_still_loads(family, model, tmp_path):
     assert torch.equal(output(family, type(model).from_pretrained(tmp_path).eval()), before)
 
 
-def test_any_module_with_target_modules():
-    class Attention(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(12, 12)
+def with_heads(family):
+    return dataclasses.replace(SMALL, modules_to_save=family.heads)
 
-        def forward(self, hidden_states):
-            return self.proj(hidden_states)
 
-    model = torch.nn.Sequential(Attention(), Attention())
-    x = torch.randn(1, 3, 12)
-    with pytest.raises(ValueError, match="target_modules"):
-        apt.add_apt(model, SMALL)
-    assert apt.add_apt(model, apt.APTConfig(num_prompts=4, target_modules=["1"])) == ["1"]
+def train(family, model):
+    """Stands for a training: every parameter that `freeze_base` leaves trainable gets another value that acts."""
+    apt.freeze_base(model)
     randomize(model)
-    expected = model[1].apt.adapters["default"](model[1].proj(model[0](x)), model[0](x))
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_heads_belong_to_their_adapter(tmp_path):
-    from transformers import ViltForQuestionAnswering
-
-    config = make_vilt().config
-    config.num_labels = 5
-    torch.manual_seed(0)
-    model = ViltForQuestionAnswering(config).eval()
-    untouched = snapshot(model)
-    settings = apt.APTConfig(num_prompts=4, rank=2, modules_to_save=["classifier"])
-    apt.add_apt(model, settings, "a")
-    trainable, _ = apt.freeze_base(model)
-    heads = sum(p.numel() for p in model.classifier.parameters())
-    assert trainable == heads + 2 * (4 * 32 + 2 * 32 * 2 + 1)
+    generator = torch.Generator().manual_seed(7)
+    heads = head_tensors(model, family.heads)
+    assert heads and all(tensor.requires_grad for tensor in heads.values())
     with torch.no_grad():
-        model.classifier[0].weight.fill_(1.5)
-    apt.add_apt(model, settings, "b")
-    assert torch.equal(model.classifier[0].weight, untouched[2]["classifier.0.weight"])
-    apt.set_apt_adapters(model, "a")
-    assert (model.classifier[0].weight == 1.5).all()
+        for tensor in heads.values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return output(family, model)
+
+
+def test_saving_and_loading_restore_prompts_and_heads(family, model, tmp_path):
+    """In the model that was trained, and in another process's copy of the base model."""
+    untouched, base = snapshot(model), output(family, model)
+    other = copy.deepcopy(model)
+    apt.add_apt(model, with_heads(family))
+    trainable, _ = apt.freeze_base(model)
+    trained = train(family, model)
+    adapters = sum(p.numel() for core in cores_of(model) for p in core.parameters())
+    assert trainable == adapters + sum(tensor.numel() for tensor in head_tensors(model, family.heads).values())
+    assert not torch.allclose(trained, base, atol=1e-3)
     with apt.disable_apt(model):
-        assert torch.equal(model.classifier[0].weight, untouched[2]["classifier.0.weight"])
-    file = apt.save_apt_weights(model, tmp_path, "a")
+        assert torch.equal(output(family, model), base)  # the base model with its own heads
+    file = apt.save_apt_weights(model, tmp_path)
     apt.remove_apt(model)
-    assert same(untouched, snapshot(model))
-    apt.load_apt_weights(model, file)
-    assert (model.classifier[0].weight == 1.5).all()
-    apt.remove_apt(model)
-    assert same(untouched, snapshot(model))
+    assert same(untouched, snapshot(model)) and torch.equal(output(family, model), base)
+    for loader in (model, other):
+        assert sorted(apt.load_apt_weights(loader, file if loader is model else tmp_path)) == sorted(family.sites)
+        assert torch.equal(output(family, loader), trained)
+        assert apt.freeze_base(loader)[0] == trainable
+        loader.requires_grad_(True)
+        apt.remove_apt(loader)
+        assert same(untouched, snapshot(loader)) and torch.equal(output(family, loader), base)
+
+
+def test_heads_belong_to_their_adapter(family, model):
+    base = output(family, model)
+    apt.add_apt(model, with_heads(family), "a")
+    trained = train(family, model)
+    apt.add_apt(model, dataclasses.replace(with_heads(family), init="identity"), "b")
+    assert torch.equal(output(family, model), base)  # a new adapter begins with the base's heads
+    apt.set_apt_adapters(model, "a")
+    assert torch.equal(output(family, model), trained)
+    apt.remove_apt(model, "a")
+    apt.set_apt_adapters(model, "b")
+    assert torch.equal(output(family, model), base)
+
+
+def damage(tensors, header, kind, heads):
+    """Changes a file's contents and says what the error must name."""
+    prompts = next(key for key in tensors if key.endswith(".prompts"))
+    head = next(key for key in tensors if ".apt" not in key)
+    match kind:
+        case "a prompt is missing":
+            del tensors[prompts]
+            return "lacks 1 tensors"
+        case "a head is missing":
+            del tensors[head]
+            return rf"lacks 1 tensors \({head}\)"
+        case "one too many":
+            tensors["no.such.head.weight"] = torch.zeros(3)
+            return "unexpected 1 tensors .*no.such.head"
+        case "prompts of another width":
+            tensors[prompts] = torch.zeros(6, 7)
+            return r"has shape \(6, 7\), this model needs"
+        case "a head of another size":
+            tensors[head] = torch.zeros(3, 5, 7)
+            return rf"{head} is \(3, 5, 7\) in the file"
+        case "not a number":
+            tensors[prompts] = torch.full_like(tensors[prompts], torch.nan)
+            return "not finite"
+        case "heads that the model lacks":
+            header["apt_config"] = header["apt_config"].replace(f'"{heads[0]}"', '"no_such_head"')
+            return "no_such_head"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "a prompt is missing", "a head is missing", "one too many", "prompts of another width",
+        "a head of another size", "not a number", "heads that the model lacks",
+    ],
+)  # fmt: skip
+def test_a_failed_load_leaves_everything_as_it_was(family, model, tmp_path, kind):
+    apt.add_apt(model, with_heads(family), "first")
+    trained = train(family, model)
+    file = apt.save_apt_weights(model, tmp_path, "first")
+    before = snapshot(model)
+    content = read_adapter_file(file)
+    message = damage(content.tensors, content.metadata, kind, family.heads)
+    save_file(content.tensors, file, metadata=content.metadata)
+    with pytest.raises(ValueError, match=message):
+        apt.load_apt_weights(model, file, "second")
+    assert same(before, snapshot(model)) and torch.equal(output(family, model), trained)
+    assert apt.get_list_apt_adapters(model) == apt.get_active_apt_adapters(model) == ["first"]
+
+
+def test_files_of_other_architectures_are_refused(family, model, tmp_path):
+    for name, other in FAMILIES.items():
+        stranger = other.make()
+        apt.add_apt(stranger, SMALL)
+        apt.save_apt_weights(stranger, tmp_path / name)
+    before, base = snapshot(model), output(family, model)
+    for name, other in FAMILIES.items():
+        if other is not family:
+            with pytest.raises(ValueError, match=f"does not fit {type(model).__name__}|damaged, or made for another"):
+                apt.load_apt_weights(model, tmp_path / name)
+    assert same(before, snapshot(model)) and torch.equal(output(family, model), base)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_tokenizer, randomize
-from test_behaviour import make_clip
+from families import make_clip
 
 from apt_diffusion import APTConfig, add_apt, disable_apt, enable_apt, freeze_base, remove_apt, set_apt_scale
 from apt_diffusion.clip_classifier import ClipClassifier, add_linear_classifier

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_behaviour import FAMILIES
+from families import FAMILIES
 
 import apt_diffusion as apt
 from apt_diffusion.attach import cores_of

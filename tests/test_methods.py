@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_meter, meter_config
-from test_behaviour import clip_output, make_clip, make_vilt, meter_output, same, snapshot, vilt_output
+from families import clip_output, make_clip, make_vilt, meter_output, same, snapshot, vilt_output
 from torch import nn
 
 from apt_diffusion import APTConfig, add_apt, freeze_base, load_apt_weights, remove_apt, save_apt_weights

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_meter, make_tokenizer
+from families import make_vilt
 from PIL import Image
-from test_behaviour import make_vilt
 
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.meter import MeterProcessor

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import meter_config
+from families import make_vilt
 from PIL import Image
-from test_behaviour import make_vilt
 
 from apt_diffusion import add_apt
 from apt_diffusion import retrieval as ours

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_tokenizer
-from test_behaviour import make_clip
+from families import make_clip
 from vl_helpers import COLORS, assert_same_weights, picture, results, rows, train, weights
 
 from apt_diffusion.data.classification import few_shot, read_data_set

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import make_meter, randomize
-from test_behaviour import SMALL, make_vilt, snapshot, vilt_output
+from families import SMALL, make_vilt, snapshot, vilt_output
 from test_methods import ADDING, SIZES, shake
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from conftest import make_text_encoder, make_unet, randomize
+from families import same, snapshot, text_output, unet_output
 from safetensors.torch import load_file, save_file
-from test_behaviour import same, snapshot, text_output, unet_output
 
 import apt_diffusion as apt
 from apt_diffusion.attach import adapter_parameters, cores_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import make_unet, randomize
 from fake_hub import FakeHub
-from test_behaviour import same, snapshot, unet_output
+from families import same, snapshot, unet_output
 
 import apt_diffusion as apt
 from apt_diffusion.files import WEIGHTS_NAME

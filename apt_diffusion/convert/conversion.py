@@ -121,15 +121,15 @@ def attach_adapter(converted: Converted) -> None:
         ValueError: where its parts do not fit the model.
     """
     model, adapter = converted.model, converted.adapter
-    modules_to_save = trained_beside(model)
     if converted.classifier_token is not None:
         from ..vilt import add_classifier_token
 
         with torch.no_grad():
             add_classifier_token(model, cls_token_id=0).copy_(converted.classifier_token)
+    modules_to_save = trained_beside(model)
+    if model.base_model_prefix == "vilt":
         # The official pattern `token_type_embeddings` trains BERT's table of segments, too.
-        text = f"{model.base_model_prefix}.embeddings.text_embeddings"
-        modules_to_save += (f"{text}.token_type_embeddings", f"{text}.classifier_token")
+        modules_to_save += ("embeddings.text_embeddings.token_type_embeddings",)
     first = next(iter(adapter.values()))
     missing = sorted(set(APT_NAMES.values()) - first.keys())
     if missing:

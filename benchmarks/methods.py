@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -51,15 +52,44 @@ class Task:
     seed_flag: str = "seed"
 
 
-SHARED = {"no-augment": True, "evaluation_steps": 10**6, "report_to": "none"}
+SHARED = {"no-augment": True, "report_to": "none"}
+AT_THE_END = {"evaluation_steps": 10**6}
 TASKS = {
-    "vqa": Task("vqa", ("vilt", "meter"), SHARED | {"max_train_steps": 300}, "accuracy", {"VQA accuracy": "accuracy"}),
+    "vqa": Task(
+        "vqa",
+        ("vilt", "meter"),
+        SHARED | AT_THE_END | {"max_train_steps": 300},
+        "accuracy",
+        {"VQA accuracy": "accuracy"},
+    ),
     "nlvr2": Task(
         "nlvr2",
         ("vilt", "meter"),
-        SHARED | {"max_train_steps": 300},
+        SHARED | AT_THE_END | {"max_train_steps": 300},
         "dev_accuracy",
         {"NLVR2 test-P accuracy": "test_p_accuracy"},
+    ),
+    "retrieval": Task(
+        "retrieval",
+        ("vilt", "meter"),
+        SHARED
+        | {
+            "max_train_steps": 150,
+            "gradient_accumulation_steps": 1,
+            "head_lr_multiplier": 1,
+            "cross_modal_lr_multiplier": 1,
+            "max_evaluation_images": 100,
+        },
+        "text_recall@1",
+        {"text recall@1": "text_recall@1", "image recall@1": "image_recall@1"},
+    ),
+    "clip": Task(
+        "classification",
+        ("clip",),
+        SHARED | {"optimizer": "adamw", "num_train_epochs": 10, "train_batch_size": 16},
+        "base_accuracy",
+        {"base classes": "base_accuracy", "new classes": "new_accuracy"},
+        seed_flag="seeds",
     ),
 }
 RATES = dict.fromkeys(METHODS, (1e-3, 3e-3)) | {"full": (1e-4, 5e-4)}
@@ -108,9 +138,11 @@ def run(job: Job, output_dir: Path) -> dict[str, Any]:
         if job.model == "meter" and job.method != "full":
             flags["cache_encoder_outputs"] = output_dir / "encoder-outputs"
         words = [w for name, value in flags.items() for w in (f"--{name}", *([] if value is True else [str(value)]))]
-        for state in (AcceleratorState, GradientState):  # of the run before, in this same process
-            state._reset_state(*([True] if state is AcceleratorState else []))
-        importlib.import_module(f"train_apt_{job.task}").main(words)
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this same process
+        GradientState._reset_state()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+            importlib.import_module(f"train_apt_{job.task}").main(words)
         for checkpoint in folder.glob("checkpoint-*/optimizer.safetensors"):
             checkpoint.unlink()  # only results are kept
     return json.loads((folder / RESULTS_NAME).read_text())

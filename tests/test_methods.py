@@ -226,17 +226,21 @@ def test_shallow_prompts_of_meters_two_stacks():
 
 
 def test_parameter_counts_are_the_closed_forms():
-    """At width 32, two layers: ViLT has one attention per layer, METER two and two stacks."""
+    """At width 32: ViLT has one attention in two layers, METER two and two stacks, CLIP's towers three and two."""
     modules = {
         ("vilt", "apt"): 2, ("vilt", "deep_prompt"): 2, ("vilt", "lora"): 2, ("vilt", "scaled_pa"): 2,
         ("vilt", "adapter"): 4, ("meter", "apt"): 8, ("meter", "deep_prompt"): 4, ("meter", "lora"): 8,
         ("meter", "scaled_pa"): 8, ("meter", "adapter"): 12, ("vilt", "shallow_prompt"): 2,
+        ("clip", "apt"): 5, ("clip", "deep_prompt"): 5, ("clip", "lora"): 5, ("clip", "scaled_pa"): 5,
+        ("clip", "adapter"): 10, ("meter", "shallow_prompt"): 4, ("clip", "shallow_prompt"): 5,
     }  # fmt: skip
     for (family, method), count in modules.items():
         model = make(family)
         add_method(model, MethodConfig(method, **SIZES))
         found = sum(parameter.numel() for _, parameter in method_parameters(model))
         expected = count_costs(method, hidden_size=32, num_tokens=1, num_modules=count, **SIZES).parameters
+        if method == "shallow_prompt" and family != "vilt":
+            expected *= 2  # one set of prompts per tower
         assert found == expected, (family, method)
 
 

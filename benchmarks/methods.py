@@ -58,14 +58,14 @@ TASKS = {
     "vqa": Task(
         "vqa",
         ("vilt", "meter"),
-        SHARED | AT_THE_END | {"max_train_steps": 300},
+        SHARED | AT_THE_END | {"max_train_steps": 200},
         "accuracy",
         {"VQA accuracy": "accuracy"},
     ),
     "nlvr2": Task(
         "nlvr2",
         ("vilt", "meter"),
-        SHARED | AT_THE_END | {"max_train_steps": 300},
+        SHARED | AT_THE_END | {"max_train_steps": 200},
         "dev_accuracy",
         {"NLVR2 test-P accuracy": "test_p_accuracy"},
     ),
@@ -92,7 +92,7 @@ TASKS = {
         seed_flag="seeds",
     ),
 }
-RATES = dict.fromkeys(METHODS, (1e-3, 3e-3)) | {"full": (1e-4, 5e-4)}
+RATES = dict.fromkeys(METHODS, (5e-4, 2e-3)) | {"full": (1e-4, 5e-4)}
 NAMES = {
     "classifier_only": "classifier only", "shallow_prompt": "shallow prompts", "deep_prompt": "deep prompts",
     "lora": "LoRA", "adapter": "adapter", "scaled_pa": "scaled parallel adapter", "apt": "APT", "full": "full tuning",

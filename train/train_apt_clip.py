@@ -21,7 +21,8 @@ from clip_arguments import RECIPES, make_optimizer, parse_args
 from torch import Tensor, nn
 from transformers import CLIPModel
 from vl_predict import predict
-from vl_trainer import Run, Task, attach, loading_code, run_task, start
+from vl_results import loading_code
+from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.clip_classifier import ClipClassifier, add_linear_classifier
 from apt_diffusion.data.classification import (

@@ -3,7 +3,7 @@
 
     python -m apt_diffusion.miniature.tasks nlvr2 --output_dir data/nlvr2
     accelerate launch train/train_apt_nlvr2.py --model_name_or_path miniature-meter --data_dir data/nlvr2 \\
-        --output_dir out/nlvr2 --max_train_steps 300 --no-augment
+        --output_dir out/nlvr2 --max_train_steps 200 --no-augment
 
 Here are data, model, loss and metric of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
@@ -17,7 +17,8 @@ from transformers import ViltForImagesAndTextClassification
 from vl_arguments import MINIATURE, HelpFormatter, Recipe, add_shared_flags, check_shared
 from vl_models import load_model, make_inputs
 from vl_predict import predict
-from vl_trainer import Run, Task, attach, loading_code, run_task, start
+from vl_results import loading_code
+from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, TrainingStream, class_labels, unchanged
 from apt_diffusion.data.nlvr2 import (

@@ -22,7 +22,8 @@ from transformers import ViltForImageAndTextRetrieval
 from vl_arguments import SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import gather_by_index, to_device
-from vl_trainer import Run, Task, attach, loading_code, run_task, start
+from vl_results import loading_code
+from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, ModelInputs
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT

@@ -3,7 +3,7 @@
 
     python -m apt_diffusion.miniature.tasks vqa --output_dir data/vqa
     accelerate launch train/train_apt_vqa.py --model_name_or_path miniature-vilt --data_dir data/vqa \\
-        --output_dir out/vqa --max_train_steps 300 --no-augment
+        --output_dir out/vqa --max_train_steps 200 --no-augment
 
 Here are data, model, loss and metric of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
@@ -19,9 +19,10 @@ from transformers import ViltForQuestionAnswering
 from vl_arguments import MINIATURE, SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import predict
-from vl_trainer import Run, Task, attach, loading_code, run_task, start
+from vl_results import loading_code
+from vl_trainer import Run, Task, attach, run_task, start
 
-from apt_diffusion.data.image_text import Batch, Example, TrainingStream
+from apt_diffusion.data.image_text import Batch, Example, TrainingStream, unchanged
 from apt_diffusion.data.vqa import (
     MIN_COUNT,
     SPLITS,
@@ -101,9 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     inputs = make_inputs(run, model, SoftLabels(len(answers)), [training, *unlabelled.values()])
 
     def answer(model: nn.Module, split: str) -> list[str]:
-        places = predict(
-            run, model, [(example, None) for example in unlabelled[split]], inputs, lambda o: o.logits.argmax(-1)
-        )
+        places = predict(run, model, unchanged(unlabelled[split]), inputs, lambda output: output.logits.argmax(-1))
         return [answers[place] for place in places]
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -115,6 +114,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if run.accelerator.is_main_process:
                 write_json(content, submission_file(run, split))
 
+    if "val" in args.train_splits:
+        run.logger.warning("The accuracy on val means nothing: it is trained on. Use --predict_splits test-dev.")
     if run.accelerator.is_main_process:
         write_json(answers, run.output_dir / ANSWERS_NAME)
     return run_task(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, PreTrainedConfig
 from vl_arguments import Recipe, method_config
 from vl_predict import to_device
+from vl_results import finish, metadata, write_results
 
 import apt_diffusion.meter.configuration_meter  # noqa: F401 (makes its type known to AutoConfig)
 from apt_diffusion.data.image_text import Batch
@@ -28,18 +29,15 @@ from apt_diffusion.miniature import MODELS, resolve_model
 from apt_diffusion.training import checkpoints, hub, provenance
 from apt_diffusion.training.checkpoints import Checkpoint
 from apt_diffusion.training.interrupt import Interrupt, leave_signals_to_parent
-from apt_diffusion.training.loss_log import LossLog, plot_losses, read_log
+from apt_diffusion.training.loss_log import LossLog, read_log
 from apt_diffusion.training.methods import (
-    METHOD_WEIGHTS_NAME,
     attach_method,
     check_same_method,
     load_trained,
-    method_of,
     save_trained,
     trained_parameters,
-)
-from apt_diffusion.training.metrics import METRICS_NAME, RESULTS_NAME, plot_metrics, write_json
-from apt_diffusion.training.model_card import write_model_card
+)  # fmt: skip
+from apt_diffusion.training.metrics import METRICS_NAME
 from apt_diffusion.training.optimizer import make_adamw, make_schedule, set_learning_rates
 from apt_diffusion.training.run import (
     agree_on_seed,
@@ -52,7 +50,6 @@ from apt_diffusion.training.run import (
 
 # The factor on all learning rates, from the number of steps done.
 Schedule = Callable[[int], float]
-CARD_SETTINGS = ("method", "num_prompts", "rank", "train_batch_size", "max_train_steps", "learning_rate")
 
 
 @dataclass
@@ -374,14 +371,6 @@ def log_metrics(run: Run, trainer: Trainer, step: int, metrics: dict[str, float]
     run.accelerator.log(metrics, step=step)
 
 
-def metadata(run: Run, task: Task, step: int) -> dict[str, str]:
-    """The header of the weights' file."""
-    base = provenance.adapter_metadata(
-        vars(run.args), run.command, step, base_model=run.args.model_name_or_path, task=run.script
-    )
-    return base | task.header
-
-
 def save_checkpoint(run: Run, task: Task, trainer: Trainer, step: int) -> None:
     state = {
         "step": step,
@@ -395,55 +384,3 @@ def save_checkpoint(run: Run, task: Task, trainer: Trainer, step: int) -> None:
             folder, trainer.optimizer.optimizer, trainer.parameters, state, run.accelerator.scaler
         )
     checkpoints.prune_checkpoints(run.output_dir, run.args.checkpoints_total_limit, newest=step)
-
-
-def write_results(run: Run, task: Task, metrics: dict[str, float], step: int | None) -> None:
-    """`results.json`: what was measured, of what, and how."""
-    parameters = trained_parameters(task.model) if method_of(task.model) else {}
-    content = {
-        "task": run.script.removeprefix("train_apt_"),
-        "base_model": run.args.model_name_or_path,
-        "method": method_of(task.model),
-        "metrics": metrics,
-        "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "step": step,
-        "seed": run.seed,
-        "command": run.command,
-        "settings": provenance.public_settings(vars(run.args)),
-        "versions": provenance.versions(),
-    }
-    write_json(content, run.output_dir / RESULTS_NAME)
-    run.logger.info("Results are in %s.", run.output_dir / RESULTS_NAME)
-
-
-def finish(run: Run, task: Task, metrics: dict[str, float], step: int) -> None:
-    """The trained weights, their card and plots."""
-    args = run.args
-    save_trained(task.model, run.output_dir, metadata(run, task, step))
-    chosen = {key: getattr(args, key) for key in CARD_SETTINGS} | provenance.public_settings(vars(args))
-    write_model_card(
-        run.output_dir,
-        title=run.repo_id or run.output_dir.resolve().name,
-        base_model=args.model_name_or_path,
-        summary=task.summary,
-        usage=task.usage.format(base_model=args.model_name_or_path, place=run.repo_id or args.output_dir),
-        tags=[*task.tags, "apt-diffusion", args.method],
-        settings=chosen | {"seed": run.seed},
-        command=run.command,
-        loss_plot=plot_losses(run.output_dir),
-        metrics=metrics,
-        metrics_plot=plot_metrics(run.output_dir, task.plotted),
-    )
-
-
-def loading_code(method: str) -> dict[str, str]:
-    """Two lines for a card: the import, and the call with `{place!r}`."""
-    if method == "apt":
-        return {
-            "import_line": "from apt_diffusion import load_apt_weights",
-            "load": "load_apt_weights(model, {place!r})",
-        }
-    return {
-        "import_line": "from apt_diffusion.methods.attach import load_method",
-        "load": f'load_method(model, "{METHOD_WEIGHTS_NAME}")  # beside this file',
-    }

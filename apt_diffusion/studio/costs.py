@@ -1,0 +1,98 @@
+"""What APT costs beside other methods on well-known models, for the page of that name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..costs import Costs, count_costs
+
+# Attention modules of one kind: width, how many, tokens at each.
+Group = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is adapted.
+
+    Args:
+        tokens: what the slider says at first.
+        tokens_mean: what is counted.
+        groups: number of tokens -> its adapted attention modules.
+        adapters: bottleneck adapters per attention module, as the paper's tables count them.
+        context: what our APT corrects beside the attention's output: the text before it becomes keys and values.
+    """
+
+    tokens: int
+    tokens_mean: str
+    groups: Callable[[int], list[Group]]
+    adapters: float = 1.0
+    context: Group | None = None
+
+
+MODELS = {
+    "ViLT-B/32": Model(241, "words, patches and [CLS]", lambda n: [(768, 12, n)], adapters=2),
+    "METER": Model(577, "image tokens; beside them 40 words", lambda n: [(768, 12, 40), (768, 12, n)], adapters=1.5),
+    "CLIP ViT-B/16": Model(197, "image tokens; beside them 77 words", lambda n: [(768, 12, n), (512, 12, 77)]),
+    "Stable Diffusion 1.5": Model(
+        4096,
+        "cells of the latents; a quarter at every level below",
+        lambda n: [(320, 5, n), (640, 5, n // 4), (1280, 5, n // 16), (1280, 1, n // 64)],
+        context=(768, 16, 77),
+    ),
+}
+APT_WITH_CONTEXT = "APT, on the text too (default here)"
+METHODS = {
+    "APT": "apt",
+    "Deep prompts": "deep_prompt",
+    "LoRA (merged)": "lora",
+    "Adapters": "adapter",
+    "Scaled parallel adapters": "scaled_pa",
+}
+
+
+def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[str, Costs]:
+    """What each method adds to one forward pass; `ValueError` for what is out of range."""
+    if model not in MODELS:
+        raise ValueError(f"Choose one of {', '.join(MODELS)}.")
+    for name, value, high in (("prompts", num_prompts, 2000), ("rank", rank, 256), ("tokens", num_tokens, 65536)):
+        if not 1 <= value <= high:
+            raise ValueError(f"The number of {name} must be from 1 to {high}, not {value}.")
+    chosen = MODELS[model]
+
+    def costs(method: str, groups: list[Group]) -> Costs:
+        parts = [
+            count_costs(
+                method,
+                hidden_size=width,
+                num_tokens=max(1, tokens),
+                num_modules=round(modules * chosen.adapters) if method == "adapter" else modules,
+                num_prompts=num_prompts,
+                rank=rank,
+            )
+            for width, modules, tokens in groups
+        ]
+        return Costs(sum(part.parameters for part in parts), sum(part.macs for part in parts))
+
+    groups = chosen.groups(num_tokens)
+    table = {label: costs(method, groups) for label, method in METHODS.items()}
+    if chosen.context is not None:
+        table = {"APT": table["APT"], APT_WITH_CONTEXT: costs("apt", [*groups, chosen.context])} | table
+    return table
+
+
+def saving(table: dict[str, Costs]) -> str:
+    """The comparison in a sentence."""
+    apt, deep = table["APT"], table["Deep prompts"]
+    less = 100 * (1 - apt.macs / deep.macs)
+    return (
+        f"APT adds {in_units(apt.macs)} multiply-accumulates to a forward pass, "
+        f"{abs(less):.1f} % {'less' if less >= 0 else 'more'} than deep prompts, "
+        f"and trains {in_units(apt.parameters)} parameters."
+    )
+
+
+def in_units(value: int) -> str:
+    """`1,916,940` as `1.92 M`."""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(value)

@@ -1,0 +1,45 @@
+"""Pictures as the trainer will see them: its own code chooses the cut."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data.dreambooth import DreamBoothData, Framing
+from ..data.pictures import find_pictures
+from .uploads import keep_pictures
+
+
+def as_trained(
+    paths: Sequence[str | Path], size: int, stride: int, class_count: int, seed: int = 0
+) -> list[Image.Image]:
+    """Each picture as it is first seen in a training with this seed; later ones may be cut elsewhere.
+
+    Args:
+        paths: uploads.
+        size: of the training squares.
+        stride: pixels per latent cell.
+        class_count: pictures of the class, which are seen in turn with these.
+        seed: of the training.
+
+    Raises:
+        ValueError: as `keep_pictures`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        keep_pictures(paths, [], Path(folder))
+        instance = find_pictures(folder, "")
+        framing = Framing(size, stride=stride)
+        data = DreamBoothData(instance, instance[:1] * class_count, framing, (1, 1, 1), seed)
+        views = {}
+        for position in range(data.epoch_length):
+            view = data.views_at(position)[0]
+            views.setdefault(view.path, view)
+        pixels = data.pixels(list(views.values()))
+        return [_to_image(pixels[views[picture.path]].numpy()) for picture in instance]
+
+
+def _to_image(pixels: np.ndarray) -> Image.Image:
+    """`(3, size, size)` in [-1, 1]."""
+    return Image.fromarray(((pixels.transpose(1, 2, 0) + 1) * 127.5).round().astype(np.uint8))

@@ -1,0 +1,161 @@
+"""The adapters that a visitor sees: the published ones, which everybody sees, and the visitor's own.
+
+    DIR/name/pytorch_apt_weights.safetensors           published: a trainer's output folder
+    DIR/name.safetensors                               published: a file
+    DIR/.visitors/<visitor>/adapters/<name>/...        one visitor's own
+    DIR/.visitors/<visitor>/trainings/<name>/...       pictures and log of its training, see `training`
+
+Keys (`public/name`, `own/name`) come from the browser: they are looked up in what the visitor sees, and never joined
+to a path.
+"""
+
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..files import WEIGHTS_NAME
+
+VISITORS = ".visitors"
+_SLUG = re.compile(r"[^a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter on disk."""
+
+    key: str
+    name: str  # also the file's name when it is downloaded
+    file: Path
+    kind: str  # the model it is for: "stable_diffusion", "vilt", "meter" or "clip"
+    metadata: dict[str, str]
+
+    @property
+    def is_own(self) -> bool:
+        return self.key.startswith("own/")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} (yours)" if self.is_own else self.name
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that asks for what it has learnt, where that is known."""
+        return self.metadata.get("instance_prompt", "")
+
+    @property
+    def card(self) -> str:
+        """Its model card as Markdown, without front matter and pictures; a line where it has none."""
+        file = self.file.parent / "README.md"
+        if self.file.name != WEIGHTS_NAME or not file.is_file():
+            base = self.metadata.get("base_model", "not known")
+            return f"**{self.name}** has no model card. Base model: `{base}`."
+        text = file.read_text(encoding="utf-8", errors="replace")
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+        return re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", text).strip()
+
+
+class Library:
+    """The adapters of a folder and of its visitors.
+
+    Args:
+        folder: created if it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def visitor_folder(self, visitor: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{32}", visitor):
+            raise ValueError("This is no visitor of the studio.")
+        return self.folder / VISITORS / visitor
+
+    def own_folder(self, visitor: str) -> Path:
+        return self.visitor_folder(visitor) / "adapters"
+
+    def visible(self, visitor: str, kind: str = "stable_diffusion") -> list[Adapter]:
+        """The visitor's own adapters, then the published ones; those that cannot be read are left out."""
+        own = _adapters_in(self.own_folder(visitor), "own")
+        return [adapter for adapter in [*own, *_adapters_in(self.folder, "public")] if adapter.kind == kind]
+
+    def get(self, visitor: str, key: str, kind: str = "stable_diffusion") -> Adapter:
+        """`ValueError` for a key that this visitor does not see."""
+        for adapter in self.visible(visitor, kind):
+            if adapter.key == key:
+                return adapter
+        raise ValueError("This adapter is not there any more: choose another one.")
+
+    def new_name(self, visitor: str, wanted: str) -> str:
+        """A free name for an own adapter, like the one wanted."""
+        folder = self.own_folder(visitor)
+        return _free(slug(wanted), lambda name: (folder / name).exists())
+
+    def publish(self, visitor: str, key: str) -> Adapter:
+        """Copies an own adapter, with its card and samples, to where everybody sees it."""
+        own = self.get(visitor, key)
+        if not own.is_own:
+            raise ValueError(f"{own.name} is published already.")
+        taken = {adapter.name for adapter in _adapters_in(self.folder, "public")}
+        name = _free(own.name, lambda name: name in taken or (self.folder / name).exists())
+        # Under a hidden name first: nobody sees half an adapter.
+        unfinished = self.folder / f".{name}-{secrets.token_hex(4)}"
+        try:
+            unfinished.mkdir()
+            for file in (own.file, own.file.parent / "README.md", own.file.parent / "loss.png"):
+                if file.is_file():
+                    shutil.copyfile(file, unfinished / file.name)
+            samples = own.file.parent / "samples"
+            if samples.is_dir():
+                shutil.copytree(samples, unfinished / "samples")
+            unfinished.rename(self.folder / name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return self.get(visitor, f"public/{name}")
+
+
+def slug(text: str) -> str:
+    """A name that is a harmless file name everywhere: lower case, digits and dashes, at most 40 characters."""
+    return _SLUG.sub("-", text.lower()).strip("-")[:40].strip("-") or "adapter"
+
+
+def _free(name: str, is_taken) -> str:
+    candidates = (name if number == 1 else f"{name}-{number}" for number in range(1, 10_000))
+    return next(candidate for candidate in candidates if not is_taken(candidate))
+
+
+def _adapters_in(folder: Path, prefix: str) -> list[Adapter]:
+    found = {}
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        file = entry / WEIGHTS_NAME if entry.is_dir() else entry
+        inside = file.resolve().is_relative_to(folder)  # links that lead out are not followed
+        if entry.name.startswith(".") or file.suffix != ".safetensors" or not file.is_file() or not inside:
+            continue
+        stat = file.stat()
+        header = _read_header(file, stat.st_mtime_ns, stat.st_size)
+        if header is not None:
+            name = entry.name if entry.is_dir() else entry.stem
+            found[name] = Adapter(f"{prefix}/{name}", name, file, *header)
+    return list(found.values())
+
+
+@lru_cache(maxsize=4096)
+def _read_header(file: Path, modified: int, size: int) -> tuple[str, dict[str, str]] | None:
+    """`(kind, metadata)` of an adapter's file, `None` where it is none. Read anew when the file changes."""
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            key = next((key for key in content.keys() if ".apt." in key or ".apt_context." in key), None)  # noqa: SIM118
+            return None if key is None else (_kind(key), content.metadata() or {})
+    except (SafetensorError, OSError):
+        return None
+
+
+def _kind(key: str) -> str:
+    first = key.split(".")[0]
+    if first in ("unet", "text_encoder", "text_encoder_2"):
+        return "stable_diffusion"
+    return first if first in ("vilt", "meter") else "clip"

@@ -1,0 +1,63 @@
+"""The page Cost."""
+
+import gradio as gr
+
+from ..charts import bars
+from ..costs import APT_WITH_CONTEXT, MODELS, compare, in_units, saving
+from .events import AT_ONCE, told
+
+
+class CostPage:
+    """Builds the page inside the current tab."""
+
+    def __init__(self) -> None:
+        first = next(iter(MODELS))
+        with gr.Row(elem_classes="apt-columns"):
+            with gr.Column(scale=4, min_width=300):
+                self.model = gr.Dropdown(
+                    list(MODELS), value=first, label="Model", elem_id="cost-model",
+                    info="Whose attention modules are adapted.",
+                )  # fmt: skip
+                self.prompts = gr.Slider(
+                    1, 800, 200, step=1, label="Prompts", elem_id="cost-prompts",
+                    info="Per attention module. 200 in the paper's tables.",
+                )  # fmt: skip
+                self.rank = gr.Slider(
+                    1, 64, 4, step=1, label="Rank", info="Of APT's map from prompts to keys, and of LoRA's matrices.",
+                    elem_id="cost-rank",
+                )  # fmt: skip
+                self.tokens = gr.Slider(
+                    16, 8192, MODELS[first].tokens, step=1, label="Tokens", info=MODELS[first].tokens_mean,
+                    elem_id="cost-tokens",
+                )  # fmt: skip
+            with gr.Column(scale=6, min_width=300):
+                self.status = gr.HTML(elem_id="cost-summary", padding=False)
+                self.macs = gr.HTML(elem_id="cost-macs", padding=False)
+                self.parameters = gr.HTML(elem_id="cost-parameters", padding=False)
+                gr.Markdown(
+                    "What each method adds to the frozen model, in closed form (`apt_diffusion.costs`). LoRA costs "
+                    "nothing once its matrices are merged into the weights; then it cannot be mixed or switched per "
+                    "picture. Adapters have a bottleneck of 96."
+                )
+
+    def connect(self, page: gr.Blocks) -> None:
+        inputs = [self.model, self.prompts, self.rank, self.tokens]
+        outputs = [self.status, self.macs, self.parameters]
+        self.model.change(self._on_model, self.model, self.tokens, **AT_ONCE)
+        triggers = [page.load, *(component.change for component in inputs)]
+        gr.on(triggers, told(self.status)(self._on_change), inputs, outputs, trigger_mode="always_last", **AT_ONCE)
+
+    @staticmethod
+    def _on_model(model: str) -> dict:
+        return gr.Slider(value=MODELS[model].tokens, info=MODELS[model].tokens_mean)
+
+    def _on_change(self, model: str, prompts: float, rank: float, tokens: float) -> dict:
+        table = compare(model, int(prompts), int(rank), int(tokens))
+        ours = APT_WITH_CONTEXT if APT_WITH_CONTEXT in table else "APT"
+        macs = [(label, costs.macs, in_units(costs.macs)) for label, costs in table.items()]
+        parameters = [(label, costs.parameters, in_units(costs.parameters)) for label, costs in table.items()]
+        return {
+            self.status: f'<p class="apt-summary">{saving(table)}</p>',
+            self.macs: bars("Multiply-accumulates per forward pass", macs, ours),
+            self.parameters: bars("Parameters to train and store", parameters, ours),
+        }

@@ -1,0 +1,12 @@
+"""Files for download: copies in Gradio's own folder, behind names that nobody can guess."""
+
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+
+from ..generation import download_name
+from ..library import Adapter
+
+
+def offer(adapter: Adapter) -> str:
+    """A copy of the adapter's file under its own name. Gradio deletes it when it is old."""
+    return save_bytes_to_cache(adapter.file.read_bytes(), download_name(adapter), get_upload_folder())

@@ -1,0 +1,330 @@
+"""Training jobs: `train/train_apt_sd.py` in a process of its own, which outlives browser tab and server.
+
+All that is known of a job is on disk, so that it is found again after either was closed:
+
+    .visitors/<visitor>/trainings/<name>/job.json     settings and process
+    .visitors/<visitor>/trainings/<name>/pictures/    what was uploaded
+    .visitors/<visitor>/trainings/<name>/log.txt      what the trainer says
+    .visitors/<visitor>/adapters/<name>/              the trainer's output folder
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ..files import WEIGHTS_NAME
+from ..training.checkpoints import list_checkpoints
+from ..training.loss_log import LOG_NAME, read_log
+from .library import Library
+from .uploads import keep_pictures
+
+JOB_NAME = "job.json"
+SAMPLES = 5  # sample grids per training
+CLASS_PICTURES = 64
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What to teach. Checked when it is made.
+
+    Raises:
+        ValueError: with a sentence for the page.
+    """
+
+    name: str
+    prompt: str
+    class_prompt: str = ""
+    steps: int = 400
+    learning_rate: float = 3e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("Give the adapter a name, by which you will find it again.")
+        if not self.prompt.strip():
+            raise ValueError("Write the prompt that shall stand for your subject, such as “a sks dog”.")
+        for text in (self.name, self.prompt, self.class_prompt):
+            if len(text) > 200:
+                raise ValueError("Names and prompts may have 200 characters.")
+        if self.steps < 1:
+            raise ValueError(f"The number of steps must be at least 1, not {self.steps}.")
+        if not 0 < self.learning_rate <= 0.1:
+            raise ValueError(f"The learning rate must be above 0 and at most 0.1, not {self.learning_rate}.")
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a job is."""
+
+    state: str  # "starting", "running", "stopping", "stopped", "failed" or "finished"
+    name: str
+    lesson: Lesson
+    step: int
+    losses: list[tuple[int, float]]
+    samples: list[Path]
+    seconds_left: float | None = None  # unknown until some steps are done
+    problem: str = ""  # why it failed
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("stopped", "failed", "finished")
+
+
+class Trainings:
+    """The visitors' training jobs: at most one of each visitor at a time.
+
+    Args:
+        script: `train/train_apt_sd.py` of a checkout, whose root is the trainer's working folder.
+        model: the base model, as the trainer takes it.
+        library: where finished adapters go.
+        defaults: further flags of the trainer that suit the model.
+        max_steps: what a visitor may ask for.
+        class_pictures: gives a folder of captioned pictures of what the model knows, drawn if need be, in place of
+            the trainer's pictures of the class prompt.
+    """
+
+    def __init__(
+        self,
+        script: Path,
+        model: str,
+        library: Library,
+        defaults: dict[str, Any],
+        max_steps: int,
+        class_pictures: Callable[[], Path] | None = None,
+    ) -> None:
+        self.script = script
+        self.model = model
+        self.library = library
+        self.defaults = defaults
+        self.max_steps = max_steps
+        self.class_pictures = class_pictures
+        self._lock = threading.Lock()
+        self._children: dict[int, subprocess.Popen] = {}  # to be waited for, or they stay zombies
+        self._first_seen: dict[str, tuple[float, int]] = {}  # for the time left: when which step was done
+
+    def start(self, visitor: str, pictures: Sequence[str | Path], captions: Sequence[str], lesson: Lesson) -> str:
+        """Keeps the pictures and starts the trainer; returns the adapter's name. A stopped job is given up.
+
+        Raises:
+            ValueError: where one is running already, or for pictures and settings that cannot be used.
+        """
+        if lesson.steps > self.max_steps:
+            raise ValueError(f"This studio trains for at most {self.max_steps} steps, not {lesson.steps}.")
+        if not self.script.is_file():
+            raise ValueError(
+                f"The trainer is not here: {self.script}. Training in the studio needs a checkout of apt-diffusion, "
+                "where `train/` lies beside `app.py`."
+            )
+        if lesson.class_prompt and self.class_pictures is not None:
+            self.class_pictures()  # may take a while the first time: not with the lock held
+        with self._lock:
+            self._refuse_second(visitor)
+            self._give_up_old(visitor)
+            name = self.library.new_name(visitor, lesson.name)
+            folder = self._folder(visitor, name)
+            try:
+                keep_pictures(pictures, captions, folder / "pictures")
+                self._launch(visitor, name, lesson)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            return name
+
+    def resume(self, visitor: str) -> None:
+        """Goes on with the job that was stopped, from its last checkpoint.
+
+        Raises:
+            ValueError: where there is none, or it is running.
+        """
+        with self._lock:
+            self._refuse_second(visitor)
+            job = self._latest(visitor)
+            if job is None or self._read(job).state == "finished":
+                raise ValueError("There is no stopped training to go on with.")
+            self._launch(visitor, job["name"], Lesson(**job["lesson"]))
+
+    def cancel(self, visitor: str) -> None:
+        """Asks the job to stop: it ends its step and saves a checkpoint. `ValueError` where none is running."""
+        with self._lock:
+            job = self._latest(visitor)
+            process = None if job is None else self._process(job)
+            if process is None:
+                raise ValueError("There is no training to stop.")
+            self._write(job | {"cancelled": True})
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    def status(self, visitor: str) -> Status | None:
+        """The visitor's latest job, `None` before the first."""
+        with self._lock:
+            job = self._latest(visitor)
+            return None if job is None else self._read(job)
+
+    # A job on disk
+
+    def _folder(self, visitor: str, name: str) -> Path:
+        return self.library.visitor_folder(visitor) / "trainings" / name
+
+    def _output(self, job: dict) -> Path:
+        return self.library.own_folder(job["visitor"]) / job["name"]
+
+    def _latest(self, visitor: str) -> dict | None:
+        folder = self.library.visitor_folder(visitor) / "trainings"
+        jobs = [json.loads(file.read_text()) for file in folder.glob(f"*/{JOB_NAME}")]
+        return max(jobs, key=lambda job: job["created"], default=None)
+
+    def _write(self, job: dict) -> None:
+        file = self._folder(job["visitor"], job["name"]) / JOB_NAME
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(job, indent=2))
+        temporary.replace(file)
+
+    def _read(self, job: dict) -> Status:
+        output, lesson = self._output(job), Lesson(**job["lesson"])
+        rows = read_log(output / LOG_NAME)
+        step = rows[-1]["step"] if rows else 0
+        losses = [(row["step"], row["loss"]) for row in rows]
+        samples = sorted((output / "samples").glob("step-*.png"))
+        if self._process(job) is not None:
+            state = "stopping" if job["cancelled"] else "running" if rows else "starting"
+            return Status(state, job["name"], lesson, step, losses, samples, self._time_left(job, step, lesson.steps))
+        self._first_seen.pop(self._key(job), None)
+        if (output / "README.md").is_file():  # the last thing that the trainer writes
+            return Status("finished", job["name"], lesson, step, losses, samples)
+        self._keep_last_checkpoint(output)
+        step = max(list_checkpoints(output), default=0)
+        if job["cancelled"]:
+            return Status("stopped", job["name"], lesson, step, losses, samples)
+        return Status("failed", job["name"], lesson, step, losses, samples, problem=self._last_words(job))
+
+    @staticmethod
+    def _keep_last_checkpoint(output: Path) -> None:
+        """The adapter as it was when its training stopped can be used, too."""
+        checkpoints = list_checkpoints(output)
+        if checkpoints:
+            newest = list(checkpoints.values())[-1] / WEIGHTS_NAME
+            target = output / WEIGHTS_NAME
+            if not target.is_file() or target.stat().st_mtime < newest.stat().st_mtime:
+                temporary = output / f".{WEIGHTS_NAME}.tmp"
+                shutil.copyfile(newest, temporary)
+                temporary.replace(target)
+
+    def _last_words(self, job: dict) -> str:
+        """The error in which the trainer ended, as a sentence."""
+        log = self._folder(job["visitor"], job["name"]) / "log.txt"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+        if errors:
+            return errors[-1].partition(": ")[2] or errors[-1]
+        return "The trainer ended without a word, as if it was killed (is there enough memory?)."
+
+    def _refuse_second(self, visitor: str) -> None:
+        job = self._latest(visitor)
+        if job is not None and self._process(job) is not None:
+            raise ValueError("Your training is still running: stop it first, or wait until it has finished.")
+
+    def _give_up_old(self, visitor: str) -> None:
+        """What a new training replaces: pictures of all jobs, checkpoints of all adapters, and what never had any."""
+        shutil.rmtree(self.library.visitor_folder(visitor) / "trainings", ignore_errors=True)
+        own = self.library.own_folder(visitor)
+        for output in own.iterdir() if own.is_dir() else ():
+            for checkpoint in list_checkpoints(output).values():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            if not (output / WEIGHTS_NAME).is_file():
+                shutil.rmtree(output, ignore_errors=True)
+
+    # Its process
+
+    def _launch(self, visitor: str, name: str, lesson: Lesson) -> None:
+        folder = self._folder(visitor, name)
+        known = {"visitor": visitor, "name": name, "lesson": dataclasses.asdict(lesson)}
+        with (folder / "log.txt").open("a") as log:
+            child = subprocess.Popen(
+                self.command(visitor, name, lesson),
+                cwd=self.script.parents[1],
+                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C in the server's terminal does not reach it
+            )
+        self._children[child.pid] = child
+        born = psutil.Process(child.pid).create_time()
+        file = folder / JOB_NAME
+        created = json.loads(file.read_text())["created"] if file.is_file() else time.time()
+        self._write(known | {"pid": child.pid, "born": born, "created": created, "cancelled": False})
+
+    def command(self, visitor: str, name: str, lesson: Lesson) -> list[str]:
+        """The trainer's command line; paths are relative to the checkout where they can be."""
+        folder = self._folder(visitor, name)
+        flags: dict[str, Any] = {
+            "pretrained_model_name_or_path": self.model,
+            "instance_data_dir": self._shown(folder / "pictures"),
+            "instance_prompt": lesson.prompt,
+            "output_dir": self._shown(self.library.own_folder(visitor) / name),
+            "max_train_steps": lesson.steps,
+            "learning_rate": lesson.learning_rate,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 0,
+            "train_text_encoder": True,
+            "validation_prompt": lesson.prompt,
+            "validation_steps": max(1, lesson.steps // SAMPLES),
+            "checkpointing_steps": max(1, lesson.steps // SAMPLES),
+            "checkpoints_total_limit": 1,
+            "seed": lesson.seed,
+            "report_to": "none",
+            "resume_from_checkpoint": "latest",
+        } | self.defaults
+        if lesson.class_prompt:
+            class_dir = folder / "class" if self.class_pictures is None else self.class_pictures()
+            flags |= {
+                "with_prior_preservation": True,
+                "class_data_dir": self._shown(class_dir),
+                "class_prompt": lesson.class_prompt,
+                "num_class_images": CLASS_PICTURES,
+            }
+        words = [sys.executable, self._shown(self.script)]
+        for flag, value in flags.items():
+            words += [f"--{flag}"] if value is True else [f"--{flag}={value}"]  # "=": a prompt may start with dashes
+        return words
+
+    def _shown(self, path: Path) -> str:
+        root = self.script.parents[1]
+        return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+    def _process(self, job: dict) -> psutil.Process | None:
+        """The job's process while it runs; its number may since have gone to another one."""
+        child = self._children.get(job["pid"])
+        if child is not None and child.poll() is not None:
+            del self._children[job["pid"]]
+            return None
+        try:
+            process = psutil.Process(job["pid"])
+            same = abs(process.create_time() - job["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE
+            return process if same else None
+        except psutil.NoSuchProcess:
+            return None
+
+    @staticmethod
+    def _key(job: dict) -> str:
+        return f"{job['visitor']} {job['name']}"
+
+    def _time_left(self, job: dict, step: int, steps: int) -> float | None:
+        now = time.monotonic()
+        if step == 0:
+            return None
+        started, first = self._first_seen.setdefault(self._key(job), (now, step))
+        return None if step - first < 2 else (now - started) / (step - first) * (steps - step)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..pipelines.stable_diffusion_apt import StableDiffusionAPTPipeline
 from .background import Watcher, in_background
-from .library import Adapter, slug
+from .library import Adapter, download_name, slug
 
 MAX_STEPS = 100
 MAX_IMAGES = 8
@@ -202,7 +202,9 @@ def python_code(painter: Painter, order: Order, sweep: bool = False) -> str:
     ]
     names = [f"{slug(adapter.name)}-{index}" for index, (adapter, _) in enumerate(order.adapters, start=1)]
     for name, (adapter, _) in zip(names, order.adapters, strict=True):
-        lines.append(f"pipe.load_apt_weights({download_name(adapter)!r}, adapter_name={name!r})  # download it first")
+        lines.append(
+            f"pipe.load_apt_weights({download_name(adapter.name)!r}, adapter_name={name!r})  # download it first"
+        )
     if order.adapters:
         lines.append(f"pipe.set_apt_adapters({names!r}, {[weight for _, weight in order.adapters]!r})")
     lines += ["", f"seeds = {seeds(order, sweep)}"]
@@ -216,7 +218,3 @@ def python_code(painter: Painter, order: Order, sweep: bool = False) -> str:
         lines += ["images = pipe(", *(f"    {line}" for line in call), ").images"]
         lines += ["for seed, image in zip(seeds, images):", '    image.save(f"seed-{seed}.png")']
     return "\n".join(lines) + "\n"
-
-
-def download_name(adapter: Adapter) -> str:
-    return f"{adapter.name}.safetensors"

@@ -9,6 +9,7 @@ Keys (`public/name`, `own/name`) come from the browser: they are looked up in wh
 to a path.
 """
 
+import json
 import re
 import secrets
 import shutil
@@ -55,8 +56,25 @@ class Adapter:
             base = self.metadata.get("base_model", "not known")
             return f"**{self.name}** has no model card. Base model: `{base}`."
         text = file.read_text(encoding="utf-8", errors="replace")
+        for path, instead in self._paths().items():
+            text = text.replace(path, instead)
         text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
         return re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", text).strip()
+
+    def _paths(self) -> dict[str, str]:
+        """Paths on this computer that the trainer wrote down, and what visitors read instead."""
+        try:
+            training = json.loads(self.metadata.get("training", "{}"))
+        except ValueError:
+            return {}
+        instead = {
+            "output_dir": download_name(self.name), "instance_data_dir": "pictures", "class_data_dir": "class-pictures"
+        }  # fmt: skip
+        return {training[key]: word for key, word in instead.items() if training.get(key)}
+
+
+def download_name(name: str) -> str:
+    return f"{name}.safetensors"
 
 
 class Library:

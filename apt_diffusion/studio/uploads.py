@@ -28,6 +28,8 @@ def open_picture(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=FORMATS) as image:  # reads the header only
             width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has far too many pixels: at most {MAX_PIXELS // 10**6} million.") from error
     except Exception as error:  # PIL's parsers raise anything from OSError to struct.error
         raise ValueError(f"{name} is no picture that can be read here (PNG, JPEG, WebP, BMP, GIF or TIFF).") from error
     if width * height > MAX_PIXELS:

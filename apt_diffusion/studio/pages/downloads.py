@@ -3,10 +3,9 @@
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from ..generation import download_name
-from ..library import Adapter
+from ..library import Adapter, download_name
 
 
 def offer(adapter: Adapter) -> str:
     """A copy of the adapter's file under its own name. Gradio deletes it when it is old."""
-    return save_bytes_to_cache(adapter.file.read_bytes(), download_name(adapter), get_upload_folder())
+    return save_bytes_to_cache(adapter.file.read_bytes(), download_name(adapter.name), get_upload_folder())

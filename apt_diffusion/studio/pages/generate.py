@@ -50,8 +50,8 @@ class GeneratePage:
                 )  # fmt: skip
                 self.weights = [_weight_slider() for _ in range(MAX_ADAPTERS)]
                 with gr.Row():
-                    self.draw = gr.Button("Generate", variant="primary", elem_id="draw", min_width=120)
-                    self.sweep = gr.Button("Strength sweep", elem_id="sweep", min_width=120)
+                    self.draw = gr.Button("Generate", variant="primary", elem_id="draw", min_width=110)
+                    self.sweep = gr.Button("Strength sweep", elem_id="sweep", min_width=130)
                     self.stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", min_width=80)
                 with gr.Row():
                     self.seed = gr.Number(
@@ -93,8 +93,8 @@ class GeneratePage:
                         buttons=["download", "fullscreen"], **shown,
                     )  # fmt: skip
                 self.strengths = gr.Gallery(
-                    label="Strength sweep: the same noise from weight 0 to 1.2", columns=7, elem_id="strengths",
-                    buttons=["download", "fullscreen"], visible=False, **shown,
+                    label="Strength sweep: the first picture’s noise, weights × 0 to 1.2", columns=7,
+                    elem_id="strengths", buttons=["download", "fullscreen"], visible=False, **shown,
                 )  # fmt: skip
                 with gr.Accordion("Python code for these pictures", open=False):
                     self.code = gr.Code(
@@ -131,8 +131,8 @@ class GeneratePage:
         """What the list of adapters offers this visitor."""
         return [(adapter.label, adapter.key) for adapter in self.studio.library.visible(visitor)]
 
-    def _order(self, values: dict, visitor: str) -> Order:
-        seed = random.randrange(MAX_SEED) if values[self.new_seed] else int(values[self.seed] or 0)
+    def _order(self, values: dict, visitor: str, new_seed: bool) -> Order:
+        seed = random.randrange(MAX_SEED) if new_seed else int(values[self.seed] or 0)
         return self.studio.order(
             visitor,
             values[self.adapters] or [],
@@ -148,7 +148,7 @@ class GeneratePage:
         )
 
     def _on_draw(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        order = self._order(values, visitor_of(request))
+        order = self._order(values, visitor_of(request), values[self.new_seed])
         yield {
             self.seed: order.seed, self.strengths: gr.skip(),
             self.adapted: gr.Gallery([], visible=bool(order.adapters)),
@@ -165,9 +165,9 @@ class GeneratePage:
         yield {self.status: progress(f"Done. Seed {order.seed}.{note}")}
 
     def _on_sweep(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        order = self._order(values, visitor_of(request))
+        order = self._order(values, visitor_of(request), new_seed=False)  # of the first picture that is shown
         yield {
-            self.seed: order.seed, self.strengths: gr.Gallery(visible=True, value=[]),
+            self.strengths: gr.Gallery(visible=True, value=[]),
             self.code: python_code(self.studio.painter, order, sweep=True), self.status: progress("Starting …", 0),
         }  # fmt: skip
         row: list[tuple[Image.Image, str]] = []

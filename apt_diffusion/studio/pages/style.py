@@ -54,7 +54,14 @@ CSS = """
 .apt-status { display: flex; flex-direction: column; gap: 0.4rem; min-height: 2.4rem; padding: 0.55rem 0.8rem;
   border-radius: var(--radius-lg); border: 1px solid var(--border-color-primary);
   background: var(--block-background-fill); color: var(--body-text-color); justify-content: center; }
-.apt-status progress { width: 100%; height: 0.45rem; accent-color: var(--primary-600); }
+.apt-status progress { width: 100%; height: 0.45rem; appearance: none; border: none; border-radius: 0.25rem;
+  overflow: hidden; background: var(--neutral-200); }
+.apt-status progress::-webkit-progress-bar { background: var(--neutral-200); }
+.apt-status progress::-webkit-progress-value { background: var(--primary-600); transition: width 0.2s; }
+.apt-status progress::-moz-progress-bar { background: var(--primary-600); }
+.dark .apt-status progress, .dark .apt-status progress::-webkit-progress-bar { background: var(--neutral-700); }
+.apt-columns button.lg { white-space: nowrap; font-size: 0.95rem; padding-left: 0.6rem; padding-right: 0.6rem; }
+#strengths .grid-container { grid-template-columns: repeat(7, minmax(0, 1fr)); }
 .apt-problem { border-color: #b91c1c; background: #fef2f2; color: #7f1d1d; }
 .dark .apt-problem { background: #450a0a; color: #fecaca; border-color: #991b1b; }
 
@@ -85,6 +92,7 @@ CSS = """
 :focus-visible { outline: 2px solid var(--primary-600) !important; outline-offset: 2px; }
 
 @media (max-width: 640px) {
+  #strengths .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
   .apt-bar { grid-template-columns: 1fr auto; }
   .apt-bar-track { grid-column: 1 / -1; grid-row: 2; }
   .gradio-container { padding: 0.5rem !important; }

@@ -79,10 +79,16 @@ class TrainPage:
                     )  # fmt: skip
                 with gr.Row():
                     self.start = gr.Button("Train", variant="primary", elem_id="train", min_width=100)
-                    self.cancel = gr.Button("Stop and keep", variant="stop", interactive=False, elem_id="cancel")
-                    self.resume = gr.Button("Go on", interactive=False, elem_id="resume", min_width=100)
+                    self.cancel = gr.Button("Stop", variant="stop", interactive=False, elem_id="cancel")
+                    self.resume = gr.Button("Continue", interactive=False, elem_id="resume", min_width=100)
             with gr.Column(scale=6, min_width=300):
                 self.status = gr.HTML(progress("No training yet."), elem_id="train-status", padding=False)
+                with gr.Column(visible=False) as self.result:
+                    with gr.Row():
+                        self.use = gr.Button("Draw with it", variant="primary", elem_id="use-adapter")
+                        self.download = gr.DownloadButton("Download the adapter", elem_id="download-adapter")
+                    with gr.Accordion("Its card", open=False):
+                        self.card = gr.Markdown(elem_id="own-card", elem_classes="apt-card", max_height=420)
                 classes = "apt-pictures apt-small" if painter.size <= 256 else "apt-pictures"
                 self.seen = gr.Gallery(
                     label="Your pictures as the trainer will see them", columns=6, format="png", height="auto",
@@ -90,15 +96,10 @@ class TrainPage:
                 )  # fmt: skip
                 self.losses = gr.HTML(curve("Loss", [], 1), elem_id="losses", padding=False)
                 self.samples = gr.Gallery(
-                    label="Samples during the training", columns=1, format="png", height="auto", elem_id="samples",
-                    elem_classes="apt-pictures apt-wide", buttons=["download", "fullscreen"], object_fit="contain",
+                    label="Samples during the training, the newest first", columns=1, format="png", height="auto",
+                    elem_id="samples", elem_classes="apt-pictures apt-wide", buttons=["download", "fullscreen"],
+                    object_fit="contain",
                 )  # fmt: skip
-                with gr.Column(visible=False) as self.result:
-                    with gr.Row():
-                        self.use = gr.Button("Draw with it", variant="primary", elem_id="use-adapter")
-                        self.download = gr.DownloadButton("Download the adapter", elem_id="download-adapter")
-                    with gr.Accordion("Its card", open=False):
-                        self.card = gr.Markdown(elem_id="own-card", elem_classes="apt-card", max_height=420)
         # What the browser has on show: polls send only what is new.
         self.shown = gr.State({})
         self.timer = gr.Timer(POLL_SECONDS, active=False)
@@ -187,7 +188,7 @@ class TrainPage:
         if (now["job"], now["step"]) != (shown.get("job"), shown.get("step")):
             update[self.losses] = curve("Loss", status.losses, status.lesson.steps)
         if (now["job"], now["samples"]) != (shown.get("job"), shown.get("samples")):
-            update[self.samples] = [(Image.open(path), path.stem.replace("step-", "step ")) for path in status.samples]
+            update[self.samples] = [Image.open(path) for path in reversed(status.samples)]
         if (now["job"], now["state"]) != (shown.get("job"), shown.get("state")):
             update |= self._buttons(status) | self._result(visitor, status)
         return update
@@ -236,7 +237,7 @@ class TrainPage:
                 return progress("Stopping after this step …", share)
             case "stopped":
                 kept = f"The adapter of step {status.step} is kept" if status.step else "Nothing was learnt yet"
-                return progress(f"Stopped. {kept}; “Go on” continues.", share)
+                return progress(f"Stopped. {kept}; “Continue” goes on from there.", share)
             case "finished":
                 return progress(f"Finished: {status.name} can be used on the page Generate.", 1)
         return problem(f"The training failed: {status.problem}")

@@ -1,0 +1,37 @@
+"""What the tests of the studio share: adapters and pictures on disk."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from conftest import randomize
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train" / "train_apt_sd.py"
+ANNA, BERT = "a" * 32, "b" * 32  # visitors
+
+
+def make_adapter(model: Path, folder: Path, seed: int = 1, **metadata: str) -> Path:
+    """An adapter that acts, as a trainer would leave it."""
+    from apt_diffusion import APTConfig, StableDiffusionAPTPipeline, add_apt, save_apt_weights
+
+    pipe = StableDiffusionAPTPipeline.from_pretrained(model)
+    add_apt(pipe, APTConfig(num_prompts=4))
+    randomize(pipe.unet, seed)
+    randomize(pipe.text_encoder, seed)
+    save_apt_weights(pipe, folder, metadata={"instance_prompt": "a sks glyph", **metadata})
+    (folder / "README.md").write_text(
+        "---\ntags: []\n---\n\n# A card\n\n![samples](samples/step-000002.png)\n\nText.\n"
+    )
+    return folder
+
+
+def copy_adapter(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target))
+
+
+def picture(path: Path, width: int = 48, height: int = 40, seed: int = 0, **settings) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **settings)
+    return path

@@ -1,0 +1,539 @@
+"""What stands behind the studio's pages, without a browser."""
+
+import ast
+import io
+import json
+import re
+import signal
+import struct
+import time
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from studio_helpers import ANNA, BERT, ROOT, SCRIPT, copy_adapter, make_adapter, picture
+
+from apt_diffusion import StableDiffusionAPTPipeline
+from apt_diffusion.costs import published_tables
+from apt_diffusion.data.dreambooth import DreamBoothData, Framing
+from apt_diffusion.data.pictures import find_pictures
+from apt_diffusion.studio import charts, costs, uploads
+from apt_diffusion.studio.background import in_background
+from apt_diffusion.studio.framing import as_trained
+from apt_diffusion.studio.generation import STRENGTHS, Order, Painter, python_code
+from apt_diffusion.studio.library import Library, slug
+from apt_diffusion.studio.training import Lesson, Trainings
+from apt_diffusion.studio.visitors import COOKIE, VisitorCookie, visitor_of
+
+
+@pytest.fixture(scope="module")
+def painter(tiny_sd_path):
+    return Painter(str(tiny_sd_path))
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tiny_sd_path, tmp_path_factory):
+    return make_adapter(tiny_sd_path, tmp_path_factory.mktemp("adapter") / "glyph")
+
+
+@pytest.fixture
+def library(tmp_path, adapter_folder):
+    """One published adapter, and one of Anna's."""
+    library = Library(tmp_path / "adapters")
+    copy_adapter(adapter_folder, library.folder / "shared")
+    copy_adapter(adapter_folder, library.own_folder(ANNA) / "mine")
+    return library
+
+
+def order(library, keys=("public/shared",), weight=1.0, **changes):
+    settings = {"prompt": "a sks glyph", "steps": 3, "guidance": 3.0, "width": 16, "height": 16, "seed": 5}
+    adapters = tuple((library.get(ANNA, key), weight) for key in keys)
+    return Order(adapters=adapters, **(settings | changes))
+
+
+def pixels(pictures) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in pictures])
+
+
+# Generate
+
+
+def finals(steps) -> dict[str, np.ndarray]:
+    return {step.part: pixels(step.pictures) for step in steps if step.done}
+
+
+def test_adapted_and_base_pictures_start_from_the_same_noise(painter, library, pipe):
+    drawn = finals(painter.draw(order(library, count=2)))
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "width": 16, "height": 16}
+    expected = pipe("a sks glyph", num_images_per_prompt=2, generator=generators, **settings).images
+    assert np.array_equal(drawn["base"], pixels(expected))
+    assert not np.array_equal(drawn["adapted"], drawn["base"])
+    assert painter.pipe.get_list_apt_adapters() == {}  # the next visitor finds the base model
+
+
+def test_progress_counts_every_denoising_step_and_previews_become_the_picture(painter, library):
+    steps = list(painter.draw(order(library, steps=4)))
+    assert [step.step for step in steps if not step.done] == list(range(1, 9))
+    assert {step.steps for step in steps} == {8}
+    adapted = [pixels(step.pictures).astype(float) for step in steps if step.part == "adapted" and step.pictures]
+    errors = [np.abs(preview - adapted[-1]).mean() for preview in adapted]
+    assert len(adapted) == 5 and errors[-2] < 1  # after the last step the preview is the picture, up to rounding
+    assert errors[0] > errors[-2]
+
+
+def test_weights_mix_adapters(painter, library):
+    both = finals(painter.draw(order(library, ("public/shared", "own/mine"), 0.5)))
+    one = finals(painter.draw(order(library, ("public/shared",), 1.0)))  # the same file twice, half each
+    assert np.abs(both["adapted"].astype(int) - one["adapted"].astype(int)).max() <= 1
+
+
+def test_the_sweep_goes_from_the_base_model_to_more_than_the_adapter(painter, library):
+    steps = [step for step in painter.sweep(order(library, count=3)) if step.done]
+    drawn = finals(painter.draw(order(library)))
+    assert [step.strength for step in steps] == list(STRENGTHS) and STRENGTHS[0] == 0 and STRENGTHS[-1] == 1.2
+    assert np.array_equal(pixels(steps[0].pictures), drawn["base"])
+    assert np.array_equal(pixels(steps[5].pictures), drawn["adapted"])
+    assert not np.array_equal(pixels(steps[6].pictures), drawn["adapted"])
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["pictures", "sweep"])
+def test_the_code_on_the_page_draws_the_same_pixels(painter, library, tmp_path, monkeypatch, sweep):
+    wanted = order(
+        library,
+        ("own/mine",),
+        0.7,
+        count=2,
+        prompt="quotes \" and ' and \\ and\nlines",
+        negative_prompt="a cat",
+        steps=2,
+    )
+    code = python_code(painter, wanted, sweep)
+    shown = next(iter(re.findall(r"load_apt_weights\('([^']+)'", code)))
+    (tmp_path / shown).write_bytes(library.get(ANNA, "own/mine").file.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "page", "exec"), {})
+    drawn = list(painter.sweep(wanted) if sweep else painter.draw(wanted))
+    kept = [step for step in drawn if step.done and step.part != "base"]
+    names = [f"strength-{step.strength}.png" for step in kept] if sweep else ["seed-5.png", "seed-6.png"]
+    expected = [image for step in kept for image in step.pictures]
+    assert len(names) == len(expected)
+    for name, image in zip(names, expected, strict=True):
+        assert np.array_equal(np.asarray(Image.open(name)), np.asarray(image))
+
+
+def test_the_code_is_python_whatever_the_names_are(painter, library, adapter_folder):
+    copy_adapter(adapter_folder, library.folder / "v1.5 'best'")
+    ast.parse(python_code(painter, order(library, ("public/v1.5 'best'",))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, "Write a prompt"),
+        ({"prompt": "x" * 2000}, "1000 characters"),
+        ({"steps": 1000}, "number of steps"),
+        ({"count": 9}, "number of pictures"),
+        ({"seed": -1}, "seed"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"weight": 99.0}, "weight of shared"),
+        ({"keys": ["public/shared"] * 5}, "At most 4"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused_in_words(library, changes, message):
+    with pytest.raises(ValueError, match=message):
+        order(library, **changes)
+
+
+def test_a_size_that_the_model_cannot_draw_is_refused(painter, library):
+    for changes in ({"width": 12}, {"height": 4096}):
+        with pytest.raises(ValueError, match="multiple of 8"):
+            painter.draw(order(library, **changes))
+
+
+def test_a_damaged_adapter_leaves_the_model_usable(painter, library):
+    wanted = order(library)
+    good = wanted.adapters[0][0].file.read_bytes()
+    wanted.adapters[0][0].file.write_bytes(good[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        list(painter.draw(wanted))
+    wanted.adapters[0][0].file.write_bytes(good)
+    assert set(finals(painter.draw(wanted))) == {"adapted", "base"}
+
+
+def test_work_that_nobody_waits_for_stops_and_gives_the_model_back(painter, library):
+    steps = painter.draw(order(library, steps=50))
+    next(steps)
+    steps.close()
+    with_lock = painter.lock.acquire(timeout=20)
+    assert with_lock
+    painter.lock.release()
+    assert painter.pipe.get_list_apt_adapters() == {}
+
+
+def test_an_error_in_the_background_is_raised_in_front():
+    def work(watcher):
+        watcher.emit(1)
+        raise RuntimeError("broken")
+
+    values = in_background(work)
+    assert next(values) == 1
+    with pytest.raises(RuntimeError, match="broken"):
+        next(values)
+
+
+# Adapters
+
+
+def test_everybody_sees_what_is_published_and_nobody_the_others_own(library):
+    assert [adapter.key for adapter in library.visible(ANNA)] == ["own/mine", "public/shared"]
+    assert [adapter.key for adapter in library.visible(BERT)] == ["public/shared"]
+    for key in ("own/mine", "public/.visitors", "public/../adapters/shared", f"public/.visitors/{ANNA}/adapters/mine"):
+        with pytest.raises(ValueError, match="not there any more"):
+            library.get(BERT, key)
+
+
+def test_a_visitor_is_no_path(library):
+    for name in ("..", "../" + ANNA, "A" * 32, ""):
+        with pytest.raises(ValueError, match="no visitor"):
+            library.visible(name)
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(library, adapter_folder, tmp_path):
+    (library.folder / "escape").symlink_to(adapter_folder, target_is_directory=True)
+    (library.folder / "file.safetensors").symlink_to(adapter_folder / "pytorch_apt_weights.safetensors")
+    (library.folder / "junk.safetensors").write_bytes(b"no adapter")
+    assert [adapter.key for adapter in library.visible(BERT)] == ["public/shared"]
+
+
+def test_publishing_shows_a_copy_to_everybody_and_takes_no_ones_name(library, painter):
+    published = library.publish(ANNA, "own/mine")
+    assert published.key == "public/mine" and library.get(BERT, "public/mine").card.startswith("# A card")
+    assert library.publish(ANNA, "own/mine").key == "public/mine-2"
+    with pytest.raises(ValueError, match="published already"):
+        library.publish(ANNA, "public/shared")
+    with pytest.raises(ValueError, match="not there any more"):
+        library.publish(BERT, "own/mine")
+    assert not [path for path in library.folder.iterdir() if path.name.startswith(".mine")]
+
+
+def test_cards_show_no_pictures_and_no_paths_of_this_computer(tiny_sd_path, tmp_path):
+    secret = str(tmp_path / "adapters" / ".visitors" / ANNA / "adapters" / "mine")
+    library = Library(tmp_path / "adapters")
+    folder = make_adapter(
+        tiny_sd_path, library.own_folder(ANNA) / "mine", training=json.dumps({"output_dir": secret, "step": 3})
+    )
+    (folder / "README.md").write_text(f"# Card\n\n![x](y.png)\n\nload_apt_weights('{secret}')\n")
+    card = library.get(ANNA, "own/mine").card
+    assert str(tmp_path) not in card and "mine.safetensors" in card and "![" not in card
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name"),
+    [
+        ("My Dog!", "my-dog"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("<b>ü</b>", "b-b"),
+        ("", "adapter"),
+        ("x" * 99, "x" * 40),
+    ],
+)
+def test_names_become_harmless(wanted, name):
+    assert slug(wanted) == name
+
+
+# Uploads
+
+
+def bomb(path: Path, side: int = 60_000) -> Path:
+    """A small PNG that says that it is huge, as decompression bombs do."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)))
+    return path
+
+
+def cut_off(path: Path) -> Path:
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    path.write_bytes(stream.getvalue()[:80])
+    return path
+
+
+def disguised(path: Path) -> Path:
+    path.write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (bomb, "million"),
+        (cut_off, "damaged"),
+        (disguised, "no picture"),
+        (lambda path: picture(path, 8, 8), "at least 16"),
+        (lambda path: path.write_bytes(bytes(uploads.MAX_BYTES + 1)) and path, "MB"),
+    ],
+    ids=["bomb", "cut off", "no picture", "tiny", "large"],
+)
+def test_bad_uploads_are_refused_by_name_and_nothing_is_kept(tmp_path, make, message):
+    bad, good = make(tmp_path / "holiday.png"), picture(tmp_path / "good.png")
+    with pytest.raises(ValueError, match=message) as error:
+        uploads.keep_pictures([good, bad], [], tmp_path / "kept")
+    assert "holiday.png" in str(error.value) and str(tmp_path) not in str(error.value)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_uploads_are_re_encoded_under_our_own_names(tmp_path):
+    hostile = picture(tmp_path / "..%2f..%2fetc$(rm -rf ~).jpg", exif=Image.Exif())
+    stretched = Image.new("RGB", (20, 60), "blue")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    stretched.save(tmp_path / "turned.jpg", exif=exif)
+    kept = uploads.keep_pictures([hostile, tmp_path / "turned.jpg"], ["", " a sks glyph "], tmp_path / "kept")
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        "picture-01.png", "picture-02.png", "picture-02.txt"
+    ]  # fmt: skip
+    assert Image.open(kept[1]).size == (60, 20)
+    assert [found.prompt for found in find_pictures(tmp_path / "kept", "default")] == ["default", "a sks glyph"]
+
+
+def test_counts_of_pictures_and_captions_are_checked(tmp_path):
+    one = picture(tmp_path / "one.png")
+    with pytest.raises(ValueError, match="from 1 to 30"):
+        uploads.keep_pictures([one] * 31, [], tmp_path / "kept")
+    with pytest.raises(ValueError, match="2 captions for 1 pictures"):
+        uploads.keep_pictures([one], ["a", "b"], tmp_path / "kept")
+
+
+def test_the_crop_preview_is_what_the_trainer_sees(tmp_path):
+    paths = [picture(tmp_path / f"p{i}.png", 40 + 30 * i, 40, seed=i) for i in range(3)]
+    shown = as_trained(paths, size=32, stride=4, class_count=5, seed=3)
+    uploads.keep_pictures(paths, [], tmp_path / "kept")
+    instance = find_pictures(tmp_path / "kept", "a sks glyph")
+    data = DreamBoothData(instance, instance[:1] * 5, Framing(32, stride=4), (4, 8, 8), seed=3)
+    seen = {}
+    for position in range(5):
+        sample, view = data[position][0], data.views_at(position)[0]
+        seen.setdefault(view.path, sample.image)
+    for found, image in zip(instance, shown, strict=True):
+        expected = ((seen[found.path].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        assert np.array_equal(np.asarray(image), expected)
+
+
+# Training
+
+
+@pytest.fixture
+def trainings(tmp_path, tiny_sd_path):
+    library = Library(tmp_path / "adapters")
+    flags = {"num_prompts": 4, "train_batch_size": 1, "num_validation_images": 1, "num_inference_steps": 2}
+    return Trainings(SCRIPT, str(tiny_sd_path), library, flags, max_steps=100_000)
+
+
+def wait_for(trainings, condition, seconds: float = 240):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        status = trainings.status(ANNA)
+        if condition(status):
+            return status
+        time.sleep(0.2)
+    raise AssertionError(f"still {status.state} at step {status.step}: {status.problem}")
+
+
+def test_a_training_outlives_its_server_is_stopped_resumed_and_finishes(trainings, tmp_path, tiny_sd_path):
+    pictures = [picture(tmp_path / f"{i}.png", seed=i) for i in range(2)]
+    lesson = Lesson("My dog", "--a sks glyph", steps=5_000, learning_rate=1e-3)
+    name = trainings.start(ANNA, pictures, ["", "a caption"], lesson)
+    assert name == "my-dog" and trainings.status(BERT) is None
+    with pytest.raises(ValueError, match="still running"):
+        trainings.start(ANNA, pictures, [], lesson)
+    wait_for(trainings, lambda status: status.step >= 2)
+
+    # Another server: nothing but the folder is left.
+    again = Trainings(SCRIPT, str(tiny_sd_path), Library(trainings.library.folder), trainings.defaults, 100_000)
+    assert again.status(ANNA).state == "running"
+    again.cancel(ANNA)
+    status = wait_for(trainings, lambda status: status.is_over)
+    assert status.state == "stopped" and status.step >= 2
+    assert status.losses[-1][0] == status.step
+    kept = trainings.library.get(ANNA, "own/my-dog")
+    assert json.loads(kept.metadata["training"])["step"] == status.step
+
+    job = trainings._latest(ANNA)
+    trainings._write(job | {"lesson": job["lesson"] | {"steps": status.step + 2}})
+    again.resume(ANNA)
+    done = wait_for(again, lambda status: status.is_over)
+    assert (done.state, done.step) == ("finished", status.step + 2), done.problem
+    assert [step for step, _ in done.losses] == list(range(1, status.step + 3))
+    assert done.samples and "# my-dog" in again.library.get(ANNA, "own/my-dog").card
+    assert not again.library.visible(BERT)
+    pipe = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path)
+    pipe.load_apt_weights(again.library.get(ANNA, "own/my-dog").file)
+
+
+def test_a_trainer_that_fails_or_is_killed_says_so(trainings, tmp_path):
+    trainings.defaults["rank"] = 0
+    trainings.start(ANNA, [picture(tmp_path / "a.png")], [], Lesson("x", "a sks glyph", steps=5))
+    status = wait_for(trainings, lambda status: status.is_over)
+    assert status.state == "failed" and "must be at least 1, got 0" in status.problem
+    trainings.defaults["rank"] = 4
+    trainings.start(ANNA, [picture(tmp_path / "a.png")], [], Lesson("x", "a sks glyph", steps=5))
+    trainings._process(trainings._latest(ANNA)).send_signal(signal.SIGKILL)
+    status = wait_for(trainings, lambda status: status.is_over)
+    assert status.state == "failed" and "killed" in status.problem
+    assert trainings.status(ANNA).name == "x"  # the first x never became an adapter
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_kept(trainings, tmp_path):
+    good = picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="at most 100000"):
+        trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=100_001))
+    with pytest.raises(ValueError, match="damaged"):
+        trainings.start(ANNA, [good, cut_off(tmp_path / "b.png")], [], Lesson("x", "a sks glyph"))
+    with pytest.raises(ValueError, match="no training to stop"):
+        trainings.cancel(ANNA)
+    with pytest.raises(ValueError, match="no stopped training"):
+        trainings.resume(ANNA)
+    assert trainings.status(ANNA) is None
+    trainings.script = tmp_path / "train" / "train_apt_sd.py"
+    with pytest.raises(ValueError, match="needs a checkout"):
+        trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph"))
+
+
+def test_the_command_is_one_for_the_trainer_and_keeps_hostile_prompts_in_their_place(trainings, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    from apt_sd_arguments import parse_args
+
+    lesson = Lesson("x", "--output_dir=/etc; rm", "--seed 3", steps=7, learning_rate=2e-3)
+    args = parse_args(trainings.command(ANNA, "x", lesson)[2:])
+    assert (args.instance_prompt, args.class_prompt) == ("--output_dir=/etc; rm", "--seed 3")
+    assert Path(args.output_dir) == trainings.library.own_folder(ANNA) / "x"
+    assert (args.max_train_steps, args.learning_rate, args.seed) == (7, 2e-3, 0)
+    assert args.with_prior_preservation and args.train_text_encoder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": " "}, "a name"),
+        ({"prompt": ""}, "stand for your subject"),
+        ({"steps": 0}, "at least 1"),
+        ({"learning_rate": 0}, "learning rate"),
+        ({"learning_rate": float("nan")}, "learning rate"),
+        ({"class_prompt": "x" * 201}, "200 characters"),
+    ],
+)
+def test_a_lesson_that_makes_no_sense_is_refused_in_words(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Lesson(**({"name": "x", "prompt": "a sks glyph"} | changes))
+
+
+# Cost
+
+
+def test_costs_are_those_of_the_published_tables():
+    published = {(cell.table, cell.method): cell for cell in published_tables()}
+    for model, tokens in (("ViLT", 241), ("METER", 577)):
+        table = costs.compare("ViLT-B/32" if model == "ViLT" else model, 200, 4, tokens)
+        for label, method in costs.METHODS.items():
+            if (model, method) != ("METER", "deep_prompt"):  # published at another size
+                cell = published[model, method]
+                assert (table[label].parameters, table[label].macs) == (cell.parameters, cell.macs), (model, label)
+    assert "82.4 % less" in costs.saving(costs.compare("ViLT-B/32", 200, 4, 241))
+
+
+def test_costs_of_stable_diffusion_are_those_of_the_modules_that_add_apt_adapts():
+    from diffusers import UNet2DConditionModel
+
+    from apt_diffusion import APTConfig, add_apt
+    from apt_diffusion.attach import adapter_parameters
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)
+        add_apt(unet, APTConfig(num_prompts=7, rank=3))
+    count = sum(parameter.numel() for parameter in adapter_parameters(unet))
+    gates = 2 * 16  # of `identity`: one number per module and stream, which the closed form does not count
+    assert costs.compare("Stable Diffusion 1.5", 7, 3, 4096)[costs.APT_WITH_CONTEXT].parameters == count - gates
+
+
+def test_costs_out_of_range_are_refused():
+    for arguments in (("no model", 1, 1, 1), ("METER", 0, 1, 1), ("METER", 1, 10**6, 1), ("METER", 1, 1, -5)):
+        with pytest.raises(ValueError):
+            costs.compare(*arguments)
+
+
+def test_charts_are_to_scale_and_escape_what_they_show():
+    html = charts.bars("<b>", [("<script>", 1.0, "1"), ("half", 0.5, "&")])
+    assert "<script>" not in html and "<b>" not in html and "width:50.00%" in html and "width:100.00%" in html
+    curve = charts.curve("Loss", [(1, 2.0), (2, 1.0), (3, 1.0), (4, 1.0)], 4)
+    heights = [float(point.split(",")[1]) for point in re.search(r'apt-faint" points="([^"]+)"', curve)[1].split()]
+    assert heights[0] < heights[1] == heights[2]  # y goes down
+    assert "<i>" not in charts.problem("<i>") and "0.500" in charts.progress("half", 0.5)
+
+
+# Visitors
+
+
+def request_with(cookie="", session="s1"):
+    return SimpleNamespace(cookies={COOKIE: cookie} if cookie else {}, session_hash=session)
+
+
+def test_visitors_are_told_apart_by_their_cookie():
+    first, second = visitor_of(request_with("x" * 43)), visitor_of(request_with("y" * 43))
+    assert first != second and re.fullmatch("[0-9a-f]{32}", first) and "x" not in first
+    assert visitor_of(request_with("x" * 43, "s2")) == first
+    assert visitor_of(request_with()) != visitor_of(request_with(session="s2"))
+    assert visitor_of(request_with("../../etc")) == visitor_of(request_with())
+
+
+async def get(app, path, cookie=b""):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"cookie", cookie)] if cookie else []
+    await app({"type": "http", "path": path, "headers": headers}, None, send)
+    return dict(sent[0]["headers"]).get(b"set-cookie")
+
+
+def test_a_new_browser_gets_a_cookie_that_scripts_cannot_read():
+    import asyncio
+
+    async def page(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    app = VisitorCookie(page)
+    cookie = asyncio.run(get(app, "/"))
+    assert b"HttpOnly" in cookie and b"SameSite=Lax" in cookie
+    assert asyncio.run(get(app, "/")) != cookie
+    assert asyncio.run(get(app, "/", b"other=1; " + cookie.split(b";")[0])) is None
+    assert asyncio.run(get(app, "/", COOKIE.encode() + b"=short")) is not None
+    assert asyncio.run(get(app, "/assets/index.js")) is None
+
+
+# The command
+
+
+def test_flags_are_checked_and_paths_made_absolute(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import app
+
+    args = app.parse_args([])
+    assert (args.model, args.listen, args.port, args.share) == ("miniature", "127.0.0.1", 7860, False)
+    assert app.parse_args(["--listen"]).listen == "0.0.0.0"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    assert app.parse_args(["--model", "model"]).model == str(tmp_path / "model")
+    for wrong in (["--queue-size", "0"], ["--max-train-steps", "-1"], ["--port", "x"]):
+        with pytest.raises(SystemExit):
+            app.parse_args(wrong)
+    assert "must be at least 1" in capsys.readouterr().err

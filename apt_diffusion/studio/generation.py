@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..pipelines.stable_diffusion_apt import StableDiffusionAPTPipeline
 from .background import Watcher, in_background
+from .gates import recorded_gates, step_maps
 from .library import Adapter, download_name, slug
 
 MAX_STEPS = 100
@@ -74,6 +75,7 @@ class Progress:
     pictures: tuple[Image.Image, ...] = ()
     strength: float = 1.0
     done: bool = False  # this part
+    maps: torch.Tensor | None = None  # where the adapters acted, (steps, h, w) in [0, 1]
 
 
 class Painter:
@@ -135,6 +137,20 @@ class Painter:
 
         return in_background(work)
 
+    def watch(self, order: Order) -> Iterator[Progress]:
+        """The first picture, and at last with it the maps of where the adapters acted in each of its steps."""
+        self.check_size(order)
+        if not order.adapters:
+            raise ValueError("Choose an adapter first.")
+
+        def work(watcher: Watcher) -> None:
+            with self.lock, self.adapters_in_place(order), recorded_gates(self.pipe.unet) as record:
+                picture = self._draw_part(watcher, order, "strength", 1.0, 0, 1)
+            maps = step_maps(record, (order.height // self.stride, order.width // self.stride))
+            watcher.emit(Progress("strength", order.steps, order.steps, picture, done=True, maps=maps))
+
+        return in_background(work)
+
     @contextlib.contextmanager
     def adapters_in_place(self, order: Order) -> Iterator[None]:
         """The order's adapters, on the pipeline only as long as this drawing. Call it with the lock held."""
@@ -148,7 +164,9 @@ class Painter:
         finally:
             self.pipe.unload_apt_weights()
 
-    def _draw_part(self, watcher: Watcher, order: Order, part: str, strength: float, index: int, parts: int) -> None:
+    def _draw_part(
+        self, watcher: Watcher, order: Order, part: str, strength: float, index: int, parts: int
+    ) -> tuple[Image.Image, ...]:
         steps = parts * order.steps
         done = index * order.steps
         every = max(1, math.ceil(order.steps / PREVIEWS))
@@ -158,13 +176,15 @@ class Painter:
             watcher.emit(Progress(part, done + step + 1, steps, preview, strength))
             return {}
 
-        pictures = self.pipe(
+        images = self.pipe(
             **call_settings(order, sweep=part == "strength"),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds(order, part == "strength")],
             apt_scale=strength,
             callback_on_step_end=after_step,
         ).images
-        watcher.emit(Progress(part, done + order.steps, steps, tuple(pictures), strength, done=True))
+        pictures = tuple(images)
+        watcher.emit(Progress(part, done + order.steps, steps, pictures, strength, done=True))
+        return pictures
 
     @torch.no_grad()
     def _preview(self, latents: torch.Tensor) -> tuple[Image.Image, ...]:

@@ -8,6 +8,7 @@ from ..miniature.personalise import save_class_pictures
 from .generation import MAX_ADAPTERS, Order, Painter
 from .library import Library
 from .training import CLASS_PICTURES, Trainings
+from .understanding import Reader
 
 
 class Studio:
@@ -23,6 +24,7 @@ class Studio:
     def __init__(self, model: str, adapters: str | Path, script: Path, max_train_steps: int = 2000) -> None:
         self.library = Library(adapters)
         self.painter = Painter(model)
+        self.reader = Reader()
         # Its words are few: pictures of many captions keep it from forgetting, not those of one class prompt.
         own_class = self._class_pictures if self.painter.is_miniature else None
         sampling = {

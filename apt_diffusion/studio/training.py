@@ -32,6 +32,8 @@ from .library import Library
 from .uploads import keep_pictures
 
 JOB_NAME = "job.json"
+# How Python and argparse end.
+ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception)|[\w./-]+: error): (.+)")
 SAMPLES = 5  # sample grids per training
 CLASS_PICTURES = 64
 
@@ -226,9 +228,9 @@ class Trainings:
         """The error in which the trainer ended, as a sentence."""
         log = self._folder(job["visitor"], job["name"]) / "log.txt"
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
-        errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+        errors = [match[1] for line in lines if (match := ERROR_LINE.match(line))]
         if errors:
-            return errors[-1].partition(": ")[2] or errors[-1]
+            return errors[-1]
         return "The trainer ended without a word, as if it was killed (is there enough memory?)."
 
     def _refuse_second(self, visitor: str) -> None:

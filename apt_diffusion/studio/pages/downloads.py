@@ -1,4 +1,6 @@
-"""Files for download: copies in Gradio's own folder, behind names that nobody can guess."""
+"""Files in Gradio's own folder: copies for download, behind names that nobody can guess, and examples for all."""
+
+from pathlib import Path
 
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
@@ -9,3 +11,7 @@ from ..library import Adapter, download_name
 def offer(adapter: Adapter) -> str:
     """A copy of the adapter's file under its own name. Gradio deletes it when it is old."""
     return save_bytes_to_cache(adapter.file.read_bytes(), download_name(adapter.name), get_upload_folder())
+
+
+def examples_folder() -> Path:
+    return Path(get_upload_folder()) / "examples"

@@ -12,6 +12,7 @@ from .cost import CostPage
 from .generate import GeneratePage
 from .style import CSS, theme
 from .train import TrainPage
+from .understand import UnderstandPage
 
 HEADER = """<h1>APT studio</h1>
 <p>Teach a model a subject, watch it learn, compare, download. {model}</p>"""
@@ -28,9 +29,12 @@ def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
                 generate = GeneratePage(studio)
             with gr.Tab("Train", id="train"):
                 train = TrainPage(studio, generate)
+            with gr.Tab("Understand", id="understand"):
+                understand = UnderstandPage(studio)
             with gr.Tab("Cost", id="cost"):
                 cost = CostPage()
         train.connect(site, tabs, "generate")
+        understand.connect(site, generate)
         cost.connect(site)
     return site.queue(max_size=queue_size, default_concurrency_limit=4)
 

@@ -1,21 +1,20 @@
 """The page Train."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.utils import get_upload_folder
 from PIL import Image
 
-from ...miniature.subjects import PROMPT, SUBJECTS, prompt_on, save_subject
+from ...miniature.subjects import PROMPT, SUBJECTS, prompt_on
 from ..charts import curve, problem, progress
 from ..framing import as_trained
+from ..samples import subject_pictures
 from ..studio import Studio
 from ..training import CLASS_PICTURES, Lesson, Status
 from ..uploads import MAX_BYTES, MAX_PICTURES, check_count, lines_of
 from ..visitors import visitor_of
-from .downloads import offer
+from .downloads import examples_folder, offer
 from .events import AT_ONCE, told
 from .generate import GeneratePage
 
@@ -134,7 +133,11 @@ class TrainPage:
     def _example(self, name: str) -> Callable[[], dict]:
         def pictures() -> dict:
             captions = "\n".join(prompt_on(ground) for ground in SUBJECTS[name].grounds)
-            return {self.pictures: example_files(name), self.captions: captions, self.name: name}
+            return {
+                self.pictures: [str(file) for file in subject_pictures(name, examples_folder())],
+                self.captions: captions,
+                self.name: name,
+            }
 
         return pictures
 
@@ -241,14 +244,6 @@ class TrainPage:
             case "finished":
                 return progress(f"Finished: {status.name} can be used on the page Generate.", 1)
         return problem(f"The training failed: {status.problem}")
-
-
-def example_files(name: str) -> list[str]:
-    """Pictures of a subject of the drawn world, as if they had been uploaded."""
-    folder = Path(get_upload_folder()) / "examples" / name
-    if not folder.is_dir():
-        save_subject(SUBJECTS[name], folder)
-    return [str(file) for file in sorted(folder.glob("*.png"))]
 
 
 def _duration(seconds: float) -> str:

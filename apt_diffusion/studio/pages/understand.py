@@ -1,0 +1,244 @@
+"""The page Understand."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..charts import progress
+from ..gates import overlay
+from ..samples import CLASS_LABELS, class_pictures, question_pictures
+from ..studio import Studio
+from ..uploads import check_count, lines_of, open_picture
+from ..visitors import visitor_of
+from .downloads import examples_folder
+from .events import AT_ONCE, MODEL_QUEUE, told
+from .generate import GeneratePage
+
+MAP_HELP = (
+    "Bright: the prompts act strongly here. Dark: they leave the model alone. It is the gate *w* of each {unit}, the "
+    "mean over all adapted attention modules, each divided by its own largest value."
+)
+NO_ANSWERS = """Nobody has taught a model to answer questions yet. It takes a minute:
+
+    python -m apt_diffusion.miniature.tasks vqa --output_dir data/vqa
+    accelerate launch train/train_apt_vqa.py --model_name_or_path miniature-vilt --data_dir data/vqa \\
+        --output_dir {folder}/answers --max_train_steps 300 --gradient_accumulation_steps 1 --no-augment
+
+Then load this page again. `miniature-meter`, and real ViLT and METER, work the same way."""
+
+
+class UnderstandPage:
+    """Builds the page inside the current tab."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        with gr.Tabs():
+            with gr.Tab("Ask about a picture"):
+                self._build_ask()
+            with gr.Tab("Name what it shows"):
+                self._build_classify()
+            with gr.Tab("Where APT acts while drawing"):
+                self._build_watch()
+
+    def _build_ask(self) -> None:
+        questions = [[str(file), question] for file, question in question_pictures(examples_folder())]
+        with gr.Row(elem_classes="apt-columns"):
+            with gr.Column(scale=4, min_width=300):
+                self.ask_picture = gr.Image(
+                    label="Picture (PNG, JPEG, WebP …)", type="filepath", sources=["upload", "clipboard"], height=260,
+                    elem_id="ask-picture", elem_classes="apt-small",
+                )  # fmt: skip
+                self.question = gr.Textbox(
+                    label="Question", info="Short questions, as in “what color is the circle?”", max_length=300,
+                    elem_id="question",
+                )  # fmt: skip
+                self.answerer = gr.Dropdown(
+                    [], label="Adapter", elem_id="answerer",
+                    info="It brings its model (ViLT or METER) and the answers that it knows.",
+                )  # fmt: skip
+                self.ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                gr.Examples(questions, [self.ask_picture, self.question], label="Examples to try")
+            with gr.Column(scale=6, min_width=300):
+                self.ask_status = gr.HTML(progress("Choose a picture, and ask."), elem_id="ask-status", padding=False)
+                self.no_answers = gr.Markdown(
+                    NO_ANSWERS.format(folder=self.studio.library.folder.name), visible=False, elem_classes="apt-card"
+                )
+                with gr.Row():
+                    self.answers = gr.Label(label="With the adapter", elem_id="answers", min_width=240)
+                    self.answers_off = gr.Label(
+                        label="The same answers, APT switched off", elem_id="answers-off", min_width=240
+                    )
+                self.ask_map = _map("ask-map")
+                gr.Markdown(MAP_HELP.format(unit="patch"), elem_classes="apt-note")
+
+    def _build_classify(self) -> None:
+        pictures = [[str(file)] for file in class_pictures(examples_folder())]
+        with gr.Row(elem_classes="apt-columns"):
+            with gr.Column(scale=4, min_width=300):
+                self.class_picture = gr.Image(
+                    label="Picture (PNG, JPEG, WebP …)", type="filepath", sources=["upload", "clipboard"], height=260,
+                    elem_id="class-picture", elem_classes="apt-small",
+                )  # fmt: skip
+                self.labels = gr.Textbox(
+                    "\n".join(CLASS_LABELS), label="Labels", lines=4, elem_id="labels",
+                    info="What it may show, one per line.",
+                )  # fmt: skip
+                self.namer = gr.Dropdown([], label="Adapter (optional)", elem_id="namer", info="An adapter for CLIP.")
+                with gr.Accordion("Examples of each label (few-shot, optional)", open=False):
+                    self.shots = gr.File(
+                        label="Example pictures", file_count="multiple", file_types=["image"], height=120,
+                        elem_id="shots",
+                    )  # fmt: skip
+                    self.shot_labels = gr.Textbox(
+                        label="What they show", lines=4, elem_id="shot-labels",
+                        info="One label per line, in the order of the files. The picture is then compared with the "
+                        "mean of each label's examples, not with its name.",
+                    )  # fmt: skip
+                self.classify = gr.Button("Classify", variant="primary", elem_id="classify")
+                gr.Examples(pictures, [self.class_picture], label="Examples to try")
+            with gr.Column(scale=6, min_width=300):
+                self.class_status = gr.HTML(progress("Choose a picture."), elem_id="class-status", padding=False)
+                with gr.Row():
+                    self.classes = gr.Label(label="Base model", elem_id="classes", min_width=240)
+                    self.classes_with = gr.Label(
+                        label="With the adapter", elem_id="classes-with", min_width=240, visible=False
+                    )
+                self.class_map = _map("class-map")
+
+    def _build_watch(self) -> None:
+        with gr.Row(elem_classes="apt-columns"):
+            with gr.Column(scale=4, min_width=300):
+                self.watch_prompt = gr.Textbox(
+                    label="Prompt", info="What to draw.", lines=2, max_length=1000, elem_id="watch-prompt"
+                )
+                self.watched = gr.Dropdown(
+                    [], label="Adapter", elem_id="watched", info="Trained on the page Train, or from the folder."
+                )
+                self.watch_seed = gr.Number(
+                    0, label="Seed", precision=0, minimum=0, info="Of the noise to start from."
+                )
+                self.watch = gr.Button("Draw and watch", variant="primary", elem_id="watch")
+            with gr.Column(scale=6, min_width=300):
+                self.watch_status = gr.HTML(progress("Choose an adapter."), elem_id="watch-status", padding=False)
+                self.watch_maps = gr.Gallery(
+                    label="The picture, and where the adapter acts in each step", columns=4, format="png",
+                    height="auto", elem_id="watch-maps", elem_classes="apt-pictures apt-small", object_fit="contain",
+                    buttons=["download", "fullscreen"],
+                )  # fmt: skip
+                gr.Markdown(MAP_HELP.format(unit="position of the latents"), elem_classes="apt-note")
+
+    def connect(self, page: gr.Blocks, generate: GeneratePage) -> None:
+        lists = [self.answerer, self.no_answers, self.namer, self.watched]
+        gr.on(
+            [page.load, generate.adapters.change], told(self.ask_status)(self._on_load), None,
+            [*lists, self.ask_status], **AT_ONCE,
+        )  # fmt: skip
+        settings = {"show_progress": "minimal", **MODEL_QUEUE}
+        self.watched.change(told(self.watch_status)(self._on_watched), self.watched, self.watch_prompt, **AT_ONCE)
+        gr.on(
+            [self.ask.click, self.question.submit], told(self.ask_status)(self._on_ask),
+            [self.ask_picture, self.question, self.answerer],
+            [self.ask_status, self.answers, self.answers_off, self.ask_map], **settings,
+        )  # fmt: skip
+        self.classify.click(
+            told(self.class_status)(self._on_classify),
+            [self.class_picture, self.labels, self.namer, self.shots, self.shot_labels],
+            [self.class_status, self.classes, self.classes_with, self.class_map], **settings,
+        )  # fmt: skip
+        self.watch.click(
+            told(self.watch_status)(self._on_watch), [self.watch_prompt, self.watched, self.watch_seed],
+            [self.watch_status, self.watch_maps], **(settings | {"show_progress": "hidden"}),
+        )  # fmt: skip
+
+    def _on_load(self, request: gr.Request) -> dict:
+        library, visitor = self.studio.library, visitor_of(request)
+        answerers = [
+            (f"{adapter.label}: {adapter.kind.upper()}", adapter.key)
+            for kind in ("vilt", "meter")
+            for adapter in library.visible(visitor, kind)
+            if "answers" in adapter.metadata
+        ]
+        namers = [("No adapter", ""), *((a.label, a.key) for a in library.visible(visitor, "clip"))]
+        drawers = [(a.label, a.key) for a in library.visible(visitor)]
+        return {
+            self.answerer: gr.Dropdown(choices=answerers, value=answerers[0][1] if answerers else None),
+            self.no_answers: gr.Markdown(visible=not answerers),
+            self.namer: gr.Dropdown(choices=namers, value=""),
+            self.watched: gr.Dropdown(choices=drawers, value=drawers[0][1] if drawers else None),
+        }
+
+    def _on_watched(self, key: str | None, request: gr.Request) -> dict:
+        adapter = self.studio.library.get(visitor_of(request), key) if key else None
+        return {self.watch_prompt: adapter.prompt if adapter else ""}
+
+    def _on_ask(self, path: str | None, question: str, key: str | None, request: gr.Request) -> dict:
+        if not key:
+            raise ValueError("Choose an adapter first: it knows the answers.")
+        visitor = visitor_of(request)
+        adapter = next(
+            (a for kind in ("vilt", "meter") for a in self.studio.library.visible(visitor, kind) if a.key == key), None
+        )
+        if adapter is None:
+            raise ValueError("This adapter is not there any more: choose another one.")
+        reading = self.studio.reader.ask(_picture(path), question or "", adapter)
+        best = max(reading.with_adapter, key=reading.with_adapter.get)
+        return {
+            self.answers: reading.with_adapter, self.answers_off: reading.without, self.ask_map: reading.gates,
+            self.ask_status: progress(f"The answer: {best}."),
+        }  # fmt: skip
+
+    def _on_classify(
+        self, path: str | None, labels: str, key: str | None, shots: list[str] | None, shot_labels: str,
+        request: gr.Request,
+    ) -> dict:  # fmt: skip
+        adapter = self.studio.library.get(visitor_of(request), key, "clip") if key else None
+        reading = self.studio.reader.classify(
+            _picture(path), lines_of(labels), _shots(shots or [], lines_of(shot_labels)), adapter
+        )
+        said = reading.with_adapter or reading.without
+        how = "by the examples" if shots else "by their names"
+        return {
+            self.classes: reading.without, self.class_map: gr.Image(reading.gates, visible=adapter is not None),
+            self.classes_with: gr.Label(reading.with_adapter, visible=adapter is not None),
+            self.class_status: progress(f"Compared {how}: {max(said, key=said.get)}."),
+        }  # fmt: skip
+
+    def _on_watch(self, prompt: str, key: str | None, seed: float, request: gr.Request) -> Iterator[dict]:
+        painter = self.studio.painter
+        order = self.studio.order(
+            visitor_of(request), [key] if key else [], [1.0], prompt=prompt or "", steps=painter.default_steps,
+            guidance=painter.default_guidance, width=painter.size, height=painter.size, seed=int(seed or 0),
+        )  # fmt: skip
+        for step in painter.watch(order):
+            update: dict[Any, Any] = {
+                self.watch_status: progress(f"Step {step.step} of {step.steps}", step.step / step.steps)
+            }
+            if step.maps is not None:
+                picture = step.pictures[0]
+                shown = [(picture, "the picture"), (overlay(picture, step.maps.mean(0).numpy()), "mean of all steps")]
+                shown += [(overlay(picture, m.numpy()), f"step {i}") for i, m in enumerate(step.maps, start=1)]
+                update = {self.watch_maps: shown, self.watch_status: progress(f"Done: {len(step.maps)} steps.")}
+            yield update
+
+
+def _map(elem_id: str) -> gr.Image:
+    return gr.Image(
+        label="Where the adapter acts", interactive=False, format="png", height=280, elem_id=elem_id,
+        elem_classes="apt-small", buttons=["download", "fullscreen"],
+    )  # fmt: skip
+
+
+def _picture(path: str | None) -> Image.Image:
+    if not path:
+        raise ValueError("Choose a picture first.")
+    return open_picture(path)
+
+
+def _shots(paths: list[str], labels: list[str]) -> list[tuple[Image.Image, str]]:
+    if len(paths) != len(labels):
+        raise ValueError(f"There are {len(paths)} example pictures and {len(labels)} labels for them.")
+    if paths:
+        check_count(len(paths))
+    return [(open_picture(path), label) for path, label in zip(paths, labels, strict=True)]

@@ -1,0 +1,43 @@
+"""Pictures of the drawn world, for visitors who have none at hand. Each function writes them to `folder` once."""
+
+from pathlib import Path
+
+import torch
+
+from ..miniature.pictures import to_images
+from ..miniature.subjects import SUBJECTS, save_subject
+from ..miniature.tasks.classes import CLASSES, class_name, draw_classes
+from ..miniature.tasks.draw import CHUNK, drawn_chunks
+from ..miniature.tasks.questions import questions_of
+
+COUNT = 6
+CLASS_LABELS = [class_name(label) for label in range(0, len(CLASSES), 4)]
+
+
+def subject_pictures(name: str, folder: Path) -> list[Path]:
+    """Pictures of a subject, to train on."""
+    folder = folder / name
+    if not folder.is_dir():
+        save_subject(SUBJECTS[name], folder)
+    return sorted(folder.glob("*.png"))
+
+
+def question_pictures(folder: Path) -> list[tuple[Path, str]]:
+    """Pictures, and a question about each."""
+    pictures, drawn, rng = next(drawn_chunks("vqa", "val", CHUNK, 0))
+    questions = [questions_of(picture, rng, 1)[0].text for picture in pictures[:COUNT]]
+    return list(zip(_saved(drawn[:COUNT], folder / "questions"), questions, strict=True))
+
+
+def class_pictures(folder: Path) -> list[Path]:
+    """Pictures of some of `CLASS_LABELS`."""
+    labels = torch.arange(0, len(CLASSES), 4)
+    return _saved(to_images(draw_classes(labels, torch.Generator().manual_seed(0))), folder / "classes")
+
+
+def _saved(images: list, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{index}.png" for index in range(1, len(images) + 1)]
+    for image, file in zip(images, files, strict=True):
+        image.save(file)
+    return files

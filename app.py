@@ -10,6 +10,7 @@ Needs `pip install -e ".[demo]"`; see docs/studio.md.
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -52,8 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with tempfile.TemporaryDirectory(prefix="apt-studio-") as cache:
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed, too
+    with tempfile.TemporaryDirectory(prefix="apt-studio-", ignore_cleanup_errors=True) as cache:
         # Before Gradio is imported: no statistics sent anywhere, and its copies of pictures where only we can read.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": cache}
         try:

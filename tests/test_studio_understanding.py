@@ -102,6 +102,7 @@ def test_gates_of_mixed_adapters_add_up_by_weight(models):
     noted = {}
     for weights in ((1.0, 0.0), (0.0, 1.0), (0.5, 2.0)):
         set_apt_adapters(model, ["one", "two"], list(weights))
+        torch.manual_seed(0)  # of the order in which ViLT reads the patches
         with recorded_gates(model) as record:
             model(**inputs)
         noted[weights] = record[first][0]
@@ -158,7 +159,9 @@ def test_answers_are_the_models_own_with_and_without_apt(models, library, photo,
     assert list(reading.with_adapter.values()) == sorted(reading.with_adapter.values(), reverse=True)
     assert reading.without != pytest.approx(reading.with_adapter, abs=1e-3)
     assert reading.gates.width == reading.gates.height >= 256
-    assert reader.ask(photo, "what color is the circle?", adapter) == reading  # nothing of the first is left
+    again = reader.ask(photo, "what color is the circle?", adapter)  # nothing of the first is left
+    assert again.without == pytest.approx(reading.without, abs=1e-5)
+    assert again.with_adapter == pytest.approx(reading.with_adapter, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["vilt", "meter"])
@@ -178,7 +181,7 @@ def test_the_map_shows_each_patch_in_its_place(library, kind):
     odd.paste("white", (32, 16, 48, 32))  # row 1, column 2 of 4 x 4 patches
     with recorded_gates(model) as record, noted_patches(model) as order, torch.no_grad():
         model(**processor(odd, "red?", return_tensors="pt"))
-    values = image_map({first: record[first]}, kind, (4, 4), order[0] if order else None)
+    values = image_map({first: record[first]}, kind, (4, 4), order[0] if order else None).numpy()
     others = np.delete(values.flatten(), 4 * 1 + 2)
     assert np.ptp(others) < 1e-5 < abs(values[1, 2] - others[0])
 
@@ -208,11 +211,14 @@ def test_zero_shot_probabilities_are_those_of_clip(models, library, photo, monke
     texts = [f"a photo of a {label}." for label in LABELS]
     inputs = load_processor("clip", models / "clip")(text=texts, images=photo, return_tensors="pt", padding=True)
     model = CLIPModel.from_pretrained(models / "clip", dtype=torch.float32).eval()
-    for said in (reading.without, reading.with_adapter):
+
+    def expected():
         with torch.no_grad():
-            expected = model(**inputs).logits_per_image[0].softmax(-1)
-        assert said == pytest.approx(dict(zip(LABELS, expected.tolist(), strict=True)), abs=1e-4)
-        load_apt_weights(model, adapter.file)
+            return dict(zip(LABELS, model(**inputs).logits_per_image[0].softmax(-1).tolist(), strict=True))
+
+    assert reading.without == pytest.approx(expected(), abs=1e-4)
+    load_apt_weights(model, adapter.file)
+    assert reading.with_adapter == pytest.approx(expected(), abs=1e-4)
     assert reading.gates is not None and Reader().classify(photo, LABELS).with_adapter is None
 
 

@@ -87,8 +87,14 @@ def mean_map(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return total / len(maps)
 
 
+def stretched(maps: Tensor) -> Tensor:
+    """From 0, the least of all, to 1, the most: what is compared is shown in one scale."""
+    least, most = maps.min(), maps.max()
+    return (maps - least) / (most - least).clamp(min=1e-12)
+
+
 def overlay(picture: Image.Image, values: np.ndarray, least_side: int = 256) -> Image.Image:
-    """The picture in gray, under a map `(h, w)` in [0, 1] as colours: dark where APT does nothing."""
+    """The picture in gray, under a map `(h, w)` in [0, 1] as colours, dark to bright."""
     import matplotlib
 
     scale = max(1, -(-least_side // min(picture.size)))

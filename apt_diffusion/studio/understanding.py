@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..attach import remove_apt, set_apt_scale
 from ..miniature import resolve_model
 from ..weights import load_apt_weights
-from .gates import Record, mean_map, overlay, recorded_gates
+from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter
 
 TOP = 5
@@ -70,9 +69,8 @@ class Reader:
                 remove_apt(model)
         grid = _grid(inputs["pixel_values"], model.config)
         values = [_top(answers, scores) for scores in (unadapted, asked)]
-        return Reading(
-            *values, overlay(_as_seen(picture, adapter.kind, inputs), image_map(record, adapter.kind, grid))
-        )
+        gates = image_map(record, adapter.kind, grid, order[0] if order else None)
+        return Reading(*values, overlay(_as_seen(picture, adapter.kind, inputs), stretched(gates).numpy()))
 
     def classify(
         self,
@@ -105,7 +103,8 @@ class Reader:
                 remove_apt(model)
         grid = _grid(pixels, model.config.vision_config)
         seen = _as_seen(picture, "clip", {"pixel_values": pixels})
-        return Reading(without, adapted, overlay(seen, image_map(record, "clip", grid)))
+        gates = stretched(image_map(record, "clip", grid)).numpy()
+        return Reading(without, adapted, overlay(seen, gates))
 
     @staticmethod
     def _class_probabilities(
@@ -201,7 +200,7 @@ def noted_patches(model: nn.Module) -> Iterator[list[Tensor]]:
         del embeddings.visual_embed  # the method of its class again
 
 
-def image_map(record: Record, kind: str, grid: tuple[int, int], order: Tensor | None = None) -> np.ndarray:
+def image_map(record: Record, kind: str, grid: tuple[int, int], order: Tensor | None = None) -> Tensor:
     """The mean gate of the image's patches over all layers, `(h, w)` in [0, 1].
 
     Args:
@@ -218,7 +217,7 @@ def image_map(record: Record, kind: str, grid: tuple[int, int], order: Tensor | 
             if order is not None:
                 gates = gates[(order[0, :, 0] * grid[1] + order[0, :, 1]).argsort()]
             maps.append(gates.reshape(grid))
-    return mean_map(maps, grid).numpy()
+    return mean_map(maps, grid)
 
 
 def _top(answers: list[str], scores: Tensor) -> Probabilities:

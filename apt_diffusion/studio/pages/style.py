@@ -37,7 +37,8 @@ def theme() -> gr.themes.Base:
 
 
 CSS = """
-.gradio-container { max-width: 1320px !important; margin: 0 auto !important; }
+.gradio-container { max-width: 1320px !important; margin: 0 auto !important; width: 100%; }
+.gradio-container .main, .gradio-container .wrap > .column { width: 100%; }
 .apt-header h1 { margin: 0; font-size: 1.7rem; letter-spacing: -0.02em; }
 .apt-header p { margin: 0.15rem 0 0; color: var(--body-text-color-subdued); }
 .apt-columns { gap: 1.25rem; align-items: flex-start; }
@@ -96,5 +97,6 @@ CSS = """
   .apt-bar { grid-template-columns: 1fr auto; }
   .apt-bar-track { grid-column: 1 / -1; grid-row: 2; }
   .gradio-container { padding: 0.5rem !important; }
+  .tab-container button { padding: 0 0.55rem !important; }
 }
 """

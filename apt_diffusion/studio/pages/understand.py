@@ -7,7 +7,7 @@ import gradio as gr
 from PIL import Image
 
 from ..charts import progress
-from ..gates import overlay
+from ..gates import overlay, stretched
 from ..samples import CLASS_LABELS, class_pictures, question_pictures
 from ..studio import Studio
 from ..uploads import check_count, lines_of, open_picture
@@ -17,8 +17,8 @@ from .events import AT_ONCE, MODEL_QUEUE, told
 from .generate import GeneratePage
 
 MAP_HELP = (
-    "Bright: the prompts act strongly here. Dark: they leave the model alone. It is the gate *w* of each {unit}, the "
-    "mean over all adapted attention modules, each divided by its own largest value."
+    "Bright where the prompts act most, dark where they act least: the gate *w* of each {unit}, the mean over all "
+    "adapted attention modules, each divided by its own largest value first."
 )
 NO_ANSWERS = """Nobody has taught a model to answer questions yet. It takes a minute:
 
@@ -35,11 +35,11 @@ class UnderstandPage:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         with gr.Tabs():
-            with gr.Tab("Ask about a picture"):
+            with gr.Tab("Ask"):
                 self._build_ask()
-            with gr.Tab("Name what it shows"):
+            with gr.Tab("Classify"):
                 self._build_classify()
-            with gr.Tab("Where APT acts while drawing"):
+            with gr.Tab("Watch it draw"):
                 self._build_watch()
 
     def _build_ask(self) -> None:
@@ -216,9 +216,9 @@ class UnderstandPage:
                 self.watch_status: progress(f"Step {step.step} of {step.steps}", step.step / step.steps)
             }
             if step.maps is not None:
-                picture = step.pictures[0]
-                shown = [(picture, "the picture"), (overlay(picture, step.maps.mean(0).numpy()), "mean of all steps")]
-                shown += [(overlay(picture, m.numpy()), f"step {i}") for i, m in enumerate(step.maps, start=1)]
+                picture, maps = step.pictures[0], stretched(step.maps)
+                shown = [(picture, "the picture"), (overlay(picture, maps.mean(0).numpy()), "mean of all steps")]
+                shown += [(overlay(picture, m.numpy()), f"step {i}") for i, m in enumerate(maps, start=1)]
                 update = {self.watch_maps: shown, self.watch_status: progress(f"Done: {len(step.maps)} steps.")}
             yield update
 

@@ -30,7 +30,7 @@ FLAGS = [
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PATIENCE = 300_000  # milliseconds: busy machines are slow
-STEPS = 40
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +177,17 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
 
     page = visit(owner)
     tab(page, "Train")
-    wait_for(page, "#train-status", r"Step \d+ of 40")
+    wait_for(page, "#train-status", r"Step \d+ of 24")
     page.click("#cancel")
     text = wait_for(page, "#train-status", r"Stopped\. The adapter of step \d+ is kept")
     stopped = int(re.search(r"step (\d+)", text)[1])
     assert 0 < stopped < STEPS
     page.click("#resume")
-    text = wait_for(page, "#train-status", r"Step \d+ of 40")
+    text = wait_for(page, "#train-status", r"Step \d+ of 24")
     assert int(re.search(r"Step (\d+)", text)[1]) >= stopped
     wait_for(page, "#train-status", "Finished: my-b-dog-b can be used")
     page.wait_for_function("document.querySelectorAll('#samples img').length > 0")
-    assert "of 40" in page.get_attribute("#losses svg", "aria-label")
+    assert "of 24" in page.get_attribute("#losses svg", "aria-label")
     with page.expect_download() as download:
         page.click("#download-adapter")
     assert download.value.suggested_filename == "my-b-dog-b.safetensors"
@@ -332,7 +332,8 @@ def test_pages_need_nothing_from_elsewhere_and_work_by_keyboard_narrow_and_dark(
     page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
     page.set_viewport_size({"width": 390, "height": 800})
-    page.goto(f"{address}?__theme=dark")
+    page.emulate_media(color_scheme="dark")
+    page.goto(address)
     page.wait_for_selector("#draw")
     for name in ("Train", "Understand", "Cost", "Generate"):
         tab(page, name)

@@ -34,7 +34,7 @@ from .uploads import keep_pictures
 JOB_NAME = "job.json"
 # How Python and argparse end.
 ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception)|[\w./-]+: error): (.+)")
-SAMPLES = 5  # sample grids per training
+SAMPLES = 4  # sample grids per training
 CLASS_PICTURES = 64
 
 
@@ -283,6 +283,7 @@ class Trainings:
             "lr_warmup_steps": 0,
             "train_text_encoder": True,
             "validation_prompt": lesson.prompt,
+            "num_validation_images": 2,
             "validation_steps": max(1, lesson.steps // SAMPLES),
             "checkpointing_steps": max(1, lesson.steps // SAMPLES),
             "checkpoints_total_limit": 1,

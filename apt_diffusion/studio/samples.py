@@ -10,7 +10,7 @@ from ..miniature.tasks.classes import CLASSES, class_name, draw_classes
 from ..miniature.tasks.draw import CHUNK, drawn_chunks
 from ..miniature.tasks.questions import questions_of
 
-COUNT = 6
+COUNT = 4
 CLASS_LABELS = [class_name(label) for label in range(0, len(CLASSES), 4)]
 
 

@@ -201,7 +201,8 @@ class Trainings:
         losses = [(row["step"], row["loss"]) for row in rows]
         samples = sorted((output / "samples").glob("step-*.png"))
         if self._process(job) is not None:
-            state = "stopping" if job["cancelled"] else "running" if rows else "starting"
+            is_new = step > job["first_step"]  # a resumed job has rows of the run before
+            state = "stopping" if job["cancelled"] else "running" if is_new else "starting"
             return Status(state, job["name"], lesson, step, losses, samples, self._time_left(job, step, lesson.steps))
         self._first_seen.pop(self._key(job), None)
         if (output / "README.md").is_file():  # the last thing that the trainer writes
@@ -267,7 +268,9 @@ class Trainings:
         born = psutil.Process(child.pid).create_time()
         file = folder / JOB_NAME
         created = json.loads(file.read_text())["created"] if file.is_file() else time.time()
-        self._write(known | {"pid": child.pid, "born": born, "created": created, "cancelled": False})
+        first_step = max(list_checkpoints(self.library.own_folder(visitor) / name), default=0)
+        process = {"pid": child.pid, "born": born, "first_step": first_step, "cancelled": False}
+        self._write(known | process | {"created": created})
 
     def command(self, visitor: str, name: str, lesson: Lesson) -> list[str]:
         """The trainer's command line; paths are relative to the checkout where they can be."""
@@ -327,7 +330,7 @@ class Trainings:
 
     def _time_left(self, job: dict, step: int, steps: int) -> float | None:
         now = time.monotonic()
-        if step == 0:
+        if step <= job["first_step"]:
             return None
         started, first = self._first_seen.setdefault(self._key(job), (now, step))
         return None if step - first < 2 else (now - started) / (step - first) * (steps - step)

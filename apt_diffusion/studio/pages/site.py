@@ -1,5 +1,7 @@
 """All pages as one site, and how it is served."""
 
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -21,9 +23,13 @@ CACHE_SECONDS = (600, 6 * 3600)  # how often Gradio's copies of pictures are loo
 
 def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
     """The pages. Whatever uses the model waits in one queue of `queue_size` places."""
-    model = "the embedded miniature model" if studio.painter.is_miniature else studio.painter.model
+    name = studio.painter.model
+    if studio.painter.is_miniature:
+        model = "the embedded miniature model"
+    else:
+        model = Path(name).name if Path(name).is_dir() else name  # where it lies is nobody's business
     with gr.Blocks(title="APT studio", analytics_enabled=False, delete_cache=CACHE_SECONDS) as site:
-        gr.HTML(HEADER.format(model=f"Base model: {model}."), elem_classes="apt-header")
+        gr.HTML(HEADER.format(model=f"Base model: {escape(model)}."), elem_classes="apt-header")
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 generate = GeneratePage(studio)

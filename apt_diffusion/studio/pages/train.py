@@ -232,7 +232,9 @@ class TrainPage:
         share = status.step / lesson.steps
         match status.state:
             case "starting":
-                return progress("Loading the model …", 0)
+                return progress("Loading the model …", share)
+            case "running" if status.step >= lesson.steps:
+                return progress("Saving, and drawing the last samples …", share)
             case "running":
                 left = "" if status.seconds_left is None else f", {_duration(status.seconds_left)} left"
                 return progress(f"Step {status.step} of {lesson.steps}{left}", share)
@@ -247,6 +249,8 @@ class TrainPage:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return "a few seconds"
     if seconds < 90:
-        return f"about {max(1, round(seconds))} seconds"
+        return f"about {round(seconds)} seconds"
     return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

@@ -47,7 +47,7 @@ class UnderstandPage:
         with gr.Row(elem_classes="apt-columns"):
             with gr.Column(scale=4, min_width=300):
                 self.ask_picture = gr.Image(
-                    label="Picture (PNG, JPEG, WebP …)", type="filepath", sources=["upload", "clipboard"], height=260,
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=260,
                     elem_id="ask-picture", elem_classes="apt-small",
                 )  # fmt: skip
                 self.question = gr.Textbox(
@@ -78,7 +78,7 @@ class UnderstandPage:
         with gr.Row(elem_classes="apt-columns"):
             with gr.Column(scale=4, min_width=300):
                 self.class_picture = gr.Image(
-                    label="Picture (PNG, JPEG, WebP …)", type="filepath", sources=["upload", "clipboard"], height=260,
+                    label="Picture", type="filepath", sources=["upload", "clipboard"], height=260,
                     elem_id="class-picture", elem_classes="apt-small",
                 )  # fmt: skip
                 self.labels = gr.Textbox(

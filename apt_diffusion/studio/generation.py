@@ -157,7 +157,7 @@ class Painter:
         names = [f"slot{index}" for index in range(len(order.adapters))]
         try:
             for name, (adapter, _) in zip(names, order.adapters, strict=True):
-                self.pipe.load_apt_weights(adapter.file, adapter_name=name)
+                self.pipe.load_apt_weights(adapter.load(), adapter_name=name)
             if names:
                 self.pipe.set_apt_adapters(names, [weight for _, weight in order.adapters])
             yield

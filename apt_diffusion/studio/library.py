@@ -13,13 +13,14 @@ import json
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import WEIGHTS_NAME
+from ..files import WEIGHTS_NAME, AdapterFile
+from ..store import AdapterStore
 
 VISITORS = ".visitors"
 _SLUG = re.compile(r"[^a-z0-9]+")
@@ -34,6 +35,11 @@ class Adapter:
     file: Path
     kind: str  # the model it is for: "stable_diffusion", "vilt", "meter" or "clip"
     metadata: dict[str, str]
+    store: AdapterStore = field(repr=False, compare=False)
+
+    def load(self) -> AdapterFile:
+        """Its tensors, for `load_apt_weights`; published ones that are in use stay in memory."""
+        return self.store.get(self.name)
 
     @property
     def is_own(self) -> bool:
@@ -87,6 +93,7 @@ class Library:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.public = AdapterStore(self.folder)
 
     def visitor_folder(self, visitor: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{32}", visitor):
@@ -98,8 +105,10 @@ class Library:
 
     def visible(self, visitor: str, kind: str = "stable_diffusion") -> list[Adapter]:
         """The visitor's own adapters, then the published ones; those that cannot be read are left out."""
-        own = _adapters_in(self.own_folder(visitor), "own")
-        return [adapter for adapter in [*own, *_adapters_in(self.folder, "public")] if adapter.kind == kind]
+        folder = self.own_folder(visitor)
+        # Whose adapters are read for each use: there may be many visitors.
+        own = _adapters_in(AdapterStore(folder, max_bytes=0), "own") if folder.is_dir() else []
+        return [adapter for adapter in [*own, *_adapters_in(self.public, "public")] if adapter.kind == kind]
 
     def get(self, visitor: str, key: str, kind: str = "stable_diffusion") -> Adapter:
         """`ValueError` for a key that this visitor does not see."""
@@ -118,7 +127,7 @@ class Library:
         own = self.get(visitor, key)
         if not own.is_own:
             raise ValueError(f"{own.name} is published already.")
-        taken = {adapter.name for adapter in _adapters_in(self.folder, "public")}
+        taken = {adapter.name for adapter in _adapters_in(self.public, "public")}
         name = _free(own.name, lambda name: name in taken or (self.folder / name).exists())
         # Under a hidden name first: nobody sees half an adapter.
         unfinished = self.folder / f".{name}-{secrets.token_hex(4)}"
@@ -146,19 +155,18 @@ def _free(name: str, is_taken) -> str:
     return next(candidate for candidate in candidates if not is_taken(candidate))
 
 
-def _adapters_in(folder: Path, prefix: str) -> list[Adapter]:
-    found = {}
-    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
-        file = entry / WEIGHTS_NAME if entry.is_dir() else entry
-        inside = file.resolve().is_relative_to(folder)  # links that lead out are not followed
-        if entry.name.startswith(".") or file.suffix != ".safetensors" or not file.is_file() or not inside:
+def _adapters_in(store: AdapterStore, prefix: str) -> list[Adapter]:
+    found = []
+    for name in store.names():
+        try:
+            file = store.file(name)
+            stat = file.stat()
+        except (ValueError, FileNotFoundError):  # gone since it was listed
             continue
-        stat = file.stat()
         header = _read_header(file, stat.st_mtime_ns, stat.st_size)
         if header is not None:
-            name = entry.name if entry.is_dir() else entry.stem
-            found[name] = Adapter(f"{prefix}/{name}", name, file, *header)
-    return list(found.values())
+            found.append(Adapter(f"{prefix}/{name}", name, file, *header, store))
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -60,7 +60,7 @@ class Reader:
             model, processor = self._question_answerer(adapter, len(answers))
             inputs = processor(picture, question, truncation=True, return_tensors="pt")
             try:
-                load_apt_weights(model, adapter.file)
+                load_apt_weights(model, adapter.load())
                 with recorded_gates(model) as record, noted_patches(model) as order:
                     asked = model(**inputs).logits[0].sigmoid()
                 set_apt_scale(model, 0.0)
@@ -94,7 +94,7 @@ class Reader:
             if adapter is None:
                 return Reading(without)
             try:
-                load_apt_weights(model, adapter.file)
+                load_apt_weights(model, adapter.load())
                 adapted = self._class_probabilities(model, processor, picture, labels, shots)
                 pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"]
                 with recorded_gates(model.vision_model) as record:

@@ -1,5 +1,6 @@
 """What the tests of the studio share: adapters and pictures on disk."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -34,4 +35,12 @@ def copy_adapter(source: Path, target: Path) -> Path:
 def picture(path: Path, width: int = 48, height: int = 40, seed: int = 0, **settings) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **settings)
+    return path
+
+
+def cut_off(path: Path) -> Path:
+    """A picture of which only the beginning arrived."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    path.write_bytes(stream.getvalue()[:80])
     return path

@@ -1,12 +1,9 @@
 """What stands behind the studio's pages, without a browser."""
 
 import ast
-import io
 import json
 import re
-import signal
 import struct
-import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studio_helpers import ANNA, BERT, ROOT, SCRIPT, copy_adapter, make_adapter, picture
+from studio_helpers import ANNA, BERT, ROOT, copy_adapter, cut_off, make_adapter, picture
 
-from apt_diffusion import StableDiffusionAPTPipeline
 from apt_diffusion.costs import published_tables
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing
 from apt_diffusion.data.pictures import find_pictures
@@ -26,7 +22,6 @@ from apt_diffusion.studio.background import in_background
 from apt_diffusion.studio.framing import as_trained
 from apt_diffusion.studio.generation import STRENGTHS, Order, Painter, python_code
 from apt_diffusion.studio.library import Library, slug
-from apt_diffusion.studio.training import Lesson, Trainings
 from apt_diffusion.studio.visitors import COOKIE, VisitorCookie, visitor_of
 
 
@@ -197,6 +192,18 @@ def test_everybody_sees_what_is_published_and_nobody_the_others_own(library):
             library.get(BERT, key)
 
 
+def test_examples_of_the_package_are_shown_where_they_fit(tmp_path, painter):
+    seen = Library(tmp_path, "miniature").visible(ANNA)
+    assert [adapter.label for adapter in seen] == ["mushroom (example)"] and seen[0].prompt == "a sks glyph"
+    assert not Library(tmp_path, painter.model).visible(ANNA)
+    answers = Library(tmp_path, painter.model).visible(ANNA, "vilt")
+    assert "red" in json.loads(answers[0].metadata["answers"])
+    for adapter in (*seen, *answers):
+        assert str(Path.home()) not in json.dumps(adapter.metadata) and adapter.card.startswith("# ")
+    with pytest.raises(ValueError, match="published already"):
+        Library(tmp_path, "miniature").publish(ANNA, seen[0].key)
+
+
 def test_a_visitor_is_no_path(library):
     for name in ("..", "../" + ANNA, "A" * 32, ""):
         with pytest.raises(ValueError, match="no visitor"):
@@ -260,13 +267,6 @@ def bomb(path: Path, side: int = 60_000) -> Path:
     return path
 
 
-def cut_off(path: Path) -> Path:
-    stream = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
-    path.write_bytes(stream.getvalue()[:80])
-    return path
-
-
 def disguised(path: Path) -> Path:
     path.write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
     return path
@@ -326,114 +326,6 @@ def test_the_crop_preview_is_what_the_trainer_sees(tmp_path):
     for found, image in zip(instance, shown, strict=True):
         expected = ((seen[found.path].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
         assert np.array_equal(np.asarray(image), expected)
-
-
-# Training
-
-
-@pytest.fixture
-def trainings(tmp_path, tiny_sd_path):
-    library = Library(tmp_path / "adapters")
-    flags = {"num_prompts": 4, "train_batch_size": 1, "num_validation_images": 1, "num_inference_steps": 2}
-    return Trainings(SCRIPT, str(tiny_sd_path), library, flags, max_steps=100_000)
-
-
-def wait_for(trainings, condition, seconds: float = 240):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        status = trainings.status(ANNA)
-        if condition(status):
-            return status
-        time.sleep(0.2)
-    raise AssertionError(f"still {status.state} at step {status.step}: {status.problem}")
-
-
-def test_a_training_outlives_its_server_is_stopped_resumed_and_finishes(trainings, tmp_path, tiny_sd_path):
-    pictures = [picture(tmp_path / f"{i}.png", seed=i) for i in range(2)]
-    lesson = Lesson("My dog", "--a sks glyph", steps=5_000, learning_rate=1e-3)
-    name = trainings.start(ANNA, pictures, ["", "a caption"], lesson)
-    assert name == "my-dog" and trainings.status(BERT) is None
-    with pytest.raises(ValueError, match="still running"):
-        trainings.start(ANNA, pictures, [], lesson)
-    wait_for(trainings, lambda status: status.step >= 2)
-
-    # Another server: nothing but the folder is left.
-    again = Trainings(SCRIPT, str(tiny_sd_path), Library(trainings.library.folder), trainings.defaults, 100_000)
-    assert again.status(ANNA).state == "running"
-    again.cancel(ANNA)
-    status = wait_for(trainings, lambda status: status.is_over)
-    assert status.state == "stopped" and status.step >= 2
-    assert status.losses[-1][0] == status.step
-    kept = trainings.library.get(ANNA, "own/my-dog")
-    assert json.loads(kept.metadata["training"])["step"] == status.step
-
-    job = trainings._latest(ANNA)
-    trainings._write(job | {"lesson": job["lesson"] | {"steps": status.step + 2}})
-    again.resume(ANNA)
-    done = wait_for(again, lambda status: status.is_over)
-    assert (done.state, done.step) == ("finished", status.step + 2), done.problem
-    assert [step for step, _ in done.losses] == list(range(1, status.step + 3))
-    assert done.samples and "# my-dog" in again.library.get(ANNA, "own/my-dog").card
-    assert not again.library.visible(BERT)
-    pipe = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path)
-    pipe.load_apt_weights(again.library.get(ANNA, "own/my-dog").file)
-
-
-def test_a_trainer_that_fails_or_is_killed_says_so(trainings, tmp_path):
-    trainings.defaults["rank"] = 0
-    trainings.start(ANNA, [picture(tmp_path / "a.png")], [], Lesson("x", "a sks glyph", steps=5))
-    status = wait_for(trainings, lambda status: status.is_over)
-    assert status.state == "failed" and "must be at least 1, got 0" in status.problem
-    trainings.defaults["rank"] = 4
-    trainings.start(ANNA, [picture(tmp_path / "a.png")], [], Lesson("x", "a sks glyph", steps=5))
-    trainings._process(trainings._latest(ANNA)).send_signal(signal.SIGKILL)
-    status = wait_for(trainings, lambda status: status.is_over)
-    assert status.state == "failed" and "killed" in status.problem
-    assert trainings.status(ANNA).name == "x"  # the first x never became an adapter
-
-
-def test_what_cannot_be_trained_is_refused_before_anything_is_kept(trainings, tmp_path):
-    good = picture(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="at most 100000"):
-        trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=100_001))
-    with pytest.raises(ValueError, match="damaged"):
-        trainings.start(ANNA, [good, cut_off(tmp_path / "b.png")], [], Lesson("x", "a sks glyph"))
-    with pytest.raises(ValueError, match="no training to stop"):
-        trainings.cancel(ANNA)
-    with pytest.raises(ValueError, match="no stopped training"):
-        trainings.resume(ANNA)
-    assert trainings.status(ANNA) is None
-    trainings.script = tmp_path / "train" / "train_apt_sd.py"
-    with pytest.raises(ValueError, match="needs a checkout"):
-        trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph"))
-
-
-def test_the_command_is_one_for_the_trainer_and_keeps_hostile_prompts_in_their_place(trainings, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from apt_sd_arguments import parse_args
-
-    lesson = Lesson("x", "--output_dir=/etc; rm", "--seed 3", steps=7, learning_rate=2e-3)
-    args = parse_args(trainings.command(ANNA, "x", lesson)[2:])
-    assert (args.instance_prompt, args.class_prompt) == ("--output_dir=/etc; rm", "--seed 3")
-    assert Path(args.output_dir) == trainings.library.own_folder(ANNA) / "x"
-    assert (args.max_train_steps, args.learning_rate, args.seed) == (7, 2e-3, 0)
-    assert args.with_prior_preservation and args.train_text_encoder
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"name": " "}, "a name"),
-        ({"prompt": ""}, "stand for your subject"),
-        ({"steps": 0}, "at least 1"),
-        ({"learning_rate": 0}, "learning rate"),
-        ({"learning_rate": float("nan")}, "learning rate"),
-        ({"class_prompt": "x" * 201}, "200 characters"),
-    ],
-)
-def test_a_lesson_that_makes_no_sense_is_refused_in_words(changes, message):
-    with pytest.raises(ValueError, match=message):
-        Lesson(**({"name": "x", "prompt": "a sks glyph"} | changes))
 
 
 # Cost

@@ -1,12 +1,13 @@
 """The adapters that a visitor sees: the published ones, which everybody sees, and the visitor's own.
 
+    examples/name/...                                  of this package: so that there is something to try at first
     DIR/name/pytorch_apt_weights.safetensors           published: a trainer's output folder
     DIR/name.safetensors                               published: a file
     DIR/.visitors/<visitor>/adapters/<name>/...        one visitor's own
     DIR/.visitors/<visitor>/trainings/<name>/...       pictures and log of its training, see `training`
 
-Keys (`public/name`, `own/name`) come from the browser: they are looked up in what the visitor sees, and never joined
-to a path.
+Keys (`example/name`, `public/name`, `own/name`) come from the browser: they are looked up in what the visitor sees,
+and never joined to a path.
 """
 
 import json
@@ -23,6 +24,7 @@ from ..files import WEIGHTS_NAME, AdapterFile
 from ..store import AdapterStore
 
 VISITORS = ".visitors"
+EXAMPLES = Path(__file__).parent / "examples"
 _SLUG = re.compile(r"[^a-z0-9]+")
 
 
@@ -47,7 +49,8 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        return f"{self.name} (yours)" if self.is_own else self.name
+        kind = {"own": " (yours)", "example": " (example)", "public": ""}
+        return self.name + kind[self.key.split("/")[0]]
 
     @property
     def prompt(self) -> str:
@@ -88,12 +91,18 @@ class Library:
 
     Args:
         folder: created if it is not there.
+        base_model: of Stable Diffusion: the example for the embedded one is shown where it fits.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, base_model: str = "") -> None:
         self.folder = Path(folder).expanduser().resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.public = AdapterStore(self.folder)
+        self.examples = [
+            adapter
+            for adapter in _adapters_in(AdapterStore(EXAMPLES), "example")
+            if adapter.kind != "stable_diffusion" or adapter.metadata["base_model"] == base_model
+        ]
 
     def visitor_folder(self, visitor: str) -> Path:
         if not re.fullmatch(r"[0-9a-f]{32}", visitor):
@@ -108,7 +117,8 @@ class Library:
         folder = self.own_folder(visitor)
         # Whose adapters are read for each use: there may be many visitors.
         own = _adapters_in(AdapterStore(folder, max_bytes=0), "own") if folder.is_dir() else []
-        return [adapter for adapter in [*own, *_adapters_in(self.public, "public")] if adapter.kind == kind]
+        seen = [*own, *_adapters_in(self.public, "public"), *self.examples]
+        return [adapter for adapter in seen if adapter.kind == kind]
 
     def get(self, visitor: str, key: str, kind: str = "stable_diffusion") -> Adapter:
         """`ValueError` for a key that this visitor does not see."""

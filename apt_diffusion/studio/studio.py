@@ -22,7 +22,7 @@ class Studio:
     """
 
     def __init__(self, model: str, adapters: str | Path, script: Path, max_train_steps: int = 2000) -> None:
-        self.library = Library(adapters)
+        self.library = Library(adapters, model)
         self.painter = Painter(model)
         self.reader = Reader()
         # Its words are few: pictures of many captions keep it from forgetting, not those of one class prompt.

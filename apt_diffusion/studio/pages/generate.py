@@ -26,7 +26,7 @@ EXAMPLES = [
     "a watercolour painting of a lighthouse in a storm",
     "a bowl of cherries on a wooden table, morning light",
 ]
-NO_ADAPTER = "No adapter chosen: this is the base model. Train one on the next page."
+NO_ADAPTER = "No adapter chosen: this is the base model. Choose one, or train your own on the next page."
 
 
 class GeneratePage:
@@ -126,6 +126,13 @@ class GeneratePage:
             told(self.status)(self._on_choice), {self.adapters, self.chosen, *self.weights}, about, **AT_ONCE
         )
         self.publish.click(told(self.status)(self._on_publish), self.adapters, [self.status, self.adapters], **AT_ONCE)
+
+    def connect(self, page: gr.Blocks) -> None:
+        page.load(told(self.status)(self._on_load), None, [self.adapters, self.status], **AT_ONCE)
+
+    def _on_load(self, request: gr.Request) -> dict:
+        examples = [adapter.key for adapter in self.studio.library.examples if adapter.kind == "stable_diffusion"]
+        return {self.adapters: gr.Dropdown(choices=self.choices(visitor_of(request)), value=examples[:1])}
 
     def choices(self, visitor: str) -> list[tuple[str, str]]:
         """What the list of adapters offers this visitor."""

@@ -39,6 +39,7 @@ def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
                 understand = UnderstandPage(studio)
             with gr.Tab("Cost", id="cost"):
                 cost = CostPage()
+        generate.connect(site)
         train.connect(site, tabs, "generate")
         understand.connect(site, generate)
         cost.connect(site)

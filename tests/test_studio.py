@@ -350,7 +350,7 @@ def test_costs_of_stable_diffusion_are_those_of_the_modules_that_add_apt_adapts(
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)
-        add_apt(unet, APTConfig(num_prompts=7, rank=3))
+    add_apt(unet, APTConfig(num_prompts=7, rank=3))
     count = sum(parameter.numel() for parameter in adapter_parameters(unet))
     gates = 2 * 16  # of `identity`: one number per module and stream, which the closed form does not count
     assert costs.compare("Stable Diffusion 1.5", 7, 3, 4096)[costs.APT_WITH_CONTEXT].parameters == count - gates

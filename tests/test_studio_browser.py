@@ -29,8 +29,8 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 180_000  # milliseconds: busy machines are slow
-STEPS = 24
+PATIENCE = 600_000  # milliseconds: busy machines are slow
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +177,17 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
 
     page = visit(owner)
     tab(page, "Train")
-    wait_for(page, "#train-status", r"Step \d+ of 24")
+    wait_for(page, "#train-status", r"Step \d+ of 12")
     page.click("#cancel")
     text = wait_for(page, "#train-status", r"Stopped\. The adapter of step \d+ is kept")
     stopped = int(re.search(r"step (\d+)", text)[1])
     assert 0 < stopped < STEPS
     page.click("#resume")
-    text = wait_for(page, "#train-status", r"Step \d+ of 24")
+    text = wait_for(page, "#train-status", r"Step \d+ of 12")
     assert int(re.search(r"Step (\d+)", text)[1]) >= stopped
     wait_for(page, "#train-status", "Finished: my-b-dog-b can be used")
     page.wait_for_function("document.querySelectorAll('#samples img').length > 0")
-    assert "of 24" in page.get_attribute("#losses svg", "aria-label")
+    assert "of 12" in page.get_attribute("#losses svg", "aria-label")
     with page.expect_download() as download:
         page.click("#download-adapter")
     assert download.value.suggested_filename == "my-b-dog-b.safetensors"

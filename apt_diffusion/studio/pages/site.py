@@ -35,13 +35,13 @@ def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
                 generate = GeneratePage(studio)
             with gr.Tab("Train", id="train"):
                 train = TrainPage(studio, generate)
-            with gr.Tab("Understand", id="understand"):
+            with gr.Tab("Understand", id="understand") as understand_tab:
                 understand = UnderstandPage(studio)
             with gr.Tab("Cost", id="cost"):
                 cost = CostPage()
         generate.connect(site)
         train.connect(site, tabs, "generate")
-        understand.connect(site, generate)
+        understand.connect(site, understand_tab)
         cost.connect(site)
     return site.queue(max_size=queue_size, default_concurrency_limit=4)
 

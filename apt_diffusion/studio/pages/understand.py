@@ -14,7 +14,6 @@ from ..uploads import check_count, lines_of, open_picture
 from ..visitors import visitor_of
 from .downloads import examples_folder
 from .events import AT_ONCE, MODEL_QUEUE, told
-from .generate import GeneratePage
 
 MAP_HELP = (
     "Bright where the prompts act most, dark where they act least: the gate *w* of each {unit}, the mean over all "
@@ -105,7 +104,7 @@ class UnderstandPage:
                     self.classes_with = gr.Label(
                         label="With the adapter", elem_id="classes-with", min_width=240, visible=False
                     )
-                self.class_map = _map("class-map")
+                self.class_map = _map("class-map", visible=False)
 
     def _build_watch(self) -> None:
         with gr.Row(elem_classes="apt-columns"):
@@ -129,12 +128,10 @@ class UnderstandPage:
                 )  # fmt: skip
                 gr.Markdown(MAP_HELP.format(unit="position of the latents"), elem_classes="apt-note")
 
-    def connect(self, page: gr.Blocks, generate: GeneratePage) -> None:
-        lists = [self.answerer, self.no_answers, self.namer, self.watched]
-        gr.on(
-            [page.load, generate.adapters.change], told(self.ask_status)(self._on_load), None,
-            [*lists, self.ask_status], **AT_ONCE,
-        )  # fmt: skip
+    def connect(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        lists = [self.answerer, self.no_answers, self.namer, self.watched, self.ask_status]
+        page.load(told(self.ask_status)(self._on_load), None, lists, **AT_ONCE)
+        tab.select(told(self.ask_status)(self._on_select), None, lists, **AT_ONCE)
         settings = {"show_progress": "minimal", **MODEL_QUEUE}
         self.watched.change(told(self.watch_status)(self._on_watched), self.watched, self.watch_prompt, **AT_ONCE)
         gr.on(
@@ -152,8 +149,8 @@ class UnderstandPage:
             [self.watch_status, self.watch_maps], **(settings | {"show_progress": "hidden"}),
         )  # fmt: skip
 
-    def _on_load(self, request: gr.Request) -> dict:
-        library, visitor = self.studio.library, visitor_of(request)
+    def _choices(self, visitor: str) -> dict[gr.Dropdown, list[tuple[str, str]]]:
+        library = self.studio.library
         answerers = [
             (f"{adapter.label}: {adapter.kind.upper()}", adapter.key)
             for kind in ("vilt", "meter")
@@ -162,12 +159,19 @@ class UnderstandPage:
         ]
         namers = [("No adapter", ""), *((a.label, a.key) for a in library.visible(visitor, "clip"))]
         drawers = [(a.label, a.key) for a in library.visible(visitor)]
-        return {
-            self.answerer: gr.Dropdown(choices=answerers, value=answerers[0][1] if answerers else None),
-            self.no_answers: gr.Markdown(visible=not answerers),
-            self.namer: gr.Dropdown(choices=namers, value=""),
-            self.watched: gr.Dropdown(choices=drawers, value=drawers[0][1] if drawers else None),
+        return {self.answerer: answerers, self.namer: namers, self.watched: drawers}
+
+    def _on_load(self, request: gr.Request) -> dict:
+        choices = self._choices(visitor_of(request))
+        update: dict[Any, Any] = {
+            menu: gr.Dropdown(choices=entries, value=entries[0][1] if entries else None)
+            for menu, entries in choices.items()
         }
+        return update | {self.no_answers: gr.Markdown(visible=not choices[self.answerer])}
+
+    def _on_select(self, request: gr.Request) -> dict:
+        """What was trained meanwhile; what is chosen stays chosen."""
+        return {menu: gr.Dropdown(choices=entries) for menu, entries in self._choices(visitor_of(request)).items()}
 
     def _on_watched(self, key: str | None, request: gr.Request) -> dict:
         adapter = self.studio.library.get(visitor_of(request), key) if key else None
@@ -223,10 +227,10 @@ class UnderstandPage:
             yield update
 
 
-def _map(elem_id: str) -> gr.Image:
+def _map(elem_id: str, visible: bool = True) -> gr.Image:
     return gr.Image(
         label="Where the adapter acts", interactive=False, format="png", height=280, elem_id=elem_id,
-        elem_classes="apt-small", buttons=["download", "fullscreen"],
+        elem_classes="apt-small", buttons=["download", "fullscreen"], visible=visible,
     )  # fmt: skip
 
 

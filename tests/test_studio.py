@@ -196,10 +196,7 @@ def test_examples_of_the_package_are_shown_where_they_fit(tmp_path, painter):
     seen = Library(tmp_path, "miniature").visible(ANNA)
     assert [adapter.label for adapter in seen] == ["mushroom (example)"] and seen[0].prompt == "a sks glyph"
     assert not Library(tmp_path, painter.model).visible(ANNA)
-    answers = Library(tmp_path, painter.model).visible(ANNA, "vilt")
-    assert "red" in json.loads(answers[0].metadata["answers"])
-    for adapter in (*seen, *answers):
-        assert str(Path.home()) not in json.dumps(adapter.metadata) and adapter.card.startswith("# ")
+    assert str(Path.home()) not in json.dumps(seen[0].metadata) and seen[0].card.startswith("# mushroom")
     with pytest.raises(ValueError, match="published already"):
         Library(tmp_path, "miniature").publish(ANNA, seen[0].key)
 

@@ -92,6 +92,7 @@ def test_help_explains_every_flag(capsys):
     from apt_sd_arguments import build_parser
 
     assert all(action.help for action in build_parser()._actions)
+    assert "default: None" not in printed and "(default: 4)" in printed and "examples:" in printed
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,37 @@ fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 finite = number(float, math.isfinite, "finite")
 
 
+EXAMPLES = """
+examples:
+  the embedded model, offline, in two minutes:
+    accelerate launch train/train_apt_sd.py --pretrained_model_name_or_path miniature \\
+        --instance_data_dir examples/subject --instance_prompt "a sks glyph" --train_text_encoder \\
+        --max_train_steps 400 --output_dir out/glyph
+  Stable Diffusion, with pictures of the class against forgetting, and samples while it learns:
+    accelerate launch train/train_apt_sd.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir dog/ \\
+        --instance_prompt "a photo of sks dog" --train_text_encoder \\
+        --with_prior_preservation --class_data_dir dogs/ --class_prompt "a photo of a dog" \\
+        --max_train_steps 800 --validation_prompt "a sks dog in snow" --validation_steps 100 --mixed_precision bf16
+  a run that was stopped goes on: the same command and --resume_from_checkpoint latest
+
+docs/training.md says more.
+"""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names the defaults that say something: not `None`, and not that a switch is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Teach a Stable Diffusion a subject from a few pictures, as an APT adapter.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
     )
     _model_flags(parser.add_argument_group("model").add_argument)
     _adapter_flags(parser.add_argument_group("adapter").add_argument)

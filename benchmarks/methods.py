@@ -12,6 +12,7 @@ rates (`RATES`) the one that does best on the validation split with the first se
 import argparse
 import importlib
 import json
+import logging
 import subprocess
 import sys
 from collections import defaultdict
@@ -239,6 +240,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
+    logging.basicConfig()  # here, not within the first run, whose log file is closed at its end
     rows = compare(args)
     table = format_table(rows)
     (output_dir / "methods.md").write_text(table + "\n")

@@ -62,10 +62,12 @@ def train(page: Page, steps: int) -> None:
 
 def understand(page: Page) -> None:
     page.get_by_role("tab", name="Understand").click()
-    page.get_by_text("what color is the").first.click()
-    page.wait_for_timeout(1500)
-    page.click("#ask")
-    wait_for(page, "#ask-status", "The answer")
+    page.get_by_role("tab", name="Classify").click()
+    page.wait_for_timeout(1000)
+    page.locator("#class-examples button:has(img), #class-examples .gallery-item").first.click()
+    page.wait_for_timeout(2500)
+    page.click("#classify")
+    wait_for(page, "#class-status", "Compared")
 
 
 def watch(page: Page) -> None:

@@ -96,7 +96,7 @@ class UnderstandPage:
                         "mean of each label's examples, not with its name.",
                     )  # fmt: skip
                 self.classify = gr.Button("Classify", variant="primary", elem_id="classify")
-                gr.Examples(pictures, [self.class_picture], label="Examples to try")
+                gr.Examples(pictures, [self.class_picture], label="Examples to try", elem_id="class-examples")
             with gr.Column(scale=6, min_width=300):
                 self.class_status = gr.HTML(progress("Choose a picture."), elem_id="class-status", padding=False)
                 with gr.Row():

@@ -43,6 +43,7 @@ CSS = """
 .apt-header p { margin: 0.15rem 0 0; color: var(--body-text-color-subdued); }
 .apt-columns { gap: 1.25rem; align-items: flex-start; }
 .apt-small img { image-rendering: pixelated; }
+#ask-picture img, #class-picture img { width: 100%; height: 100%; object-fit: contain; }
 .apt-pictures .grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
 .apt-pictures > label[data-testid="block-label"] { position: static; border: none; background: none; }
 .apt-pictures .grid-container { padding-top: 0 !important; }

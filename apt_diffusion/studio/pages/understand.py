@@ -19,11 +19,11 @@ MAP_HELP = (
     "Bright where the prompts act most, dark where they act least: the gate *w* of each {unit}, the mean over all "
     "adapted attention modules, each divided by its own largest value first."
 )
-NO_ANSWERS = """Nobody has taught a model to answer questions yet. It takes a minute:
+NO_ANSWERS = """Nobody has taught a model to answer questions yet. This is how, for the embedded ViLT:
 
     python -m apt_diffusion.miniature.tasks vqa --output_dir data/vqa
     accelerate launch train/train_apt_vqa.py --model_name_or_path miniature-vilt --data_dir data/vqa \\
-        --output_dir {folder}/answers --max_train_steps 300 --gradient_accumulation_steps 1 --no-augment
+        --output_dir {folder}/answers --max_train_steps 300 --no-augment
 
 Then load this page again. `miniature-meter`, and real ViLT and METER, work the same way."""
 

@@ -137,6 +137,42 @@ def tiny_sd_path(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sdxl_path(tmp_path_factory) -> Path:
+    """A tiny random SDXL: two text encoders, pooled text and time ids as further conditions."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    text_encoder = make_text_encoder(len(tokenizer))
+    second_tokenizer = make_tokenizer(folder / "tokenizer_2")
+    second_tokenizer.pad_token = "!"  # as SDXL's; the first pads with the end of the text
+    second = CLIPTextConfig(**text_encoder.config.to_dict() | {"projection_dim": 32, "hidden_act": "gelu"})
+    unet = UNet2DConditionModel(
+        **dict(make_unet(cross_attention_dim=64).config)
+        | {
+            "transformer_layers_per_block": (1, 2),
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        }
+    )
+    pipeline = StableDiffusionXLPipeline(
+        vae=make_vae(),
+        text_encoder=text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=tokenizer,
+        tokenizer_2=second_tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def instance_dir(tmp_path_factory) -> Path:
     """Five small pictures."""
     folder = tmp_path_factory.mktemp("instance")

@@ -4,7 +4,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from conftest import make_text_encoder, make_tokenizer, make_unet, make_vae, randomize
+from conftest import make_unet, randomize
 from safetensors.torch import load_file
 
 import apt_diffusion as apt
@@ -43,40 +43,6 @@ def make_controlnet():
     for module in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         torch.nn.init.normal_(module.weight, std=0.1)
     return controlnet
-
-
-@pytest.fixture(scope="session")
-def tiny_sdxl_path(tmp_path_factory):
-    """A tiny random SDXL: two text encoders, pooled text and time ids as further conditions."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    folder = tmp_path_factory.mktemp("tiny-sdxl")
-    torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    text_encoder = make_text_encoder(len(tokenizer))
-    second = CLIPTextConfig(**text_encoder.config.to_dict() | {"projection_dim": 32, "hidden_act": "gelu"})
-    unet = UNet2DConditionModel(
-        **dict(make_unet(cross_attention_dim=64).config)
-        | {
-            "transformer_layers_per_block": (1, 2),
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        }
-    )
-    pipeline = StableDiffusionXLPipeline(
-        vae=make_vae(),
-        text_encoder=text_encoder,
-        text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(),
-        add_watermarker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=INPUTS)

@@ -85,6 +85,10 @@ def _model_flags(add) -> None:
     add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a base model, or 'miniature'.")
     add("--revision", help="Revision of the base model on the hub.")
     add("--variant", help="Variant of the base model's files, for example fp16.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Hub id or folder of another VAE, for example one of SDXL's that is stable in half precision.",
+    )
     add("--tokenizer_name", help="Hub id or folder of another tokenizer.")
     add("--tokenizer_max_length", type=positive_int, help="Tokens per prompt; the tokenizer's own maximum if not set.")
     add("--text_encoder_use_attention_mask", action="store_true", help="Hide padding from the text encoder.")
@@ -112,7 +116,7 @@ def _adapter_flags(add) -> None:
     )
     add("--streams", nargs="+", choices=STREAMS, help="Which streams are corrected in the UNet; the default if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
-    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too.")
+    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of SDXL's).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
 
 
@@ -120,7 +124,11 @@ def _data_flags(add) -> None:
     add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
     add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
     add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl beside the pictures.")
-    add("--resolution", type=positive_int, help="Size of the training squares. Default: the model's own, at most 512.")
+    add(
+        "--resolution",
+        type=positive_int,
+        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
+    )
     add("--center_crop", action="store_true", help="Cut the middle of the picture instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror half of the samples.")
     add("--repeats", type=positive_int, default=1, help="How often an epoch shows each picture of the subject.")

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from apt_sd_arguments import apt_config
 from class_pictures import draw_missing_class_pictures, find_class_pictures
 from stable_diffusion_base import Prompts, StableDiffusionBase
+from stable_diffusion_xl_base import open_base
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -77,7 +78,7 @@ class Trainer:
     """What a training step uses."""
 
     unet: nn.Module
-    text_encoder: nn.Module | None  # `None` where its embeddings are kept
+    text_encoders: dict[str, nn.Module]  # none where their embeddings are kept
     vae: nn.Module | None  # `None` where its latents are kept
     components: dict[str, nn.Module]  # those with an adapter, as they were loaded
     parameters: dict[str, nn.Parameter]  # the adapter's, by name
@@ -91,7 +92,7 @@ class Trainer:
     @property
     def trained(self) -> list[nn.Module]:
         """The models with an adapter, as accelerate wrapped them."""
-        wrapped = {"unet": self.unet, "text_encoder": self.text_encoder}
+        wrapped = {"unet": self.unet} | self.text_encoders
         return [wrapped[part] for part in self.components]
 
 
@@ -101,7 +102,9 @@ def check(args: Any, command: str) -> Run:
     instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
     of_class = find_class_pictures(args)
     resumed = find_resumed(args)
-    base = StableDiffusionBase(args.pretrained_model_name_or_path, args.revision, args.variant)
+    base = open_base(
+        args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
+    )
     args.resolution = base.check_resolution(args.resolution)
     check_fit(args, base)
     run = Run(args, accelerator, base, command, agree_on_seed(args.seed, resumed), instance, of_class, resumed)
@@ -118,16 +121,18 @@ def check(args: Any, command: str) -> Run:
 def check_fit(args: Any, base: StableDiffusionBase) -> None:
     """Adapter and prompts must fit the model: seen on its configuration, before any weights are loaded."""
     skeletons = base.skeletons()
-    longest = skeletons["text_encoder"].config.max_position_embeddings
+    longest = min(skeletons[part].config.max_position_embeddings for part in base.text_parts)
     if (args.tokenizer_max_length or 0) > longest:
         raise ValueError(
             f"--tokenizer_max_length {args.tokenizer_max_length}: this text encoder reads at most {longest} tokens."
         )
-    add_apt({part: skeletons[part] for part in trained_parts(args)}, apt_config(args))
+    if args.tokenizer_name is not None and len(base.text_parts) > 1:
+        raise ValueError("--tokenizer_name names one tokenizer, but this model has two, which pad differently.")
+    add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 
-def trained_parts(args: Any) -> list[str]:
-    return [*([] if args.no_train_unet else ["unet"]), *(["text_encoder"] if args.train_text_encoder else [])]
+def trained_parts(args: Any, base: StableDiffusionBase) -> list[str]:
+    return [*([] if args.no_train_unet else ["unet"]), *(base.text_parts if args.train_text_encoder else ())]
 
 
 def load(run: Run) -> Trainer:
@@ -142,11 +147,11 @@ def load(run: Run) -> Trainer:
     objective = Objective(noise_schedule.alphas_cumprod, noise_schedule.config.prediction_type, args.snr_gamma)
     data = make_data(run, len(noise_schedule.alphas_cumprod))
 
-    text_encoder = base.text_encoder(dtype).to(device)
-    prompts = make_prompts(run, data, text_encoder)
+    text_encoders = {part: model.to(device) for part, model in base.text_encoders(dtype).items()}
+    prompts = make_prompts(run, data, text_encoders)
     if args.cache_text_embeddings:
-        prompts.keep_embeddings(text_encoder)
-        text_encoder = None
+        prompts.keep_embeddings(text_encoders)
+        text_encoders = {}
 
     batches = make_batches(run, data)
     vae = base.vae().to(device)
@@ -155,19 +160,20 @@ def load(run: Run) -> Trainer:
         vae = None
 
     unet = base.unet(dtype).to(device)
-    models = {"unet": unet, "text_encoder": text_encoder}
-    components = {part: models[part] for part in trained_parts(args)}
+    models = {"unet": unet} | text_encoders
+    components = {part: models[part] for part in trained_parts(args, base)}
     torch.manual_seed(run.seed)
     parameters = attach_trainable(components, apt_config(args), run.resumed.folder if run.resumed else None)
-    prepare_computation(args, unet, text_encoder)
+    for name in filter(base.idle, list(parameters)):
+        parameters.pop(name).requires_grad_(False)
+    prepare_computation(args, unet, text_encoders)
 
     optimizer = make_optimizer(run, parameters)
     schedule = make_schedule(
         args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
     )
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    if text_encoder is not None:
-        text_encoder = accelerator.prepare(text_encoder)
+    text_encoders = {part: accelerator.prepare(model) for part, model in text_encoders.items()}
     if run.resumed:
         load_training_state(run.resumed, optimizer.optimizer, parameters, accelerator.scaler)
     loader = DataLoader(
@@ -180,7 +186,7 @@ def load(run: Run) -> Trainer:
     )
     return Trainer(
         unet,
-        text_encoder,
+        text_encoders,
         vae,
         components,
         parameters,
@@ -207,14 +213,15 @@ def make_data(run: Run, num_timesteps: int) -> DreamBoothData:
     )
 
 
-def make_prompts(run: Run, data: DreamBoothData, text_encoder: nn.Module) -> Prompts:
+def make_prompts(run: Run, data: DreamBoothData, text_encoders: dict[str, nn.Module]) -> Prompts:
     """All prompts that data and samples will ask for."""
     return Prompts(
         [*data.prompts, run.sample_prompt, ""],
-        run.base.tokenizer(run.args.tokenizer_name),
+        run.base,
+        text_encoders,
+        run.base.tokenizers(run.args.tokenizer_name),
         run.args.tokenizer_max_length,
         run.args.text_encoder_use_attention_mask,
-        text_encoder,
     )
 
 
@@ -249,22 +256,23 @@ def encode_views(run: Run, data: DreamBoothData, vae: nn.Module, batches: list[r
     return cache
 
 
-def prepare_computation(args: Any, unet: nn.Module, text_encoder: nn.Module | None) -> None:
+def prepare_computation(args: Any, unet: nn.Module, text_encoders: dict[str, nn.Module]) -> None:
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if args.train_text_encoder:
-            text_encoder.gradient_checkpointing_enable()
+            for text_encoder in text_encoders.values():
+                text_encoder.gradient_checkpointing_enable()
 
 
 def make_optimizer(run: Run, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of its own for each component."""
+    """AdamW, with a learning rate of their own for text encoders."""
     args = run.args
     scale = run.positions_per_step if args.scale_lr else 1
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     rates = {"unet": args.learning_rate, "text_encoder": text_encoder_lr}
-    groups = {part: {n: p for n, p in parameters.items() if n.startswith(f"{part}.")} for part in rates}
+    groups = {part: {n: p for n, p in parameters.items() if n.startswith(part)} for part in rates}
     return make_adamw(
         [(group, rates[part] * scale) for part, group in groups.items() if group],
         betas=(args.adam_beta1, args.adam_beta2),

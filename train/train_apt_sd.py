@@ -35,9 +35,9 @@ logger = logging.getLogger("train_apt_sd")
 
 CARD_SETTINGS = ("num_prompts", "rank", "resolution", "train_batch_size", "max_train_steps", "learning_rate")
 USAGE = """
-from apt_diffusion import StableDiffusionAPTPipeline
+from apt_diffusion import {pipeline}
 
-pipe = StableDiffusionAPTPipeline.from_pretrained({base_model!r})
+pipe = {pipeline}.from_pretrained({base_model!r})
 pipe.load_apt_weights({place!r})
 image = pipe({prompt!r}).images[0]
 """
@@ -108,10 +108,11 @@ def training_loss(run: Run, trainer: Trainer, batch: Batch) -> Tensor:
     mean, std = distribution.unbind(1)  # (B, c, h, w)
     latents = mean + std * batch.posterior_noise
     noisy = trainer.objective.noisy(latents, batch.noise, batch.timesteps)
+    embeddings = trainer.prompts(batch.prompts, trainer.text_encoders)
     prediction = trainer.unet(
         noisy.to(trainer.dtype),
         batch.timesteps,
-        trainer.prompts(batch.prompts, trainer.text_encoder).to(trainer.dtype),
+        **run.base.conditions(embeddings, batch.time_ids, trainer.dtype),
         class_labels=batch.timesteps if args.class_labels_conditioning == "timesteps" else None,
         return_dict=False,
     )[0]
@@ -121,9 +122,8 @@ def training_loss(run: Run, trainer: Trainer, batch: Batch) -> Tensor:
 
 
 def set_training_mode(trainer: Trainer, training: bool) -> None:
-    for model in (trainer.unet, trainer.text_encoder):
-        if model is not None:
-            model.train(training)
+    for model in (trainer.unet, *trainer.text_encoders.values()):
+        model.train(training)
 
 
 def samples_are_due(run: Run, step: int) -> bool:
@@ -146,14 +146,12 @@ def draw_samples(run: Run, trainer: Trainer, step: int) -> list[Path]:
     seeds = [run.seed + index for index in range(count)]
     set_training_mode(trainer, False)
     # Only the main process draws, so the models must not look for the others.
-    unet, text_encoder = (
-        run.accelerator.unwrap_model(model) if model is not None else None
-        for model in (trainer.unet, trainer.text_encoder)
-    )
+    unwrap = run.accelerator.unwrap_model
+    text_encoders = {part: unwrap(model) for part, model in trainer.text_encoders.items()}
     with torch.no_grad():
-        conditioning = tuple(trainer.prompts([prompt], text_encoder) for prompt in (run.sample_prompt, ""))
+        conditioning = tuple(trainer.prompts([prompt], text_encoders) for prompt in (run.sample_prompt, ""))
     images = run.base.draw(
-        unet,
+        unwrap(trainer.unet),
         conditioning,
         seeds,
         args.resolution,
@@ -214,8 +212,13 @@ def finish(run: Run, trainer: Trainer) -> None:
         base_model=args.pretrained_model_name_or_path,
         summary="An adapter for Stable Diffusion, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
         f"{len(run.instance)} pictures for {step} steps. Adapted: {' and '.join(trainer.components)}.",
-        usage=USAGE.format(base_model=args.pretrained_model_name_or_path, place=place, prompt=run.sample_prompt),
-        tags=["text-to-image", "diffusers", "stable-diffusion", "apt", "approximated-prompt-tuning"],
+        usage=USAGE.format(
+            pipeline=run.base.pipeline_class.__name__,
+            base_model=args.pretrained_model_name_or_path,
+            place=place,
+            prompt=run.sample_prompt,
+        ),
+        tags=["text-to-image", "diffusers", run.base.tag, "apt", "approximated-prompt-tuning"],
         settings=card_settings(run),
         command=run.command,
         prompt=args.instance_prompt,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .order import Purpose, entry_at, random_at
-from .pictures import Picture, View, choose_view, cut, read_picture, resized
+from .pictures import Picture, View, choose_view, cut, read_picture, resized, time_ids
 
 # A view's latent distribution: mean and standard deviation, (2, c, h, w)
 LatentCache = dict[View, Tensor]
@@ -36,6 +36,7 @@ class Sample:
 
     prompt: str
     image: Tensor  # (2, c, h, w) or (3, H, W)
+    time_ids: tuple[int, ...]  # see `time_ids`; of use to SDXL alone
     timestep: int
     posterior_noise: Tensor  # (c, h, w): which latent of the distribution
     noise: Tensor  # (c, h, w)
@@ -47,16 +48,17 @@ class Batch:
 
     prompts: list[str]
     images: Tensor  # (B, 2, c, h, w) or (B, 3, H, W)
+    time_ids: Tensor  # (B, 6)
     timesteps: Tensor  # (B,)
     posterior_noise: Tensor  # (B, c, h, w)
     noise: Tensor  # (B, c, h, w)
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (self.images, self.timesteps, self.posterior_noise, self.noise)
+        tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
         return Batch(self.prompts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def pin_memory(self) -> "Batch":
-        tensors = (self.images, self.timesteps, self.posterior_noise, self.noise)
+        tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
         return Batch(self.prompts, *(tensor.pin_memory() for tensor in tensors))
 
 
@@ -135,7 +137,8 @@ class DreamBoothData(Dataset):
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
         image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
-        return Sample(picture.prompt, image, timestep, torch.from_numpy(posterior_noise), torch.from_numpy(noise))
+        noises = torch.from_numpy(posterior_noise), torch.from_numpy(noise)
+        return Sample(picture.prompt, image, time_ids(picture, view), timestep, *noises)
 
     def pixels(self, views: list[View]) -> dict[View, Tensor]:
         """Pixels `(3, size, size)` of several views; each picture is opened once."""
@@ -152,6 +155,7 @@ def collate(samples: list[list[Sample]]) -> Batch:
     return Batch(
         [sample.prompt for sample in flat],
         torch.stack([sample.image for sample in flat]),
+        torch.tensor([sample.time_ids for sample in flat]),
         torch.tensor([sample.timestep for sample in flat]),
         torch.stack([sample.posterior_noise for sample in flat]),
         torch.stack([sample.noise for sample in flat]),

@@ -126,6 +126,16 @@ def choose_view(
     return View(picture.path, size, offset if width > height else 0, offset if height > width else 0, flipped)
 
 
+def time_ids(picture: Picture, view: View) -> tuple[int, int, int, int, int, int]:
+    """What SDXL is told of a view (arXiv 2307.01952, section 2.2), pairs of vertical and horizontal pixels.
+
+    They are the picture's size, where the view begins in the resized (and mirrored) picture, and the view's size.
+    """
+    width, _ = _resized_size(picture.width, picture.height, view.size)
+    left = width - view.size - view.left if view.flipped else view.left
+    return picture.height, picture.width, view.top, left, view.size, view.size
+
+
 def _resized_size(width: int, height: int, size: int) -> tuple[int, int]:
     short = min(width, height)
     return max(size, width * size // short), max(size, height * size // short)

@@ -97,9 +97,8 @@ def test_conditions_are_those_of_the_pipeline(base, stock):
         torch.testing.assert_close(conditions["encoder_hidden_states"], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(conditions["added_cond_kwargs"]["text_embeds"], pooled, rtol=1e-5, atol=1e-5)
         assert torch.equal(conditions["added_cond_kwargs"]["time_ids"], time_ids)
-    assert (
-        base.conditions(embeddings, time_ids, torch.bfloat16)["added_cond_kwargs"]["time_ids"].dtype == torch.float32
-    )
+    half = base.conditions(embeddings, time_ids + 1001, torch.bfloat16)["added_cond_kwargs"]
+    assert torch.equal(half["time_ids"], time_ids + 1001) and half["text_embeds"].dtype == torch.bfloat16
 
 
 def test_the_unet_is_told_text_sizes_and_cuts(go, told, stock):

@@ -3,7 +3,7 @@
 
     python -m apt_diffusion.miniature.tasks nlvr2 --output_dir data/nlvr2
     accelerate launch train/train_apt_nlvr2.py --model_name_or_path miniature-meter --data_dir data/nlvr2 \\
-        --output_dir out/nlvr2 --max_train_steps 200 --no-augment
+        --output_dir out/nlvr2 --max_train_steps 150 --init identity --hidden_dropout_prob 0 --no-augment
 
 Here are data, model, loss and metric of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.

@@ -43,6 +43,7 @@ class Task:
         chosen_by: the metric that chooses a learning rate; of the validation split where there is one beside the test.
         reported: metrics of the table, by column.
         seed_flag: of the script.
+        script: `train_apt_<script>.py`; the task's name if `None`.
     """
 
     data: str
@@ -51,11 +52,13 @@ class Task:
     chosen_by: str
     reported: dict[str, str]
     seed_flag: str = "seed"
+    script: str | None = None
 
 
 SHARED = {"no-augment": True, "report_to": "none", "hidden_dropout_prob": 0.0}
 # In runs this short untrained prompts disturb more than they help: docs/vision_language.md.
 OF_METHOD = {"apt": {"init": "identity"}}
+CLIP = {"no-augment": True, "report_to": "none", "optimizer": "adamw", "train_batch_size": 16}
 AT_THE_END = {"evaluation_steps": 10**6}
 TASKS = {
     "vqa": Task(
@@ -75,30 +78,26 @@ TASKS = {
     "retrieval": Task(
         "retrieval",
         ("vilt", "meter"),
-        SHARED
-        | {
-            "max_train_steps": 150,
-            "gradient_accumulation_steps": 1,
-            "head_lr_multiplier": 1,
-            "cross_modal_lr_multiplier": 1,
-            "max_evaluation_images": 100,
-        },
-        "text_recall@1",
-        {"text recall@1": "text_recall@1", "image recall@1": "image_recall@1"},
+        SHARED | {"max_train_steps": 150, "max_evaluation_images": 100, "evaluation_splits": ["val", "test"]},
+        "val_text_recall@1",
+        {"text recall@1": "test_text_recall@1", "image recall@1": "test_image_recall@1"},
     ),
     "clip": Task(
         "classification",
         ("clip",),
-        {
-            "no-augment": True,
-            "report_to": "none",
-            "optimizer": "adamw",
-            "num_train_epochs": 10,
-            "train_batch_size": 16,
-        },
-        "base_accuracy",
+        CLIP | {"num_train_epochs": 10},
+        "val_accuracy",
         {"base classes": "base_accuracy", "new classes": "new_accuracy"},
         seed_flag="seeds",
+    ),
+    "few_shot": Task(
+        "classification",
+        ("clip",),
+        CLIP | {"protocol": "few_shot", "max_train_steps": 200},
+        "val_accuracy",
+        {"all classes": "accuracy"},
+        seed_flag="seeds",
+        script="clip",
     ),
 }
 RATES = dict.fromkeys(METHODS, (1e-3, 2e-3)) | {"full": (1e-4, 5e-4)}
@@ -150,15 +149,21 @@ def run(job: Job, output_dir: Path) -> dict[str, Any]:
         )
         if job.model == "meter" and job.method != "full":
             flags["cache_encoder_outputs"] = output_dir / "encoder-outputs"
-        words = [w for name, value in flags.items() for w in (f"--{name}", *([] if value is True else [str(value)]))]
+        words = [word for name, value in flags.items() for word in words_of(name, value)]
         AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this same process
         GradientState._reset_state()
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-            importlib.import_module(f"train_apt_{job.task}").main(words)
+            importlib.import_module(f"train_apt_{task.script or job.task}").main(words)
         for checkpoint in folder.glob("checkpoint-*/optimizer.safetensors"):
             checkpoint.unlink()  # only results are kept
     return json.loads((folder / RESULTS_NAME).read_text())
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """Of one flag on a command line."""
+    values = value if isinstance(value, list) else [] if value is True else [value]
+    return [f"--{name}", *map(str, values)]
 
 
 def data_folder(task: Task, output_dir: Path) -> Path:

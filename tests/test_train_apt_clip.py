@@ -55,7 +55,7 @@ def test_an_interrupted_run_goes_on_exactly(model, data, tmp_path, optimizer):
     assert_same_weights(whole, part)
     assert rows(whole) == rows(part) and len(rows(whole)) == 4
     assert results(whole)["metrics"] == results(part)["metrics"]
-    assert list(results(whole)["metrics"]) == ["base_accuracy", "new_accuracy", "harmonic_mean"]
+    assert list(results(whole)["metrics"]) == ["base_accuracy", "new_accuracy", "val_accuracy", "harmonic_mean"]
 
 
 def test_rates_are_constant_within_an_epoch_and_follow_the_cosine(model, data, tmp_path):

@@ -90,6 +90,20 @@ def test_more_evaluations_and_fewer_pictures(models, data, tmp_path):
     assert results(folder)["metrics"]["image_recall@5"] == 1  # among three
 
 
+def test_several_splits_are_told_apart(models, tmp_path):
+    data = make_retrieval_folder(tmp_path / "data")
+    file = data / "dataset_flickr30k.json"
+    content = json.loads(file.read_text())
+    for image in content["images"][-2:]:
+        image["split"] = "val"
+    file.write_text(json.dumps(content))
+    both = run(models["vilt"], data, tmp_path / "both", eval_only=True, evaluation_splits=["val", "test"])
+    for split in ("val", "test"):
+        one = run(models["vilt"], data, tmp_path / split, eval_only=True, evaluation_splits=split)
+        for metric, value in results(one)["metrics"].items():
+            assert results(both)["metrics"][f"{split}_{metric}"] == value
+
+
 def test_kept_encoder_outputs_give_the_same(models, data, tmp_path):
     flags = {"max_train_steps": 3, "hidden_dropout_prob": 0.0, "augment": None}
     cached = run(models["meter"], data, tmp_path / "a", cache_encoder_outputs=str(tmp_path / "cache"), **flags)
@@ -165,4 +179,4 @@ def test_errors_come_before_training(models, data, tmp_path):
     with pytest.raises(SystemExit):
         run(models["vilt"], None, tmp_path / "c")
     with pytest.raises(ValueError, match=r"none of the splits \['val'\]"):
-        run(models["vilt"], data, tmp_path / "d", evaluation_split="val")
+        run(models["vilt"], data, tmp_path / "d", evaluation_splits="val")

@@ -4,8 +4,8 @@ that it is compared with.
 
     python -m apt_diffusion.miniature.tasks retrieval --output_dir data/flickr30k
     accelerate launch train/train_apt_retrieval.py --model_name_or_path miniature-vilt \\
-        --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 100 \\
-        --gradient_accumulation_steps 1 --no-augment --max_evaluation_images 100
+        --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 150 --no-augment \\
+        --max_evaluation_images 100
 
 Here are data, model, loss and metrics of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
@@ -13,13 +13,14 @@ Here are data, model, loss and metrics of the task. The flags that all tasks sha
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
-from vl_arguments import SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
+from vl_arguments import MINIATURE, SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
 from vl_models import load_model, make_inputs
 from vl_predict import gather_by_index, to_device
 from vl_results import loading_code
@@ -54,6 +55,7 @@ RECIPES = {
     "meter": Recipe(
         5e-5, 5e-6, head_lr_multiplier=1, total_batch_size=512, max_text_length=40, cross_modal_lr_multiplier=5
     ),
+    "miniature": replace(MINIATURE, head_lr_multiplier=1, total_batch_size=8),
 }
 MODELS = {"vilt": ViltForImageAndTextRetrieval, "meter": MeterForImageAndTextRetrieval}
 IMAGES_PER_BATCH = 16  # that evaluation encodes together
@@ -89,7 +91,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         choices=[*TRAIN_SPLITS, "val"],
         help="Karpathy's splits to train on; COCO has `restval`. Published Flickr30K results train on `val`, too.",
     )
-    add("--evaluation_split", default="test", choices=EVALUATION_SPLITS, help="What recall is measured on.")
+    add(
+        "--evaluation_splits",
+        nargs="+",
+        default=["test"],
+        choices=EVALUATION_SPLITS,
+        help="What recall is measured on; of several each with its name before the metrics'.",
+    )
     add(
         "--max_evaluation_images",
         type=positive_int,
@@ -137,8 +145,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     run = start(args, "train_apt_retrieval", argv, RECIPES)
-    tested = first_images(load(args, (args.evaluation_split,)), args.max_evaluation_images)
-    training = tested if args.eval_only else load(args, args.train_splits)
+    tested = {
+        split: first_images(load(args, (split,)), args.max_evaluation_images) for split in args.evaluation_splits
+    }
+    training = next(iter(tested.values())) if args.eval_only else load(args, args.train_splits)
     examples = RetrievalData(
         training, run.seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
     )
@@ -146,12 +156,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = load_model(run, MODELS[run.model_type])
     attach(run, model)
     prefix = OFFICIAL_PROMPT if args.official_prefix else ""
-    every = [pairs(training, ""), pairs(training, prefix), pairs(tested, prefix)]
+    every = [pairs(training, ""), *(pairs(split, prefix) for split in (training, *tested.values()))]
     inputs = make_inputs(run, model, torch.tensor, every)
 
     def evaluate(network: nn.Module) -> dict[str, float]:
-        return recall(score_split(run, network.model, inputs, tested, prefix), tested.image_of)
+        found = {}
+        for name, split in tested.items():
+            mark = f"{name}_" if len(tested) > 1 else ""
+            metrics = recall(score_split(run, network.model, inputs, split, prefix), split.image_of)
+            found |= {mark + metric: value for metric, value in metrics.items()}
+        return found
 
+    last, mark = list(tested.values())[-1], f"{args.evaluation_splits[-1]}_" if len(tested) > 1 else ""
     return run_task(
         run,
         Task(
@@ -160,10 +176,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             RetrievalInputs(inputs, with_matched=head is not None),
             loss,
             evaluate,
-            plotted=[f"{way}_recall@{k}" for way in ("text", "image") for k in RANKS[:2]],
+            plotted=[f"{mark}{way}_recall@{k}" for way in ("text", "image") for k in RANKS[:2]],
             summary=f"{type(model).__name__} for image-text retrieval, trained with `{args.method}` on "
             f"{len(training.images)} pictures with {len(training.captions)} captions. Recall is measured among "
-            f"{len(tested.images)} pictures with {len(tested.captions)} captions ({args.evaluation_split}).",
+            f"{len(last.images)} pictures with {len(last.captions)} captions ({args.evaluation_splits[-1]}).",
             usage=usage(run, model),
             tags=["image-text-retrieval", run.model_type],
             evaluates_epochs=False,  # scoring all pairs takes longer than many epochs

@@ -63,7 +63,8 @@ def test_every_task_names_flags_that_its_trainer_has(tmp_path):
 
     for name, task in benchmark.TASKS.items():
         flags = task.flags | {"model_name_or_path": "x", "data_dir": "y", "output_dir": tmp_path, task.seed_flag: 1}
-        words = [w for key, value in flags.items() for w in (f"--{key}", *([] if value is True else [str(value)]))]
-        module = importlib.import_module(f"train_apt_{name}")
-        args = module.parse_args(*([words] if name != "clip" else ["", words]))
+        words = [word for key, value in flags.items() for word in benchmark.words_of(key, value)]
+        script = task.script or name
+        module = importlib.import_module(f"train_apt_{script}")
+        args = module.parse_args(*([words] if script != "clip" else ["", words]))
         assert all(str(getattr(args, key.removeprefix("no-"))) for key in flags)

@@ -107,6 +107,8 @@ def run_seed(
                 run, classifier, group.test, pictures
             )
         classifier.set_classes(training.class_names)
+        if training.val:
+            found["val_accuracy"] = accuracy(run, classifier, training.val, pictures)
         return with_harmonic_mean(found)
 
     return run_task(

@@ -148,10 +148,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tested = {
         split: first_images(load(args, (split,)), args.max_evaluation_images) for split in args.evaluation_splits
     }
-    training = next(iter(tested.values())) if args.eval_only else load(args, args.train_splits)
-    examples = RetrievalData(
-        training, run.seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
-    )
+    training = RetrievalSplit.empty() if args.eval_only else load(args, args.train_splits)
+    examples = [] if args.eval_only else make_examples(run, training)
     head = find_matching_head(run)
     model = load_model(run, MODELS[run.model_type])
     attach(run, model)
@@ -185,6 +183,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             evaluates_epochs=False,  # scoring all pairs takes longer than many epochs
             network=RankingObjective(model, head, args.matching_loss_weight),
         ),
+    )
+
+
+def make_examples(run: Run, split: RetrievalSplit) -> RetrievalData:
+    args = run.args
+    return RetrievalData(
+        split, run.seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
     )
 
 

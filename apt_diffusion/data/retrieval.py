@@ -62,6 +62,10 @@ class RetrievalSplit:
             raise ValueError(f"There are no pictures in {what}.")
         return cls(images, captions, image_of, firsts)
 
+    @classmethod
+    def empty(cls) -> "RetrievalSplit":
+        return cls([], [], [], [0])
+
     def captions_of(self, image: int) -> list[str]:
         return self.captions[self.firsts[image] : self.firsts[image + 1]]
 

@@ -7,6 +7,7 @@ Loading is all or nothing: everything is read and checked before the first modul
 
 import dataclasses
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -41,7 +42,9 @@ class _Plan:
     """A checked load into one component: nothing that follows can fail."""
 
     config: APTConfig
-    adapters: dict[str, dict[str, ApproximatedPrompt]]
+    groups: Groups
+    adapters: dict[str, dict[str, ApproximatedPrompt]]  # new ones to attach; none for a swap
+    present: dict[tuple[str, str], ApproximatedPrompt]  # those that a swap writes into
     heads: dict[str, Tensor]
 
 
@@ -154,7 +157,11 @@ def load_apt_weights(
         _check_hotswap_components(components, adapter_name, set(plans))
     for part, plan in plans.items():
         (_swap if hotswap else _attach)(components[part], adapter_name, plan)
-    return [f"{part}.{name}".strip(".") for part, plan in plans.items() for name in plan.adapters]
+    return [
+        f"{part}.{name}".strip(".")
+        for part, plan in plans.items()
+        for name in dict.fromkeys(n for n, _ in plan.groups)
+    ]
 
 
 def enable_apt_hotswap(model: Any, max_num_prompts: int, max_rank: int | None = None) -> None:
@@ -208,30 +215,50 @@ def _plan_component(
         raise ValueError(
             f"Adapter name {adapter_name!r} is already in use: choose another, or pass hotswap=True to overwrite it."
         )
-    groups, heads = _group(model, tensors)
+    present = _present_adapters(model, adapter_name) if hotswap else {}
+    groups, heads = _group(model, tensors, {name for name, _ in present})
     config = _inferred_config(model, groups) if config is None else resolve_config(model, config)
-    expected = _expected_groups(model, file, config)
+    if present and _same_places(state.configs[adapter_name], config):
+        # Walking through a UNet takes longer than writing an adapter: what was found once is not searched again.
+        expected = {place: adapter.prompts.shape[1] for place, adapter in present.items()}
+    else:
+        expected = _expected_groups(model, file, config)
     _check_keys(file, config, expected, groups, _expected_heads(model, file, config), heads)
-    modules = dict(model.named_modules())
-    adapters: dict[str, dict[str, ApproximatedPrompt]] = defaultdict(dict)
     for (name, child), parameters in groups.items():
         _check_shapes(file, config, f"{name}.{child}", parameters, expected[name, child])
-        core = getattr(modules[name], child, None) if hotswap else None
-        # A swap keeps the precision of what it overwrites: a float32 adapter may stand beside a bfloat16 module.
-        beside = core.adapters[adapter_name] if core is not None and adapter_name in core.adapters else modules[name]
-        adapters[name][child] = _build(config, parameters, beside, state.hotswap_room)
-    plan = _Plan(config, dict(adapters), heads)
+    adapters: dict[str, dict[str, ApproximatedPrompt]] = defaultdict(dict)
     if hotswap:
-        _check_swap(model, adapter_name, plan)
-    return plan
+        _check_swap(state, adapter_name, config, groups, present)
+    else:
+        modules = dict(model.named_modules())
+        for (name, child), parameters in groups.items():
+            adapters[name][child] = _build(config, parameters, modules[name], state.hotswap_room)
+    return _Plan(config, groups, dict(adapters), present, heads)
 
 
-def _group(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Groups, dict[str, Tensor]]:
-    """Adapter tensors by module, under the names that the modules have in `model`; and the rest, the heads."""
-    actual = {neutral: name for name, neutral in _neutral_names(model).items()}
+def _present_adapters(model: nn.Module, adapter_name: str) -> dict[tuple[str, str], ApproximatedPrompt]:
+    return {
+        tuple(name.rsplit(".", 1)): core.adapters[adapter_name]
+        for name, core in named_cores(model)
+        if adapter_name in core.adapters
+    }
+
+
+def _same_places(old: APTConfig, new: APTConfig) -> bool:
+    return (old.target_modules, old.streams) == (new.target_modules, new.streams)
+
+
+def _group(model: nn.Module, tensors: dict[str, Tensor], known: set[str]) -> tuple[Groups, dict[str, Tensor]]:
+    """Adapter tensors by module, under the names that the modules have in `model`; and the rest, the heads.
+
+    Names that are all among the `known` ones are not looked up: walking through a model takes its time.
+    """
     groups: Groups = defaultdict(dict)
     heads = {}
-    prefix = _common_prefix([match[1] for match in map(_KEY.fullmatch, tensors) if match])
+    names = [match[1] for match in map(_KEY.fullmatch, tensors) if match]
+    prefix = _common_prefix(names)
+    looked_up = {} if known.issuperset(names) else _neutral_names(model)
+    actual = {neutral: name for name, neutral in looked_up.items()}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match:
@@ -332,7 +359,8 @@ def _check_shapes(file: AdapterFile, config: APTConfig, name: str, group: dict[s
                 f"{file.name} does not fit: {name}.{key} has shape {tuple(tensor.shape)}, this model needs {shape}. "
                 f"Is this the right base model? {file.made_for}"
             )
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        # A sum is finite where all numbers are, unless they are huge; it costs a fraction of asking each.
+        if not tensor.is_floating_point() or not (math.isfinite(tensor.sum().item()) or tensor.isfinite().all()):
             raise ValueError(f"{file.name} is damaged: {name}.{key} holds values that are not finite numbers.")
 
 
@@ -366,8 +394,10 @@ def _write(adapter: ApproximatedPrompt, parameters: dict[str, Tensor]) -> None:
         source = parameters.get(name)
         if source is None:
             target.fill_(1.0)
+        elif source.shape == target.shape:
+            target.copy_(source)
         else:
-            target.zero_()[tuple(slice(size) for size in source.shape)] = source.to(target.device, target.dtype)
+            target.zero_()[tuple(slice(size) for size in source.shape)].copy_(source)
 
 
 def _unpadded(adapter: ApproximatedPrompt, config: APTConfig) -> dict[str, Tensor]:
@@ -390,10 +420,8 @@ def _attach(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
 
 
 def _swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
-    modules = dict(model.named_modules())
-    for name, children in plan.adapters.items():
-        for child, source in children.items():
-            _write(getattr(modules[name], child).adapters[adapter_name], dict(source.named_parameters()))
+    for place, parameters in plan.groups.items():
+        _write(plan.present[place], parameters)
     state = state_of(model)
     state.configs[adapter_name] = plan.config
     if plan.heads:
@@ -408,8 +436,13 @@ def _check_hotswap_components(components: dict[str, nn.Module], adapter_name: st
         )
 
 
-def _check_swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
-    state = state_of(model)
+def _check_swap(
+    state: APTState,
+    adapter_name: str,
+    config: APTConfig,
+    groups: Groups,
+    present: dict[tuple[str, str], ApproximatedPrompt],
+) -> None:
     if adapter_name not in state.configs:
         raise ValueError(
             f"Cannot hotswap: there is no adapter {adapter_name!r}; present are {sorted(state.configs)}. "
@@ -417,24 +450,19 @@ def _check_swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
         )
     old = state.configs[adapter_name]
     for setting in ("activation", "query_source", "modules_to_save"):
-        if getattr(old, setting) != getattr(plan.config, setting):
+        if getattr(old, setting) != getattr(config, setting):
             raise ValueError(f"Cannot hotswap: the adapters differ in {setting}.")
-    present = {
-        (name.rpartition(".")[0], name.rpartition(".")[2]): core
-        for name, core in named_cores(model)
-        if adapter_name in core.adapters
-    }
-    new = {(name, child): adapter for name, children in plan.adapters.items() for child, adapter in children.items()}
-    if set(present) != set(new):
+    if set(present) != set(groups):
         raise ValueError("Cannot hotswap: the adapters sit at different modules.")
-    for place, adapter in new.items():
-        _check_room(".".join(place), present[place].adapters[adapter_name], adapter)
+    for place, parameters in groups.items():
+        _check_room(".".join(place), present[place], parameters)
 
 
-def _check_room(name: str, target: ApproximatedPrompt, source: ApproximatedPrompt) -> None:
-    room, size = ((len(a.prompts), len(a.low_rank_down)) for a in (target, source))
+def _check_room(name: str, target: ApproximatedPrompt, parameters: dict[str, Tensor]) -> None:
+    room = len(target.prompts), len(target.low_rank_down)
+    size = len(parameters["prompts"]), len(parameters["low_rank_down"])
     exact = target.activation == "softmax" and room[0] != size[0]  # zero prompts would take part in a softmax
-    if size[0] > room[0] or size[1] > room[1] or exact or (target.gate is None and source.gate is not None):
+    if size[0] > room[0] or size[1] > room[1] or exact or (target.gate is None and "gate" in parameters):
         raise ValueError(
             f"Cannot hotswap: {name} has room for {room[0]} prompts of rank {room[1]}"
             f"{'' if target.gate is not None else ' without a gate'}, the new one has {size[0]} of rank {size[1]}. "

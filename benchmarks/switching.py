@@ -4,8 +4,8 @@
     python benchmarks/switching.py
 
 Stable Diffusion 1.5's shapes with random weights. The swap is from memory, UNet and text encoder, beside diffusers'
-LoRA hot swap of the UNet (PEFT does it); the batch has eight images and eight adapters, beside one adapter for all and
-beside eight passes with a switch between them.
+LoRA hot swap of the UNet (`load_lora_adapter(..., hotswap=True)`); the batch has eight images and eight adapters,
+beside one adapter for all and beside eight passes with a switch between them.
 """
 
 from typing import Any
@@ -24,7 +24,6 @@ NAMES = [f"adapter{index}" for index in range(8)]
 
 def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[Result]:
     from peft import get_peft_model_state_dict
-    from peft.utils.hotswap import hotswap_adapter_from_state_dict
 
     parts = {"unet": twin(unet), "text_encoder": twin(text_encoder)}
     add_apt(parts)
@@ -36,10 +35,10 @@ def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[
     lora_weights = {key: value.clone() for key, value in get_peft_model_state_dict(lora).items()}
 
     def swap_lora() -> None:
-        hotswap_adapter_from_state_dict(lora, lora_weights, "default", lora.peft_config["default"])
+        lora.load_lora_adapter(dict(lora_weights), prefix=None, adapter_name="default", hotswap=True)
 
     variants = {
-        "LoRA r4 hot swap (PEFT), UNet": swap_lora,
+        "LoRA r4 hot swap (diffusers), UNet": swap_lora,
         "APT hot swap, UNet and text encoder": lambda: load_apt_weights(parts, weights, hotswap=True),
     }
     return compare(variants, rounds, "swap")

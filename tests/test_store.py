@@ -262,3 +262,25 @@ def test_what_leaves_with_a_call_leaves_room_for_a_swap(pipe, trained):
     pipe.load_apt_weights(pipe.apt_store.get("dog"), "slot")  # four prompts, in room for eight
     pipe.load_apt_weights(pipe.apt_store.get("cat"), "slot", hotswap=True)
     assert np.allclose(draw(pipe), pictures["cat"], atol=1e-5)
+
+
+def test_a_hot_swap_compiles_nothing_again(pipe, trained):
+    """UNet and text encoder, adapters of four and five prompts."""
+    folder, pictures = trained
+    adapters, graphs = AdapterStore(folder), []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    pipe.enable_apt_hotswap(8)
+    pipe.load_apt_weights(adapters.get("dog"), "slot")
+    pipe.unet = torch.compile(pipe.unet, backend=backend)
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend=backend)
+    assert np.allclose(draw(pipe), pictures["dog"], atol=1e-4)
+    compiled = len(graphs)
+    for name in ("cat", "dog", "cat"):
+        pipe.load_apt_weights(adapters.get(name), "slot", hotswap=True)
+        assert np.allclose(draw(pipe), pictures[name], atol=1e-4)
+    assert len(graphs) == compiled >= 2
+    torch._dynamo.reset()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from apt_diffusion import ApproximatedPrompt, APTConfig, add_apt, prepared_apt
 from apt_diffusion.costs import count_costs
+from apt_diffusion.methods.attach import MethodConfig, add_method
+from apt_diffusion.vilt import use_sdpa
 
 
 def unet_results(rounds: int, device: str) -> list[Result]:
@@ -22,7 +24,7 @@ def unet_results(rounds: int, device: str) -> list[Result]:
     adapted = twin(base)
     add_apt(adapted)
     lora = randomized(with_lora(twin(base)), "lora_")
-    randomized(adapted, ".apt.")
+    randomized(adapted, ".apt")  # both streams
     sample, context = torch.randn(2, 4, 32, 32, device=device), torch.randn(2, 77, 768, device=device)
 
     def run(unet: nn.Module) -> Tensor:
@@ -33,42 +35,28 @@ def unet_results(rounds: int, device: str) -> list[Result]:
         return compare({name: lambda unet=unet: run(unet) for name, unet in models.items()}, rounds, "UNet")
 
 
-class PromptedKeysAndValues(nn.Module):
-    """Deep prompt tuning of one ViLT attention: p learnable tokens that queries can attend to."""
-
-    def __init__(self, attention: nn.Module, num_prompts: int) -> None:
-        super().__init__()
-        self.attention = attention
-        device = next(attention.parameters()).device
-        self.prompts = nn.Parameter(
-            torch.randn(1, num_prompts, attention.attention.all_head_size, device=device) * 0.02
-        )
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False):
-        tokens = hidden_states.shape[1]
-        prompted = torch.cat([hidden_states, self.prompts.expand(len(hidden_states), -1, -1)], 1)
-        if attention_mask is not None:
-            attention_mask = nn.functional.pad(attention_mask, (0, self.prompts.shape[1]))
-        output, *rest = self.attention(prompted, attention_mask, output_attentions)
-        return (output[:, :tokens], *rest)
-
-
 def vilt_results(rounds: int, device: str, num_prompts: int = 200) -> list[Result]:
     base = vilt_b32(device)
     adapted = twin(base)
     add_apt(adapted, APTConfig(num_prompts=num_prompts))
     randomized(adapted, ".apt.")
+    fused = twin(adapted)
+    use_sdpa(fused)
     prompted = twin(base)
-    for layer in prompted.encoder.layer:
-        layer.attention = PromptedKeysAndValues(layer.attention, num_prompts)
+    add_method(prompted, MethodConfig("deep_prompt", num_prompts=num_prompts))
     tokens, patches = torch.randint(1, 1000, (1, 40), device=device), torch.randn(1, 201, 768, device=device)
     mask = torch.ones(1, 201, dtype=torch.long, device=device)
 
     def run(model: nn.Module) -> Tensor:
         return model(input_ids=tokens, image_embeds=patches, pixel_mask=mask).pooler_output
 
-    with torch.no_grad(), prepared_apt(adapted):
-        models = {"base": base, f"APT, {num_prompts} prompts": adapted, f"deep prompts, {num_prompts}": prompted}
+    models = {
+        "base": base,
+        f"APT, {num_prompts} prompts": adapted,
+        "the same, fused attention": fused,
+        f"deep prompts, {num_prompts}": prompted,
+    }
+    with torch.no_grad(), prepared_apt(adapted), prepared_apt(fused):
         return compare({name: lambda model=model: run(model) for name, model in models.items()}, rounds, "ViLT")
 
 

@@ -29,7 +29,7 @@ def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[
     add_apt(parts)
     weights = {}
     for part, model in parts.items():
-        randomized(model, ".apt.")
+        randomized(model, ".apt")
         weights |= {f"{part}.{key}": tensor for key, tensor in apt_state_dict(model).items()}
     lora = with_lora(twin(unet))
     lora_weights = {key: value.clone() for key, value in get_peft_model_state_dict(lora).items()}
@@ -48,7 +48,7 @@ def batch_results(unet: nn.Module, rounds: int, device: str) -> list[Result]:
     adapted = twin(unet)
     for name in NAMES:
         add_apt(adapted, adapter_name=name)
-    randomized(adapted, ".apt.")
+    randomized(adapted, ".apt")
     sample, context = torch.randn(8, 4, 16, 16, device=device), torch.randn(8, 77, 768, device=device)
 
     def run(model: nn.Module, rows: slice = slice(None), **kwargs: Any) -> Tensor:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from training_helpers import SCRIPT, assert_same_adapter, command, losses, train
 
 from apt_diffusion.training.checkpoints import list_checkpoints
 
+COUNTER = Path(__file__).with_name("count_reductions.py")
 TIMEOUT = 120
 
 
@@ -87,11 +89,13 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_sd_path, instance_dir, 
     }  # fmt: skip
     launcher = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(COUNTER),
     ]  # fmt: skip
     process = start(launcher, tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
     output = process.communicate(timeout=TIMEOUT)[0]
     assert process.returncode == 0, output[-4000:]
+    # In each process: of two models' gradients, once in each of four steps, not in each of their two batches.
+    assert output.count("reductions: 8\n") == 2, output[-4000:]
     drawn = sorted(path.name for path in class_dir.iterdir())
     assert [name.split("-")[0] for name in drawn] == ["0", "1", "2"]
     one = train(tiny_sd_path, instance_dir, tmp_path / "one", train_batch_size=2, **flags)

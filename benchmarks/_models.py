@@ -77,8 +77,13 @@ def randomized(model: nn.Module, part: str) -> nn.Module:
 
 def with_lora(model: nn.Module, rank: int = 4, adapter_name: str = "default", **settings: Any) -> nn.Module:
     """PEFT's LoRA where diffusers' DreamBooth script puts it, in `model` itself."""
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
+
+    return inject_adapter_in_model(lora_config(rank, **settings), model, adapter_name)
+
+
+def lora_config(rank: int = 4, **settings: Any) -> Any:
+    from peft import LoraConfig
 
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"]
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets, **settings)
-    return inject_adapter_in_model(config, model, adapter_name)
+    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets, **settings)

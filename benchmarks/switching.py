@@ -5,13 +5,13 @@
 
 Stable Diffusion 1.5's shapes with random weights. The swap is from memory, UNet and text encoder, beside diffusers'
 LoRA hot swap of the UNet (`load_lora_adapter(..., hotswap=True)`); the batch has eight images and eight adapters,
-beside one adapter for all and beside eight passes with a switch between them.
+beside one adapter for all, beside eight passes with a switch between them, and beside PEFT's mixed batches of LoRAs.
 """
 
 from typing import Any
 
 import torch
-from _models import randomized, sd15_text_encoder, sd15_unet, twin, with_lora
+from _models import lora_config, randomized, sd15_text_encoder, sd15_unet, twin, with_lora
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
@@ -74,6 +74,9 @@ def batch_results(unet: nn.Module, rounds: int, device: str) -> list[Result]:
             parts.append(run(adapted, slice(index, index + 1)))
         return torch.cat(parts)
 
+    lora = with_loras(twin(unet))
+    lora.set_adapter(NAMES[0])
+
     with torch.no_grad(), prepared_apt(adapted):
         error = (mixed() - one_by_one()).abs().max().item()
         assert error < 1e-3, f"mixed batch and separate passes differ by {error}"
@@ -82,11 +85,23 @@ def batch_results(unet: nn.Module, rounds: int, device: str) -> list[Result]:
                 "APT, one adapter for all": shared,
                 "APT, eight adapters": mixed,
                 "APT, eight passes": one_by_one,
+                "LoRA r4, one adapter for all": lambda: run(lora),
+                "LoRA r4, eight adapters (PEFT)": lambda: run(lora, adapter_names=NAMES),
                 "base model": lambda: run(unet),
             },
             rounds,
             "batch",
         )
+
+
+def with_loras(unet: nn.Module) -> nn.Module:
+    """A LoRA of each name, in a model that takes `adapter_names` for a batch."""
+    from peft import get_peft_model
+
+    model = get_peft_model(unet, lora_config(), NAMES[0])
+    for name in NAMES[1:]:
+        model.add_adapter(name, lora_config())
+    return randomized(model, ".lora_").eval()
 
 
 def main() -> None:

@@ -111,6 +111,9 @@ def test_kept_encoder_outputs_give_the_same(models, data, tmp_path):
     for a, b in zip(rows(cached), rows(plain), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
     assert results(cached)["metrics"] == pytest.approx(results(plain)["metrics"])
+    base = run(models["meter"], data, tmp_path / "c", cache_encoder_outputs=str(tmp_path / "cache"), eval_only=True)
+    again = run(models["meter"], data, tmp_path / "d", eval_only=True)
+    assert results(base)["metrics"] == pytest.approx(results(again)["metrics"])
 
 
 def losses(folder):

@@ -187,7 +187,9 @@ def attach(run: Run, model: nn.Module) -> None:
         load_trained(model, source)
         if not args.eval_only:
             check_same_method(model, config, source)
-    elif not args.eval_only:
+    elif args.eval_only:
+        model.requires_grad_(False)  # evaluated as it is: what its encoders say may be kept
+    else:
         attach_method(model, config)
     if args.freeze_scale:
         for name, parameter in model.named_parameters():

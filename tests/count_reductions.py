@@ -26,4 +26,4 @@ DistributedDataParallel.__init__ = init
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
-print(f"reductions: {reductions}")
+sys.stdout.write(f"<reductions: {reductions}>\n")  # in one piece: another process prints beside it

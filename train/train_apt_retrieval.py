@@ -4,8 +4,8 @@ that it is compared with.
 
     python -m apt_diffusion.miniature.tasks retrieval --output_dir data/flickr30k
     accelerate launch train/train_apt_retrieval.py --model_name_or_path miniature-vilt \\
-        --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 150 --no-augment \\
-        --max_evaluation_images 100
+        --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 150 \\
+        --init identity --hidden_dropout_prob 0 --no-augment --max_evaluation_images 100
 
 Here are data, model, loss and metrics of the task. The flags that all tasks share, and the loop, stand in
 `vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.

@@ -28,7 +28,7 @@ class Architecture:
 ARCHITECTURES = (
     # Stable Diffusion: `identity`, so that adding an untrained adapter does not change one pixel. Who asks and what is
     # corrected was chosen by measurement: docs/miniature.md.
-    Architecture(("UNet2DConditionModel",), r".*\.attn2", "identity", "attn_output", ("query", "context")),
+    Architecture(("UNet2DConditionModel",), r".*\.attn2", init="identity"),
     Architecture(("CLIPTextModel", "CLIPTextModelWithProjection"), r".*\.self_attn", init="identity"),
     Architecture(("CLIPPreTrainedModel",), r".*\.self_attn"),
     Architecture(("ViltPreTrainedModel",), r".*encoder\.layer\.\d+\.attention"),

@@ -24,7 +24,7 @@ def unet_results(rounds: int, device: str) -> list[Result]:
     adapted = twin(base)
     add_apt(adapted)
     lora = randomized(with_lora(twin(base)), "lora_")
-    randomized(adapted, ".apt")  # both streams
+    randomized(adapted, ".apt")
     sample, context = torch.randn(2, 4, 32, 32, device=device), torch.randn(2, 77, 768, device=device)
 
     def run(unet: nn.Module) -> Tensor:

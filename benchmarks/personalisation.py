@@ -81,24 +81,28 @@ def lora(lr: float, rank: int) -> Method:
 
 BOTH = {"query_source": "attn_output", "streams": ("query", "context")}  # O asks, and the text is corrected too
 METHODS = {
-    # At about 430,000 parameters: the defaults, beside the LoRA of that size.
-    "APT 200, lr 3e-3": apt(3e-3, **BOTH),
-    "APT 200, lr 1.5e-3": apt(1.5e-3, **BOTH),
+    # At about 245,000 parameters: the defaults, beside the LoRA of that size.
+    "APT 200, the paper's form": apt(3e-3),
+    "LoRA r15, lr 1e-3": lora(1e-3, 15),
+    "LoRA r15, lr 2e-3": lora(2e-3, 15),
+    "LoRA r15, lr 4e-3": lora(4e-3, 15),
+    "APT 200, asked by O": apt(3e-3, query_source="attn_output"),
+    # At about 430,000 parameters, beside the LoRA of that size.
+    "APT 200, both": apt(3e-3, **BOTH),
+    "APT 200, both, lr 1.5e-3": apt(1.5e-3, **BOTH),
     "LoRA r27, lr 2e-3": lora(2e-3, 27),
     "LoRA r27, lr 1e-3": lora(1e-3, 27),
     "LoRA r4, lr 2e-3": lora(2e-3, 4),
     "LoRA r4, lr 1e-3": lora(1e-3, 4),
     "LoRA r4, lr 4e-3": lora(4e-3, 4),
-    "APT 200, asked by O": apt(3e-3, query_source="attn_output", streams=("query",)),
-    "APT 200, asked by X (paper)": apt(3e-3, query_source="hidden_states", streams=("query",)),
-    "APT 50, lr 3e-3": apt(3e-3, 50, **BOTH),
-    "APT 50, lr 1.5e-3": apt(1.5e-3, 50, **BOTH),
-    "APT 50, lr 6e-3": apt(6e-3, 50, **BOTH),
-    "APT 50, paper init": apt(3e-3, 50, init="paper", **BOTH),
-    "APT 50, asked by O, lr 6e-3": apt(6e-3, 50, query_source="attn_output", streams=("query",)),
-    "APT 50, context alone": apt(3e-3, 50, query_source="hidden_states", streams=("context",)),
+    "APT 50, both, lr 3e-3": apt(3e-3, 50, **BOTH),
+    "APT 50, both, lr 1.5e-3": apt(1.5e-3, 50, **BOTH),
+    "APT 50, both, lr 6e-3": apt(6e-3, 50, **BOTH),
+    "APT 50, both, paper init": apt(3e-3, 50, init="paper", **BOTH),
+    "APT 50, asked by O, lr 6e-3": apt(6e-3, 50, query_source="attn_output"),
+    "APT 50, context alone": apt(3e-3, 50, streams=("context",)),
     "APT 24, asked by O, self-attention too": apt(
-        3e-3, 24, query_source="attn_output", streams=("query",), target_modules=("attn1", "attn2")
+        3e-3, 24, query_source="attn_output", target_modules=("attn1", "attn2")
     ),
 }
 

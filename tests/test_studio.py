@@ -349,8 +349,8 @@ def test_costs_of_stable_diffusion_are_those_of_the_modules_that_add_apt_adapts(
         unet = UNet2DConditionModel(cross_attention_dim=768)
     add_apt(unet, APTConfig(num_prompts=7, rank=3))
     count = sum(parameter.numel() for parameter in adapter_parameters(unet))
-    gates = 2 * 16  # of `identity`: one number per module and stream, which the closed form does not count
-    assert costs.compare("Stable Diffusion 1.5", 7, 3, 4096)[costs.APT_WITH_CONTEXT].parameters == count - gates
+    gates = 16  # of `identity`: one number per module, which the closed form does not count
+    assert costs.compare("Stable Diffusion 1.5", 7, 3, 4096)["APT"].parameters == count - gates
 
 
 def test_costs_out_of_range_are_refused():

@@ -156,7 +156,7 @@ def make_foreign(tensors, header):
     ("change", "message"),
     [
         (drop_one, "lacks 1 tensors .*low_rank_up"),
-        (drop_module, "lacks 10 tensors"),
+        (drop_module, "lacks 5 tensors"),
         (add_one, "holds unexpected 1 tensors .*classifier.weight"),
         (reshape_one, r"has shape \(6, 48\), this model needs \(6, 64\).*tiny-one"),
         (flatten_one, r"has shape \(6,\)"),

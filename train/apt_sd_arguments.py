@@ -112,9 +112,9 @@ def _adapter_flags(add) -> None:
     add(
         "--query_source",
         choices=QUERY_SOURCES,
-        help="Who asks the prompts in the UNet; the library's default if unset.",
+        help="Who asks the prompts in the UNet: the attention's input (the paper, and the default) or its output.",
     )
-    add("--streams", nargs="+", choices=STREAMS, help="Which streams are corrected in the UNet; the default if unset.")
+    add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
     add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of SDXL's).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")

@@ -18,14 +18,12 @@ class Model:
         tokens_mean: what is counted.
         groups: number of tokens -> its adapted attention modules.
         adapters: bottleneck adapters per attention module, as the paper's tables count them.
-        context: what our APT corrects beside the attention's output: the text before it becomes keys and values.
     """
 
     tokens: int
     tokens_mean: str
     groups: Callable[[int], list[Group]]
     adapters: float = 1.0
-    context: Group | None = None
 
 
 MODELS = {
@@ -36,10 +34,8 @@ MODELS = {
         4096,
         "cells of the latents; a quarter at every level below",
         lambda n: [(320, 5, n), (640, 5, n // 4), (1280, 5, n // 16), (1280, 1, n // 64)],
-        context=(768, 16, 77),
     ),
 }
-APT_WITH_CONTEXT = "APT, on the text too (default here)"
 METHODS = {
     "APT": "apt",
     "Deep prompts": "deep_prompt",
@@ -58,7 +54,7 @@ def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[st
             raise ValueError(f"The number of {name} must be from 1 to {high}, not {value}.")
     chosen = MODELS[model]
 
-    def costs(method: str, groups: list[Group]) -> Costs:
+    def costs(method: str) -> Costs:
         parts = [
             count_costs(
                 method,
@@ -68,15 +64,11 @@ def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[st
                 num_prompts=num_prompts,
                 rank=rank,
             )
-            for width, modules, tokens in groups
+            for width, modules, tokens in chosen.groups(num_tokens)
         ]
         return Costs(sum(part.parameters for part in parts), sum(part.macs for part in parts))
 
-    groups = chosen.groups(num_tokens)
-    table = {label: costs(method, groups) for label, method in METHODS.items()}
-    if chosen.context is not None:
-        table = {"APT": table["APT"], APT_WITH_CONTEXT: costs("apt", [*groups, chosen.context])} | table
-    return table
+    return {label: costs(method) for label, method in METHODS.items()}
 
 
 def saving(table: dict[str, Costs]) -> str:

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from ..charts import bars
-from ..costs import APT_WITH_CONTEXT, MODELS, compare, in_units, saving
+from ..costs import MODELS, compare, in_units, saving
 from .events import AT_ONCE, told
 
 
@@ -53,11 +53,10 @@ class CostPage:
 
     def _on_change(self, model: str, prompts: float, rank: float, tokens: float) -> dict:
         table = compare(model, int(prompts), int(rank), int(tokens))
-        ours = APT_WITH_CONTEXT if APT_WITH_CONTEXT in table else "APT"
         macs = [(label, costs.macs, in_units(costs.macs)) for label, costs in table.items()]
         parameters = [(label, costs.parameters, in_units(costs.parameters)) for label, costs in table.items()]
         return {
             self.status: f'<p class="apt-summary">{saving(table)}</p>',
-            self.macs: bars("Multiply-accumulates per forward pass", macs, ours),
-            self.parameters: bars("Parameters to train and store", parameters, ours),
+            self.macs: bars("Multiply-accumulates per forward pass", macs, "APT"),
+            self.parameters: bars("Parameters to train and store", parameters, "APT"),
         }

@@ -91,16 +91,22 @@ def resolve_adapter_file(
             f"Expected a folder, a file, a hub repository or a dict, got {type(path_or_repo_id).__name__}."
         )
     weight_name = weight_name or WEIGHTS_NAME
-    for name in filter(None, (weight_name, subfolder)):
-        parts = PurePosixPath(name.replace("\\", "/"))
-        if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-            raise ValueError(f"{name!r} leads out of the folder given.")
+    for what, name in {"weight_name": weight_name, "subfolder": subfolder}.items():
+        _check_inside(what, name)
     path = Path(path_or_repo_id).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
         return _in_folder(path / (subfolder or ""), weight_name)
     return _from_hub(str(path_or_repo_id), weight_name, subfolder, **hub)
+
+
+def _check_inside(what: str, name: str | Path | None) -> None:
+    if name is not None and not isinstance(name, str | Path):
+        raise TypeError(f"{what} must be a name, got {name!r}.")
+    parts = PurePosixPath(str(name or "").replace("\\", "/"))
+    if parts.is_absolute() or any(part == ".." or ":" in part for part in parts.parts):
+        raise ValueError(f"{str(name)!r} leads out of the folder given.")
 
 
 def _in_folder(folder: Path, weight_name: str) -> Path:

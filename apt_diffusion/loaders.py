@@ -94,7 +94,7 @@ class APTLoaderMixin:
             index[name] = {"folder": place, "weight": active.get(name)}
         (folder / ADAPTERS_INDEX).unlink(missing_ok=True)  # of what was saved here before
         if index:
-            (folder / ADAPTERS_INDEX).write_text(json.dumps(index, indent=2))
+            (folder / ADAPTERS_INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         with attach.hidden_apt(self):
             super().save_pretrained(str(save_directory), *args, **kwargs)
 
@@ -234,14 +234,26 @@ class APTLoaderMixin:
         """Brings back what `save_pretrained` wrote; a pipeline without an index has none."""
         hub = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
         try:
-            index = json.loads(resolve_adapter_file(path, ADAPTERS_INDEX, **hub).read_text())
+            file = resolve_adapter_file(path, ADAPTERS_INDEX, **hub)
         except FileNotFoundError:
             return
-        for name, entry in index.items():
-            place = {"subfolder": entry["folder"]} if entry["folder"] else {}
-            weights.load_apt_weights(self, path, name, weight_name=WEIGHTS_NAME, **place, **hub)
-        active = {name: entry["weight"] for name, entry in index.items() if entry["weight"] is not None}
+        index = _read_index(file)
+        for name, (folder, _) in index.items():
+            weights.load_apt_weights(self, path, name, weight_name=WEIGHTS_NAME, subfolder=folder or None, **hub)
+        active = {name: weight for name, (_, weight) in index.items() if weight is not None}
         self.set_apt_adapters(list(active), list(active.values()))
+
+
+def _read_index(file: Path) -> dict[str, tuple[str, AdapterWeight | None]]:
+    """`{adapter name: (folder, weight)}` of what `save_pretrained` wrote."""
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        return {name: (entry["folder"], entry["weight"]) for name, entry in index.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error!r}). Save the pipeline again; or load it without it, and its adapters one by "
+            "one with load_apt_weights."
+        ) from error
 
 
 def _active_weights(pipeline: Any) -> dict[str, AdapterWeight]:

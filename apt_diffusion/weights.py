@@ -359,9 +359,15 @@ def _check_shapes(file: AdapterFile, config: APTConfig, name: str, group: dict[s
                 f"{file.name} does not fit: {name}.{key} has shape {tuple(tensor.shape)}, this model needs {shape}. "
                 f"Is this the right base model? {file.made_for}"
             )
-        # A sum is finite where all numbers are, unless they are huge; it costs a fraction of asking each.
-        if not tensor.is_floating_point() or not (math.isfinite(tensor.sum().item()) or tensor.isfinite().all()):
+        if not tensor.is_floating_point() or not _is_finite(tensor):
             raise ValueError(f"{file.name} is damaged: {name}.{key} holds values that are not finite numbers.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # eight bits are for storage: there is no arithmetic on them
+        tensor = tensor.float()
+    # A sum is finite where all numbers are, unless they are huge; it costs a fraction of asking each.
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _build(

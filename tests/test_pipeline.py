@@ -158,6 +158,14 @@ def test_save_pretrained_brings_the_adapters_back(two, tmp_path, tiny_sd_path):
         assert np.array_equal(draw(stock), draw(two))
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b'{"a": null}', b'{"a": {}}'])
+def test_a_damaged_index_of_adapters_is_named(two, tmp_path, content):
+    two.save_pretrained(tmp_path)
+    (tmp_path / "apt_adapters.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"apt_adapters.json is damaged .*without it"):
+        apt.StableDiffusionAPTPipeline.from_pretrained(tmp_path)
+
+
 def test_a_base_saved_over_an_adapted_pipeline_is_the_base(two, tmp_path):
     two.save_pretrained(tmp_path)
     two.unload_apt_weights()

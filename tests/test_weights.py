@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +129,11 @@ def poison_one(tensors, header):
     tensors["mid_block.attentions.0.transformer_blocks.0.attn2.apt.prompts"][0, 0] = float("nan")
 
 
+def in_eight_bits(tensors, header):
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.apt.prompts"
+    tensors[key] = torch.full_like(tensors[key], float("nan")).to(torch.float8_e4m3fn)
+
+
 def claim_more_prompts(tensors, header):
     header["apt_config"] = header["apt_config"].replace('"num_prompts": 6', '"num_prompts": 7')
 
@@ -161,6 +167,7 @@ def make_foreign(tensors, header):
         (reshape_one, r"has shape \(6, 48\), this model needs \(6, 64\).*tiny-one"),
         (flatten_one, r"has shape \(6,\)"),
         (poison_one, "not finite"),
+        (in_eight_bits, "not finite"),
         (claim_more_prompts, r"needs \(7, 64\)"),
         (break_header, "header that cannot be used"),
         (newer_header, "newer apt-diffusion"),
@@ -222,6 +229,11 @@ def test_truncated_pickled_and_missing_files(unet, file, tmp_path):
             apt.load_apt_weights(unet, tmp_path, weight_name=escape)
         with pytest.raises(ValueError, match="leads out"):
             apt.load_apt_weights(unet, tmp_path, subfolder=escape)
+    for no_file in (".", Path("."), "no.safetensors", Path("no.safetensors")):
+        with pytest.raises(FileNotFoundError, match="There is no"):
+            apt.load_apt_weights(unet, tmp_path, weight_name=no_file)
+    with pytest.raises(TypeError, match="weight_name must be a name, got 3"):
+        apt.load_apt_weights(unet, tmp_path, weight_name=3)
     assert same(before, snapshot(unet))
 
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 from PIL import Image
-from training_helpers import assert_same_adapter, checkpoint_names, losses, train
+from training_helpers import WEIGHTS, assert_same_adapter, checkpoint_names, losses, train
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,23 @@ def test_a_missing_checkpoint_lists_those_present_and_foreign_names_are_no_matte
         go("out", max_train_steps=4, resume_from_checkpoint="checkpoint-999")
     go("out", max_train_steps=4, resume_from_checkpoint="latest")
     assert checkpoint_names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-final"}
+
+
+@pytest.mark.parametrize("name", ["training_state.json", "optimizer.safetensors", WEIGHTS])
+def test_a_damaged_checkpoint_is_named_before_a_model_is_loaded(go, name, monkeypatch):
+    out = go("out", max_train_steps=2, checkpointing_steps=1)
+    file = out / "checkpoint-2" / name
+    content = file.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a model is loaded before the checkpoint was checked")
+
+    monkeypatch.setattr("diffusers.UNet2DConditionModel.from_pretrained", fail)
+    monkeypatch.setattr("transformers.CLIPTextModel.from_pretrained", fail)
+    for damaged in (content[: len(content) // 2], b"", b"[]"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"checkpoint-2 is damaged \({name}.*resume.*checkpoint-1"):
+            go("out", max_train_steps=4, resume_from_checkpoint="latest")
 
 
 def test_latest_without_any_checkpoint_is_a_new_run(go):

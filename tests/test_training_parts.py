@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import save_file
 
 from apt_diffusion.training import checkpoints, hub, model_card, provenance
 from apt_diffusion.training.diffusion import Objective
@@ -26,7 +27,9 @@ from apt_diffusion.training.trackers import log_images
 
 def write(output_dir, step, content="whole"):
     with checkpoints.new_checkpoint(output_dir, step) as folder:
-        (folder / checkpoints.STATE_NAME).write_text(json.dumps({"step": step, "content": content}))
+        state = {"step": step, "content": content, "optimizer": {}}
+        (folder / checkpoints.STATE_NAME).write_text(json.dumps(state))
+        save_file({}, folder / checkpoints.OPTIMIZER_NAME)
 
 
 def names(output_dir):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -62,20 +63,32 @@ def find_checkpoint(output_dir: str | Path, name: str) -> Checkpoint | None:
         ValueError: for a checkpoint that is not there or not whole; the message lists those that are there.
     """
     present = list_checkpoints(output_dir)
+    names = ", ".join(path.name for path in present.values()) or "none"
     if name == "latest":
-        return _read(list(present.values())[-1]) if present else None
+        return _read(list(present.values())[-1], names) if present else None
     for folder in (Path(output_dir) / name, Path(name).expanduser()):
         if folder.is_dir():
-            return _read(folder)
-    names = ", ".join(path.name for path in present.values()) or "none"
+            return _read(folder, names)
     raise ValueError(f"There is no checkpoint {name!r}, neither in {output_dir} nor as a path. Present: {names}.")
 
 
-def _read(folder: Path) -> Checkpoint:
+def _read(folder: Path, names: str) -> Checkpoint:
+    """The checkpoint, having looked whether its files are there and whole: models are loaded before their tensors."""
+    for name in (STATE_NAME, OPTIMIZER_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no checkpoint to resume from: it has no {name}. Present: {names}.")
     file = folder / STATE_NAME
-    if not file.is_file():
-        raise ValueError(f"{folder} is no checkpoint to resume from: it has no {STATE_NAME}.")
-    return Checkpoint(folder, json.loads(file.read_text()))
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        state["step"], state["optimizer"]
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass  # opening checks that the file is as long as its header says
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} is damaged ({file.name}: {error}). Take it away to resume from another. Present: {names}."
+        ) from error
+    return Checkpoint(folder, state)
 
 
 @contextlib.contextmanager
@@ -144,7 +157,7 @@ def save_training_state(
                 plain.setdefault(name, {})[key] = value
     write_safetensors(tensors, folder / OPTIMIZER_NAME, {"format": "pt"})
     content = state | {"optimizer": plain, "scaler": scaler.state_dict() if scaler is not None else None}
-    (folder / STATE_NAME).write_text(json.dumps(content, indent=2))
+    (folder / STATE_NAME).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def load_training_state(

@@ -119,6 +119,14 @@ def test_captions_come_from_sidecars_then_metadata_then_the_prompt(tmp_path):
     assert find_pictures(tmp_path, "default", caption_column="other")[1].prompt == "öl"
 
 
+def test_a_caption_may_hold_any_character(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    caption = "a sks glyph\u2028on \x85 green"  # what `str.splitlines` takes for ends of lines
+    row = json.dumps({"file_name": "a.png", "text": caption}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(row + "\r\n", encoding="utf-8", newline="")
+    assert [picture.prompt for picture in find_pictures(tmp_path, "x")] == [caption]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

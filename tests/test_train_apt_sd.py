@@ -216,6 +216,9 @@ def test_other_mistakes_are_found_before_a_model_is_loaded(go, tmp_path, no_mode
         go(resume_from_checkpoint="checkpoint-999")
     with pytest.raises(OSError, match="nowhere"):
         train(tmp_path / "nowhere", instance_dir, tmp_path / "out")
+    (tmp_path / "start.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"start\.png cannot be read"):
+        go(validation_images=tmp_path / "start.png", num_validation_images=4)
 
 
 def test_adapter_and_prompt_flags_are_checked_before_class_pictures_are_drawn(go, tmp_path, no_models):
@@ -226,6 +229,8 @@ def test_adapter_and_prompt_flags_are_checked_before_class_pictures_are_drawn(go
         go(tokenizer_max_length=78, **prior)
     with pytest.raises(ValueError, match="reads no encoder states"):
         go(target_modules=["attn1"], streams=["context"], **prior)
+    with pytest.raises(OSError, match="nowhere"):
+        go(tokenizer_name=tmp_path / "nowhere", **prior)
     assert not (tmp_path / "class").exists()
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from apt_diffusion import add_apt
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing, LatentCache, collate
 from apt_diffusion.data.order import micro_batches
-from apt_diffusion.data.pictures import Picture, find_pictures
+from apt_diffusion.data.pictures import Picture, check_picture, find_pictures
 from apt_diffusion.training import hub
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.checkpoints import Checkpoint, load_training_state, remove_unfinished
@@ -101,6 +101,8 @@ def check(args: Any, command: str) -> Run:
     accelerator = make_accelerator(args, logger.name)
     instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
     of_class = find_class_pictures(args)
+    for path in args.validation_images or ():
+        check_picture(Path(path), args.instance_prompt)
     resumed = find_resumed(args)
     base = open_base(
         args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
@@ -119,7 +121,7 @@ def check(args: Any, command: str) -> Run:
 
 
 def check_fit(args: Any, base: StableDiffusionBase) -> None:
-    """Adapter and prompts must fit the model: seen on its configuration, before any weights are loaded."""
+    """Adapter and prompts must fit the model: seen on configuration and tokenizer, before any weights are loaded."""
     skeletons = base.skeletons()
     longest = min(skeletons[part].config.max_position_embeddings for part in base.text_parts)
     if (args.tokenizer_max_length or 0) > longest:
@@ -128,6 +130,7 @@ def check_fit(args: Any, base: StableDiffusionBase) -> None:
         )
     if args.tokenizer_name is not None and len(base.text_parts) > 1:
         raise ValueError("--tokenizer_name names one tokenizer, but this model has two, which pad differently.")
+    base.tokenizers(args.tokenizer_name)
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 

@@ -95,18 +95,18 @@ class StableDiffusionBase:
 
     def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
         place = {"subfolder": "vae", **self.files} if self.other_vae is None else {}
-        model = AutoencoderKL.from_pretrained(self.other_vae or self.path, torch_dtype=dtype, **place)
+        model = AutoencoderKL.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
         return model.requires_grad_(False)
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        model = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", torch_dtype=dtype, **self.files)
+        model = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=dtype, **self.files)
         return model.requires_grad_(False)
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusionPipeline:
         """The whole base model, without adapters."""
         parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
         return StableDiffusionPipeline.from_pretrained(
-            self.path, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, **parts, **self.files
+            self.path, dtype=dtype, safety_checker=None, requires_safety_checker=False, **parts, **self.files
         )
 
     def embed(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tokens]) -> Embeddings:

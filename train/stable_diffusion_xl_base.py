@@ -65,7 +65,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
     def pipeline(self, dtype: torch.dtype) -> StableDiffusionXLPipeline:
         parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
         return StableDiffusionXLPipeline.from_pretrained(
-            self.path, torch_dtype=dtype, add_watermarker=False, **parts, **self.files
+            self.path, dtype=dtype, add_watermarker=False, **parts, **self.files
         )
 
     def embed(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tokens]) -> Embeddings:

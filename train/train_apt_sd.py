@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from apt_sd_arguments import build_parser, parse_args
 from apt_sd_setup import Run, Trainer, check, load
-from PIL import Image
 from torch import Tensor
 
 from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch
+from apt_diffusion.data.pictures import read_picture
 from apt_diffusion.training import checkpoints, hub, provenance
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.interrupt import Interrupt
@@ -139,7 +139,7 @@ def samples_are_due(run: Run, step: int) -> bool:
 def draw_samples(run: Run, trainer: Trainer, step: int) -> list[Path]:
     """Draws with the adapter as it is now: a labelled grid in `samples/`, and the images to the trackers."""
     args = run.args
-    start_images = [Image.open(path).convert("RGB") for path in args.validation_images or ()] or None
+    start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
     count = len(start_images) if start_images else args.num_validation_images
     if args.num_validation_images == 0:
         return []

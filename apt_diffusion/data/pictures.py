@@ -70,7 +70,7 @@ def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text")
     if not paths:
         raise ValueError(f"There are no pictures in {folder} (looked for {', '.join(sorted(PICTURE_SUFFIXES))}).")
     captions = _captions_of(folder, {path.name for path in paths}, caption_column)
-    return [_checked(path, _sidecar(path) or captions.get(path.name) or prompt) for path in paths]
+    return [check_picture(path, _sidecar(path) or captions.get(path.name) or prompt) for path in paths]
 
 
 def has_pictures(folder: str | Path) -> bool:
@@ -145,7 +145,8 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _checked(path: Path, prompt: str) -> Picture:
+def check_picture(path: Path, prompt: str) -> Picture:
+    """The picture, read once; `ValueError` with its name where it cannot be."""
     try:
         return Picture(path, prompt, *read_picture(path).size)
     except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
@@ -161,7 +162,7 @@ def _captions_of(folder: Path, names: set[str], column: str) -> dict[str, str]:
     """`{file name: caption}` of `metadata.jsonl`."""
     file = folder / CAPTIONS_FILE
     captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(file).splitlines() if file.is_file() else [], start=1):
+    for number, line in enumerate(_read_text(file).split("\n") if file.is_file() else [], start=1):
         if not line.strip():
             continue
         try:

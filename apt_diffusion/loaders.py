@@ -162,9 +162,11 @@ class APTLoaderMixin:
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, which would freeze every APT parameter on its way."""
         trainable = [p for core in cores_of(self) for p in core.parameters() if p.requires_grad]
-        super().load_lora_weights(*args, **kwargs)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        try:
+            super().load_lora_weights(*args, **kwargs)
+        finally:  # PEFT freezes before it finds that a file does not fit
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     # Offloading by leaf or to disk brings weights back when the module that owns them is called. Cores use adapters
     # without calling them, so adapters stay where they are; what they fold to follows the activations.

@@ -295,6 +295,19 @@ def test_lora_and_apt_do_not_disturb_each_other(pipe, order, tmp_path):
     assert differ(only_apt, both) and np.allclose(draw(pipe), base, atol=1e-5)
 
 
+def test_a_lora_that_fails_to_load_freezes_nothing(two):
+    def trainable():
+        return [p.requires_grad for part in (two.unet, two.text_encoder) for n, p in part.named_parameters()
+                if ".apt." in n]  # fmt: skip
+
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora_{}.weight"
+    broken = {layer.format("A"): torch.zeros(2, 7), layer.format("B"): torch.zeros(64, 2)}  # its input has 64 channels
+    assert all(trainable())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        two.load_lora_weights(broken)
+    assert all(trainable())
+
+
 def test_apt_survives_what_replaces_processors(two):
     expected = draw(two)
     two.enable_attention_slicing(1)

@@ -6,6 +6,7 @@ A list names one number per transformer of the block.
 
 import logging
 import math
+import numbers
 import re
 from typing import Any
 
@@ -61,7 +62,7 @@ def _weight_in_part(value: Any, part: str, block: str | None, attention: int, al
 
 def check_number(what: str, value: object) -> float:
     """`value` as a float; `ValueError` unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, got {value!r}.")
     return float(value)
 

@@ -60,6 +60,14 @@ def test_each_component_acts_and_scale_is_for_one_call(pipe):
         draw(pipe, apt_scale={"zzz": 1.0})
 
 
+def test_numbers_of_numpy_are_numbers(two):
+    expected = draw(two, apt_scale=0.5)
+    for half in (np.float64(0.5), np.float32(0.5), np.float16(0.5)):
+        assert np.array_equal(draw(two, apt_scale=half), expected)
+        assert np.array_equal(draw(two, apt_scale={"a": half, "b": half}), expected)
+    assert np.array_equal(draw(two, apt_scale=np.int64(1)), draw(two))
+
+
 def test_several_adapters(two):
     both = draw(two)
     assert two.get_active_apt_adapters() == ["a", "b"]

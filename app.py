@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed, too
-    with tempfile.TemporaryDirectory(prefix="apt-studio-", ignore_cleanup_errors=True) as cache:
+    with tempfile.TemporaryDirectory(prefix="apt-studio-", ignore_cleanup_errors=True) as folder:
         # Before Gradio is imported: no statistics sent anywhere, and its copies of pictures where only we can read.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": cache}
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/shown"}
         try:
             from apt_diffusion.studio.pages.site import build_site, serve
         except ModuleNotFoundError as error:
@@ -69,12 +69,14 @@ def main(argv: list[str] | None = None) -> None:
             studio = Studio(args.model, args.adapters, script, args.max_train_steps)
         except (OSError, ValueError) as error:
             sys.exit(f"{args.model} cannot be used as a Stable Diffusion: {error}")
-        serve(
-            build_site(studio, args.queue_size),
-            server_name=args.listen,
-            server_port=args.port,
-            share=args.share,
-        )
+        site = build_site(studio, args.queue_size)
+        try:
+            serve(site, args.share, server_name=args.listen, server_port=args.port)
+        except OSError:
+            sys.exit(
+                f"The studio cannot listen on {args.listen}, port {args.port}: another program uses it, or it is no "
+                "address of this computer. Choose another one with --port or --listen."
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,4 +45,20 @@ def cut_off(path: Path) -> Path:
     stream = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(stream, "PNG")
     path.write_bytes(stream.getvalue()[:80])
+    return path
+
+
+def bomb(path: Path, side: int = 60_000) -> Path:
+    """A small PNG that says that it is huge, as decompression bombs do."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)))
+    return path
+
+
+def disguised(path: Path) -> Path:
+    path.write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
     return path

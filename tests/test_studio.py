@@ -1,18 +1,17 @@
 """What stands behind the studio's pages, without a browser."""
 
 import ast
+import errno
 import json
 import re
-import struct
-import zlib
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from studio_helpers import ANNA, BERT, ROOT, copy_adapter, cut_off, make_adapter, picture
+from studio_helpers import ANNA, BERT, bomb, copy_adapter, cut_off, disguised, make_adapter, picture
 
 from apt_diffusion.costs import published_tables
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing
@@ -21,8 +20,8 @@ from apt_diffusion.studio import charts, costs, uploads
 from apt_diffusion.studio.background import in_background
 from apt_diffusion.studio.framing import as_trained
 from apt_diffusion.studio.generation import STRENGTHS, Order, Painter, python_code
-from apt_diffusion.studio.library import Library, slug
-from apt_diffusion.studio.visitors import COOKIE, VisitorCookie, visitor_of
+from apt_diffusion.studio.library import EXAMPLES, Library, slug
+from apt_diffusion.studio.pages.events import in_words
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +159,22 @@ def test_a_damaged_adapter_leaves_the_model_usable(painter, library):
     assert set(finals(painter.draw(wanted))) == {"adapted", "base"}
 
 
+def test_errors_of_adapters_name_them_and_not_where_they_lie(painter, library):
+    mine = library.get(ANNA, "own/mine")
+    whole = mine.file.read_bytes()
+    copy_adapter(EXAMPLES / "mushroom", library.folder / "foreign")
+    mine.file.write_bytes(whole[:-100])
+    foreign = library.get(ANNA, "public/foreign")
+    for adapter, message in ((mine, "mine cannot be read"), (foreign, "made for the base model 'miniature'")):
+        with pytest.raises(ValueError, match=message) as error:
+            list(painter.draw(Order("a", adapters=((adapter, 1.0),), width=16, height=16)))
+        assert str(library.folder) not in str(error.value)
+    mine.file.unlink()
+    with pytest.raises(ValueError, match="not there any more"):
+        mine.load()
+    assert set(finals(painter.draw(order(library)))) == {"adapted", "base"}
+
+
 def test_work_that_nobody_waits_for_stops_and_gives_the_model_back(painter, library):
     steps = painter.draw(order(library, steps=50))
     next(steps)
@@ -192,13 +207,24 @@ def test_everybody_sees_what_is_published_and_nobody_the_others_own(library):
             library.get(BERT, key)
 
 
-def test_examples_of_the_package_are_shown_where_they_fit(tmp_path, painter):
-    seen = Library(tmp_path, "miniature").visible(ANNA)
-    assert [adapter.label for adapter in seen] == ["mushroom (example)"] and seen[0].prompt == "a sks glyph"
-    assert not Library(tmp_path, painter.model).visible(ANNA)
-    assert str(Path.home()) not in json.dumps(seen[0].metadata) and seen[0].card.startswith("# mushroom")
-    with pytest.raises(ValueError, match="published already"):
-        Library(tmp_path, "miniature").publish(ANNA, seen[0].key)
+@pytest.mark.parametrize("name", sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir()))
+def test_examples_of_the_package_are_shown_where_they_fit(tmp_path, painter, name):
+    library = Library(tmp_path, "miniature")
+    seen = {a.key: a for kind in ("stable_diffusion", "vilt", "meter", "clip") for a in library.visible(ANNA, kind)}
+    example = seen[f"example/{name}"]
+    assert example.label == f"{name} (example)" and example.load().tensors and example.card.startswith("# ")
+    assert example.metadata["base_model"].startswith("miniature")
+    for text in (example.card, *example.metadata.values()):
+        assert not re.search(r"(^|[\s\"'=])/\w+/", text), "a path of the computer that trained it"
+    is_drawer = example.kind == "stable_diffusion"
+    elsewhere = Library(tmp_path, painter.model).visible(ANNA, example.kind)
+    assert is_drawer != any(adapter.key == example.key for adapter in elsewhere)
+    if is_drawer:
+        assert example.prompt
+        with pytest.raises(ValueError, match="published already"):
+            library.publish(ANNA, example.key)
+    if example.kind in ("vilt", "meter"):
+        assert len(json.loads(example.metadata["answers"])) > 1
 
 
 def test_a_visitor_is_no_path(library):
@@ -253,22 +279,6 @@ def test_names_become_harmless(wanted, name):
 # Uploads
 
 
-def bomb(path: Path, side: int = 60_000) -> Path:
-    """A small PNG that says that it is huge, as decompression bombs do."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)))
-    return path
-
-
-def disguised(path: Path) -> Path:
-    path.write_bytes(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>")
-    return path
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -286,6 +296,40 @@ def test_bad_uploads_are_refused_by_name_and_nothing_is_kept(tmp_path, make, mes
         uploads.keep_pictures([good, bad], [], tmp_path / "kept")
     assert "holiday.png" in str(error.value) and str(tmp_path) not in str(error.value)
     assert not (tmp_path / "kept").exists()
+
+
+def test_pictures_are_decoded_one_at_a_time_and_a_full_disk_keeps_none(tmp_path, monkeypatch):
+    paths = [picture(tmp_path / f"{i}.png") for i in range(4)]
+    seen, most, opened = [], [], uploads.open_picture
+
+    def counted(path):
+        most.append(sum(image() is not None for image in seen))
+        image = opened(path)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(uploads, "open_picture", counted)
+    uploads.keep_pictures(paths, [], tmp_path / "kept")
+    assert len(most) == 4 and max(most) <= 1
+
+    def full(image, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError) as error:
+        uploads.keep_pictures(paths, [], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    said = in_words(error.value)
+    assert "No space left on device" in said and str(tmp_path) not in said
+
+
+def test_words_of_python_itself_do_not_reach_the_page(tmp_path, caplog):
+    for fail in (lambda: (tmp_path / "secret").read_text(), lambda: json.loads("{"), lambda: b"\xff".decode()):
+        with pytest.raises((OSError, ValueError)) as error:
+            fail()
+        assert str(tmp_path) not in in_words(error.value) and "try again" in in_words(error.value).lower()
+    assert in_words(ValueError("Write a prompt.")) == "Write a prompt."
 
 
 def test_uploads_are_re_encoded_under_our_own_names(tmp_path):
@@ -366,63 +410,3 @@ def test_charts_are_to_scale_and_escape_what_they_show():
     heights = [float(point.split(",")[1]) for point in re.search(r'apt-faint" points="([^"]+)"', curve)[1].split()]
     assert heights[0] < heights[1] == heights[2]  # y goes down
     assert "<i>" not in charts.problem("<i>") and "0.500" in charts.progress("half", 0.5)
-
-
-# Visitors
-
-
-def request_with(cookie="", session="s1"):
-    return SimpleNamespace(cookies={COOKIE: cookie} if cookie else {}, session_hash=session)
-
-
-def test_visitors_are_told_apart_by_their_cookie():
-    first, second = visitor_of(request_with("x" * 43)), visitor_of(request_with("y" * 43))
-    assert first != second and re.fullmatch("[0-9a-f]{32}", first) and "x" not in first
-    assert visitor_of(request_with("x" * 43, "s2")) == first
-    assert visitor_of(request_with()) != visitor_of(request_with(session="s2"))
-    assert visitor_of(request_with("../../etc")) == visitor_of(request_with())
-
-
-async def get(app, path, cookie=b""):
-    sent = []
-
-    async def send(message):
-        sent.append(message)
-
-    headers = [(b"cookie", cookie)] if cookie else []
-    await app({"type": "http", "path": path, "headers": headers}, None, send)
-    return dict(sent[0]["headers"]).get(b"set-cookie")
-
-
-def test_a_new_browser_gets_a_cookie_that_scripts_cannot_read():
-    import asyncio
-
-    async def page(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    app = VisitorCookie(page)
-    cookie = asyncio.run(get(app, "/"))
-    assert b"HttpOnly" in cookie and b"SameSite=Lax" in cookie
-    assert asyncio.run(get(app, "/")) != cookie
-    assert asyncio.run(get(app, "/", b"other=1; " + cookie.split(b";")[0])) is None
-    assert asyncio.run(get(app, "/", COOKIE.encode() + b"=short")) is not None
-    assert asyncio.run(get(app, "/assets/index.js")) is None
-
-
-# The command
-
-
-def test_flags_are_checked_and_paths_made_absolute(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import app
-
-    args = app.parse_args([])
-    assert (args.model, args.listen, args.port, args.share) == ("miniature", "127.0.0.1", 7860, False)
-    assert app.parse_args(["--listen"]).listen == "0.0.0.0"
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").mkdir()
-    assert app.parse_args(["--model", "model"]).model == str(tmp_path / "model")
-    for wrong in (["--queue-size", "0"], ["--max-train-steps", "-1"], ["--port", "x"]):
-        with pytest.raises(SystemExit):
-            app.parse_args(wrong)
-    assert "must be at least 1" in capsys.readouterr().err

@@ -1,175 +1,54 @@
-"""The studio as people meet it: `app.py` in a process of its own, used with a real browser."""
+"""What people do in the studio, with a real browser."""
 
-import contextlib
-import io
-import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from studio_helpers import ROOT, make_adapter, picture
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium is installed (Debian: apt-get install chromium; .ci/run does it)"
+from studio_browser import (
+    as_file,
+    choose,
+    chromium_running,
+    draw,
+    needs_chromium,
+    offered,
+    pictures_of,
+    remember,
+    served,
+    tab,
+    upload,
+    visitors,
+    wait_for,
 )
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-PATIENCE = 120_000  # milliseconds: busy machines are slow
+from studio_helpers import make_adapter, picture
+
+pytestmark = needs_chromium
 STEPS = 400  # enough to be stopped on the way on a fast machine, too
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_sd_path):
-    folder = tmp_path_factory.mktemp("adapters")
+    folder = tmp_path_factory.mktemp("studio") / "adapters"
     make_adapter(tiny_sd_path, folder / "shared")
     return folder
 
 
 @pytest.fixture(scope="module")
-def address(adapters, tiny_sd_path, tmp_path_factory):
-    """The server's address; it ends with the module."""
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--max-train-steps", "500"]
-    command += ["--model", str(tiny_sd_path), "--adapters", str(adapters)]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            command, stdout=output, stderr=output, cwd=log.parent, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
-    try:
-        end = time.monotonic() + 240
-        while "Running on local URL" not in log.read_text():
-            assert server.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-        for job in adapters.glob(".visitors/*/trainings/*/job.json"):  # they outlive the server, if a test failed
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(json.loads(job.read_text())["pid"], signal.SIGKILL)
-    assert "A page's request failed" not in log.read_text(), log.read_text()
+def address(adapters, tiny_sd_path):
+    with served(adapters, "--model", str(tiny_sd_path), "--max-train-steps", "500") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium_running() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def visit(chromium, address):
-    """Opens the studio as somebody new, or as the owner of `context` again."""
-    with contextlib.ExitStack() as stack:
-
-        def open_page(context=None):
-            if context is None:
-                context = stack.enter_context(contextlib.closing(chromium.new_context(accept_downloads=True)))
-            context.set_default_timeout(PATIENCE)
-            page = context.new_page()
-            page.goto(address)
-            page.wait_for_selector("#draw")
-            return page
-
-        yield open_page
-
-
-def wait_for(page, where, pattern):
-    """The text of an element, once it matches."""
-    page.wait_for_function(
-        "([where, pattern]) => new RegExp(pattern).test(document.querySelector(where)?.innerText)",
-        arg=[where, pattern],
-        timeout=PATIENCE,
-    )
-    return page.inner_text(where)
-
-
-def remember(page, where):
-    """Keeps every text that an element has from now on: a fast machine shows some for a moment only."""
-    page.evaluate(
-        """where => {
-            const element = document.querySelector(where);
-            window.remembered = [];
-            new MutationObserver(() => window.remembered.push(element.innerText))
-                .observe(element, {childList: true, subtree: true, characterData: true});
-        }""",
-        where,
-    )
-
-
-def tab(page, name):
-    page.get_by_role("tab", name=name).click()
-
-
-def choose(page, where, label):
-    page.click(f"{where} input")
-    page.get_by_role("option", name=label).click()
-    page.keyboard.press("Escape")
-
-
-def offered(page, where="#adapters"):
-    page.click(f"{where} input")
-    page.wait_for_timeout(300)
-    labels = page.get_by_role("option").all_inner_texts()
-    page.keyboard.press("Escape")
-    return [label.replace("✓", "").strip() for label in labels]
-
-
-def fetch(url):
-    """`(status, body)`."""
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response:
-            return response.status, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
-
-
-def pictures_of(page, gallery):
-    """The pixels of a gallery's pictures."""
-    sources = page.eval_on_selector_all(f"{gallery} img", "images => images.map(image => image.src)")
-    return np.stack([np.asarray(Image.open(io.BytesIO(fetch(source)[1])).convert("RGB")) for source in sources])
-
-
-def upload(page, *files):
-    page.set_input_files("#pictures input[type=file]", list(files))
-
-
-def as_file(name, image_path):
-    return {"name": name, "mimeType": "image/png", "buffer": Path(image_path).read_bytes()}
-
-
-def draw(page, prompt, seed, steps=4, count=1):
-    page.fill("#prompt textarea", prompt)
-    if page.is_checked("#new-seed input"):
-        page.uncheck("#new-seed input")
-    page.fill("#seed input", str(seed))
-    page.fill("#count input[type=number]", str(count))
-    if not page.is_visible("#steps input[type=number]"):
-        page.get_by_text("More settings").click()
-    page.fill("#steps input[type=number]", str(steps))
-    page.keyboard.press("Tab")
-    page.click("#draw")
+    with visitors(chromium, address) as visit:
+        yield visit
 
 
 def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_path):
@@ -291,56 +170,6 @@ def test_the_sweep_shows_a_row_and_wrong_orders_a_sentence(visit):
     assert np.array_equal(row[5], pictures_of(page, "#adapted")[0])
 
 
-def test_files_outside_cannot_be_read_through_the_server(visit, address, adapters):
-    page = visit()
-    session = page.evaluate("window.gradio_config.root")
-    assert session.startswith(address)
-    header = next(adapters.rglob("pytorch_apt_weights.safetensors"))
-    for path in (header, ROOT / "app.py", ROOT / "README.md", Path("/etc/passwd"), adapters / ".visitors"):
-        for wanted in (str(path), f"../../../../../../..{path}", f"/tmp/..{path}", urllib.parse.quote(str(path), "")):
-            for route in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
-                status, body = fetch(f"{address}{route}{wanted}")
-                assert status in (403, 404), (route, wanted, status)
-                assert b"root:" not in body and b"safetensors" not in body[:20]
-    for route in ("/../../../../etc/passwd", "/static/../../../../etc/passwd", "/assets/..%2f..%2f..%2fetc/passwd"):
-        status, body = fetch(address + route)
-        assert status != 200 or b"root:" not in body
-
-
-def test_a_forged_request_gets_no_file_and_no_other_visitors_adapter(visit, address):
-    """What the page would send, with a path of the server's, and with an adapter's key that was made up."""
-    page = visit()
-    config = page.evaluate("window.gradio_config")
-    by_id = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
-    train = next(d for d in config["dependencies"] if ["train", "click"] in named(d, by_id))
-    sent = [None] * len(train["inputs"])
-    sent[0] = [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}]
-    assert "process_completed" in (answer := call(address, train["id"], sent))
-    assert "root:" not in answer and '"success":false' in answer.replace(" ", "")
-    drawing = next(d for d in config["dependencies"] if ["draw", "click"] in named(d, by_id))
-    sent = [{"prompt": "a", "adapters": ["own/../../shared"]}.get(by_id[i]) for i in drawing["inputs"]]
-    answer = call(address, drawing["id"], sent)
-    assert "image.png" not in answer
-
-
-def named(dependency, by_id):
-    return [[by_id.get(target), event] for target, event in dependency["targets"]]
-
-
-def call(address, function, data):
-    """The answers to a request made by hand, as one text."""
-    body = json.dumps({"data": data, "fn_index": function, "session_hash": "forged"}).encode()
-    request = urllib.request.Request(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=60).read()
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=forged", timeout=60) as stream:
-        lines = []
-        for line in stream:
-            lines.append(line.decode())
-            if "process_completed" in lines[-1] or "close_stream" in lines[-1]:
-                return "".join(lines)
-    return "".join(lines)
-
-
 def test_pages_need_nothing_from_elsewhere_and_work_by_keyboard_narrow_and_dark(visit, address):
     page = visit()
     asked, complaints = [], []
@@ -370,12 +199,3 @@ def test_pages_need_nothing_from_elsewhere_and_work_by_keyboard_narrow_and_dark(
     page.fill("#cost-prompts input[type=number]", "100")
     page.keyboard.press("Tab")
     wait_for(page, "#cost-parameters", r"995\.34 k")  # 12 (100 · 768 + 2 · 768 · 4 + 1)
-
-
-def test_every_control_has_a_help_line(visit):
-    page = visit()
-    config = page.evaluate("window.gradio_config")
-    kinds = {"textbox", "slider", "number", "checkbox", "dropdown"}
-    controls = [part["props"] for part in config["components"] if part["type"] in kinds]
-    assert len(controls) > 20
-    assert not [props["label"] for props in controls if not props.get("info")]

@@ -1,7 +1,10 @@
 """Training jobs of the studio: processes of their own, found again, stopped and resumed."""
 
+import errno
 import json
+import resource
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -72,6 +75,54 @@ def test_a_trainer_that_fails_or_is_killed_says_so(trainings, tmp_path):
     status = wait_for(trainings, lambda status: status.is_over)
     assert status.state == "failed" and "killed" in status.problem
     assert trainings.status(ANNA).name == "x"  # the first x never became an adapter
+
+
+def test_a_full_disk_is_said_without_a_path_and_leaves_no_process(trainings, tmp_path, monkeypatch):
+    good = picture(tmp_path / "a.png")
+    launched = []
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kw: launched.append(popen(*args, **kw)) or launched[-1])
+
+    def full(job):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5))
+    assert launched[0].returncode is not None and trainings.status(ANNA) is None  # nothing runs on unknown
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # room for the job, not for an adapter
+        trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    status = wait_for(trainings, lambda status: status.is_over)
+    assert status.state == "failed" and status.problem
+    assert str(tmp_path) not in status.problem and "Traceback" not in status.problem
+
+
+def test_a_refused_training_leaves_the_stopped_one_alone(trainings, tmp_path):
+    good = picture(tmp_path / "a.png")
+    trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5_000))
+    trainings._process(trainings._latest(ANNA)).kill()
+    wait_for(trainings, lambda status: status.is_over)
+    with pytest.raises(ValueError, match="damaged"):
+        trainings.start(ANNA, [cut_off(tmp_path / "b.png")], [], Lesson("y", "a sks glyph"))
+    assert trainings.status(ANNA).name == "x"
+    assert [path.name for path in (trainings._folder(ANNA, "x") / "pictures").iterdir()] == ["picture-01.png"]
+
+
+def test_trainings_of_all_visitors_together_are_limited(trainings, tmp_path, monkeypatch):
+    monkeypatch.setattr("apt_diffusion.studio.training.MAX_RUNNING", 1)
+    good = picture(tmp_path / "a.png")
+    trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5_000))
+    with pytest.raises(ValueError, match="1 trainings are running here, as many as there may be"):
+        trainings.start(BERT, [good], [], Lesson("x", "a sks glyph"))
+    assert trainings.status(BERT) is None
+    trainings._process(trainings._latest(ANNA)).kill()
+    wait_for(trainings, lambda status: status.is_over)
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_kept(trainings, tmp_path):

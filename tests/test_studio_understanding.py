@@ -10,6 +10,7 @@ from PIL import Image
 from studio_helpers import ANNA, copy_adapter, make_adapter, picture
 
 from apt_diffusion import APTConfig, add_apt, load_apt_weights, save_apt_weights, set_apt_adapters
+from apt_diffusion.files import read_adapter_file, write_safetensors
 from apt_diffusion.miniature import vision_language
 from apt_diffusion.studio.gates import mean_map, overlay, recorded_gates
 from apt_diffusion.studio.generation import Order, Painter
@@ -193,6 +194,19 @@ def test_questions_that_cannot_be_answered_are_refused_in_words(library, photo):
             reader.ask(photo, question, library.get(ANNA, "public/vilt", "vilt"))
     with pytest.raises(ValueError, match="not trained to answer"):
         reader.ask(photo, "red?", library.get(ANNA, "public/clip", "clip"))
+
+
+@pytest.mark.parametrize("kind", ["vilt", "clip"])
+def test_a_base_model_that_is_not_there_is_said_in_words(library, photo, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    other = Library(tmp_path / "adapters")
+    file = read_adapter_file(library.get(ANNA, f"public/{kind}", kind).file)
+    lost = {"base_model": str(tmp_path / "gone" / "my-model")}
+    write_safetensors(file.tensors, other.folder / "lost.safetensors", file.metadata | lost)
+    adapter = other.get(ANNA, "public/lost", kind)
+    with pytest.raises(ValueError, match="“my-model”, cannot be loaded") as error:
+        Reader().ask(photo, "red?", adapter) if kind == "vilt" else Reader().classify(photo, LABELS, adapter=adapter)
+    assert str(tmp_path) not in str(error.value)
 
 
 # Classes

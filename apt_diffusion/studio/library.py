@@ -10,6 +10,7 @@ Keys (`example/name`, `public/name`, `own/name`) come from the browser: they are
 and never joined to a path.
 """
 
+import dataclasses
 import json
 import re
 import secrets
@@ -24,6 +25,7 @@ from ..files import WEIGHTS_NAME, AdapterFile
 from ..store import AdapterStore
 
 VISITORS = ".visitors"
+GONE = "This adapter is not there any more: choose another one."
 EXAMPLES = Path(__file__).parent / "examples"
 _SLUG = re.compile(r"[^a-z0-9]+")
 
@@ -40,8 +42,18 @@ class Adapter:
     store: AdapterStore = field(repr=False, compare=False)
 
     def load(self) -> AdapterFile:
-        """Its tensors, for `load_apt_weights`; published ones that are in use stay in memory."""
-        return self.store.get(self.name)
+        """Its tensors, for `load_apt_weights`; published ones that are in use stay in memory.
+
+        Raises:
+            ValueError: for a file that is damaged or gone. Here and in the errors of `load_apt_weights` it has the
+                adapter's name: where it lies is nobody's business.
+        """
+        if not self.file.is_file():
+            raise ValueError(GONE)
+        try:
+            return dataclasses.replace(self.store.get(self.name), name=self.name)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(self.file), self.name)) from error
 
     @property
     def is_own(self) -> bool:
@@ -77,7 +89,8 @@ class Adapter:
         except ValueError:
             return {}
         instead = {
-            "output_dir": download_name(self.name), "instance_data_dir": "pictures", "class_data_dir": "class-pictures"
+            "output_dir": download_name(self.name), "instance_data_dir": "pictures",
+            "class_data_dir": "class-pictures", "data_dir": "data",
         }  # fmt: skip
         return {training[key]: word for key, word in instead.items() if training.get(key)}
 
@@ -125,7 +138,7 @@ class Library:
         for adapter in self.visible(visitor, kind):
             if adapter.key == key:
                 return adapter
-        raise ValueError("This adapter is not there any more: choose another one.")
+        raise ValueError(GONE)
 
     def new_name(self, visitor: str, wanted: str) -> str:
         """A free name for an own adapter, like the one wanted."""

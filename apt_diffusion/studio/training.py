@@ -28,12 +28,13 @@ import psutil
 from ..files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.loss_log import LOG_NAME, read_log
-from .library import Library
+from .library import VISITORS, Library
 from .uploads import keep_pictures
 
 JOB_NAME = "job.json"
 # How Python and argparse end.
 ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception)|[\w./-]+: error): (.+)")
+MAX_RUNNING = 4  # trainings of all visitors
 SAMPLES = 4  # sample grids per training
 CLASS_PICTURES = 64
 
@@ -134,11 +135,16 @@ class Trainings:
             self.class_pictures()  # may take a while the first time: not with the lock held
         with self._lock:
             self._refuse_second(visitor)
+            self._refuse_too_many()
+            incoming = self.library.visitor_folder(visitor) / "incoming"
+            shutil.rmtree(incoming, ignore_errors=True)
+            keep_pictures(pictures, captions, incoming)  # before anything is given up for them
             self._give_up_old(visitor)
             name = self.library.new_name(visitor, lesson.name)
             folder = self._folder(visitor, name)
             try:
-                keep_pictures(pictures, captions, folder / "pictures")
+                folder.mkdir(parents=True)
+                incoming.rename(folder / "pictures")
                 self._launch(visitor, name, lesson)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -156,6 +162,7 @@ class Trainings:
             job = self._latest(visitor)
             if job is None or self._read(job).state == "finished":
                 raise ValueError("There is no stopped training to go on with.")
+            self._refuse_too_many()
             self._launch(visitor, job["name"], Lesson(**job["lesson"]))
 
     def cancel(self, visitor: str) -> None:
@@ -231,13 +238,20 @@ class Trainings:
         lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
         errors = [match[1] for line in lines if (match := ERROR_LINE.match(line))]
         if errors:
-            return errors[-1]
+            return errors[-1].replace(f"{self.library.visitor_folder(job['visitor'])}/", "")
         return "The trainer ended without a word, as if it was killed (is there enough memory?)."
 
     def _refuse_second(self, visitor: str) -> None:
         job = self._latest(visitor)
         if job is not None and self._process(job) is not None:
             raise ValueError("Your training is still running: stop it first, or wait until it has finished.")
+
+    def _refuse_too_many(self) -> None:
+        """Each holds a model in memory, and a browser without its cookie counts as somebody new."""
+        jobs = self.library.folder.glob(f"{VISITORS}/*/trainings/*/{JOB_NAME}")
+        running = sum(self._process(json.loads(file.read_text())) is not None for file in jobs)
+        if running >= MAX_RUNNING:
+            raise ValueError(f"{running} trainings are running here, as many as there may be: try again later.")
 
     def _give_up_old(self, visitor: str) -> None:
         """What a new training replaces: pictures of all jobs, checkpoints of all adapters, and what never had any."""
@@ -264,13 +278,18 @@ class Trainings:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C in the server's terminal does not reach it
             )
+        try:
+            born = psutil.Process(child.pid).create_time()
+            file = folder / JOB_NAME
+            created = json.loads(file.read_text())["created"] if file.is_file() else time.time()
+            first_step = max(list_checkpoints(self.library.own_folder(visitor) / name), default=0)
+            process = {"pid": child.pid, "born": born, "first_step": first_step, "cancelled": False}
+            self._write(known | process | {"created": created})
+        except BaseException:  # a full disk: no process that nobody knows of
+            child.kill()
+            child.wait()
+            raise
         self._children[child.pid] = child
-        born = psutil.Process(child.pid).create_time()
-        file = folder / JOB_NAME
-        created = json.loads(file.read_text())["created"] if file.is_file() else time.time()
-        first_step = max(list_checkpoints(self.library.own_folder(visitor) / name), default=0)
-        process = {"pid": child.pid, "born": born, "first_step": first_step, "cancelled": False}
-        self._write(known | process | {"created": created})
 
     def command(self, visitor: str, name: str, lesson: Lesson) -> list[str]:
         """The trainer's command line; paths are relative to the checkout where they can be."""

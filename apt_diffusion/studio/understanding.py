@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from ..miniature import resolve_model
 from ..weights import load_apt_weights
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter
+
+logger = logging.getLogger(__name__)
 
 TOP = 5
 MAX_LABELS = 50
@@ -141,10 +145,11 @@ class Reader:
 
             model_class = {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}[adapter.kind]
             settings = {"max_image_length": -1} if adapter.kind == "vilt" else {}
-            model = model_class.from_pretrained(
-                base, num_labels=num_answers, ignore_mismatched_sizes=True, dtype=torch.float32, **settings
-            )
-            self._models[key] = (model.eval(), load_processor(adapter.kind, base))
+            with _said_of(base):
+                model = model_class.from_pretrained(
+                    base, num_labels=num_answers, ignore_mismatched_sizes=True, dtype=torch.float32, **settings
+                )
+                self._models[key] = (model.eval(), load_processor(adapter.kind, base))
         return self._models[key]
 
     def _clip(self, base: str) -> tuple[nn.Module, Any]:
@@ -154,9 +159,24 @@ class Reader:
 
             from ..data.processors import load_processor
 
-            model = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
-            self._models["clip", base] = (model, load_processor("clip", base))
+            with _said_of(base):
+                model = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
+                self._models["clip", base] = (model, load_processor("clip", base))
         return self._models["clip", base]
+
+
+@contextlib.contextmanager
+def _said_of(base: str) -> Iterator[None]:
+    """What transformers says of a model that it cannot load, in a sentence for the page."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        logger.error("%s cannot be loaded: %s", base, error)
+        name = Path(base).name if Path(base).is_absolute() else base
+        raise ValueError(
+            f"The base model of this adapter, “{name}”, cannot be loaded: it is not on the server, or the hub cannot "
+            "be reached. Choose another adapter, or ask whoever runs this studio."
+        ) from error
 
 
 def check_labels(labels: Sequence[str], given: Sequence[str]) -> None:

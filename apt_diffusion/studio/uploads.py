@@ -59,14 +59,22 @@ def keep_pictures(paths: Sequence[str | Path], captions: Sequence[str], folder: 
     captions = [caption.strip() for caption in captions]
     if len(captions) > len(paths):
         raise ValueError(f"There are {len(captions)} captions for {len(paths)} pictures: give one line to each.")
-    pictures = [open_picture(path) for path in paths]
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    kept = []
-    for number, picture in enumerate(pictures, start=1):
-        kept.append(folder / f"picture-{number:02d}.png")
-        picture.save(kept[-1])
-        if number <= len(captions) and captions[number - 1]:
-            kept[-1].with_suffix(".txt").write_text(f"{captions[number - 1]}\n", encoding="utf-8")
+    kept: list[Path] = []
+    try:
+        for number, path in enumerate(paths, start=1):
+            kept.append(folder / f"picture-{number:02d}.png")
+            open_picture(path).save(kept[-1])  # one at a time: all of them decoded may be more than the memory
+            if number <= len(captions) and captions[number - 1]:
+                kept[-1].with_suffix(".txt").write_text(f"{captions[number - 1]}\n", encoding="utf-8")
+    except BaseException:
+        for file in kept:
+            file.unlink(missing_ok=True)
+            file.with_suffix(".txt").unlink(missing_ok=True)
+        if is_new:
+            folder.rmdir()
+        raise
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Files in Gradio's own folder: copies for download, behind names that nobody can guess, and examples for all."""
+"""Files that the pages hand to Gradio: copies for download, behind names that nobody can guess, and examples."""
 
 from pathlib import Path
 
@@ -14,4 +14,5 @@ def offer(adapter: Adapter) -> str:
 
 
 def examples_folder() -> Path:
-    return Path(get_upload_folder()) / "examples"
+    """Beside Gradio's own folder, in which it deletes what is old."""
+    return Path(get_upload_folder()).with_name("apt-examples")

@@ -2,18 +2,55 @@
 
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import gradio as gr
 
-from ..charts import problem
+from ..charts import problem, progress
 
 logger = logging.getLogger(__name__)
 
-MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+MODEL_QUEUE = {
+    "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
+}  # fmt: skip
 AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+IN_BROWSER = {"fn": None, **AT_ONCE}  # its JavaScript is all
+WAITING = "Waiting for the model: somebody else may be using it …"
+STOPPED = "Stopped."
+NOT_TAKEN = "Your request was not taken; most likely too many people wait for the model. Please try again in a minute."
+
+
+def in_turn(triggers: list, handler: Callable, inputs: Any, status: gr.HTML, outputs: list) -> Any:
+    """Runs a handler in the queue for the model. From the click on `status` says so, and where it is not taken.
+
+    Args:
+        triggers: events of components.
+        handler: as for `told`.
+        inputs: of the handler.
+        status: where its errors go.
+        outputs: what it may change.
+    """
+    waiting, not_taken = json.dumps(progress(WAITING)), json.dumps(problem(NOT_TAKEN))
+    gr.on(triggers, inputs=None, outputs=status, js=f"() => {waiting}", **IN_BROWSER)
+    event = gr.on(triggers, told(status)(handler), inputs, outputs, **MODEL_QUEUE)
+    # `told` turns the handler's own errors into answers: what fails never reached it, or was stopped on the way.
+    js = f"now => now === {waiting} ? {not_taken} : {json.dumps(progress(STOPPED))}"
+    event.failure(inputs=status, outputs=status, js=js, **IN_BROWSER)
+    return event
+
+
+def stop(trigger: Any, events: list, status: gr.HTML) -> None:
+    """Lets `trigger` end what `in_turn` has started, or take it out of the queue."""
+    trigger(outputs=status, js=f"() => {json.dumps(progress(STOPPED))}", **IN_BROWSER)
+    trigger(None, cancels=events, **AT_ONCE)
+
+
+def help_line(html: str, *classes: str) -> gr.HTML:
+    """A line below, or in the row of, controls that have no help line of their own."""
+    return gr.HTML(f"<p>{html}</p>", elem_classes=["apt-help", *classes], padding=False)
 
 
 def told(status: gr.HTML, *extra: tuple[gr.components.Component, Any]) -> Callable[[Callable], Callable]:
@@ -46,8 +83,8 @@ def told(status: gr.HTML, *extra: tuple[gr.components.Component, Any]) -> Callab
 
 def in_words(error: Exception) -> str:
     """What a visitor reads of an error. What nobody has foreseen goes to the log, and not into the page."""
-    if isinstance(error, ValueError | FileNotFoundError):
-        return str(error)  # written for people
+    if type(error) in (ValueError, FileNotFoundError) and getattr(error, "errno", None) is None:
+        return str(error)  # written for people: not those of Python's own files, JSON or Unicode, with their paths
     logger.error("A page's request failed.", exc_info=error)
     if "out of memory" in str(error).lower():
         return "There is not enough memory for this: choose a smaller size, or fewer pictures."

@@ -13,7 +13,7 @@ from ..generation import MAX_ADAPTERS, MAX_IMAGES, MAX_SEED, MAX_STEPS, Order, P
 from ..studio import Studio
 from ..visitors import visitor_of
 from .downloads import offer
-from .events import AT_ONCE, MODEL_QUEUE, told
+from .events import AT_ONCE, help_line, in_turn, stop, told
 
 MINIATURE_EXAMPLES = [
     "a sks glyph on a red background",
@@ -53,6 +53,10 @@ class GeneratePage:
                     self.draw = gr.Button("Generate", variant="primary", elem_id="draw", min_width=110)
                     self.sweep = gr.Button("Strength sweep", elem_id="sweep", min_width=130)
                     self.stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", min_width=80)
+                help_line(
+                    "<b>Generate</b> draws with the adapters and without, from the same noise. <b>Strength sweep</b> "
+                    "draws the first picture with the weights times 0 to 1.2. <b>Stop</b> ends either."
+                )
                 with gr.Row():
                     self.seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=120,
@@ -106,7 +110,12 @@ class GeneratePage:
                         "Choose an adapter to read its card.", elem_id="card", elem_classes="apt-card", max_height=420
                     )
                     self.download = gr.File(label="Download", interactive=False, visible=False, elem_id="downloads")
-                    self.publish = gr.Button("Publish your adapters to everybody here", visible=False, size="sm")
+                    with gr.Column(visible=False) as self.publishing:
+                        self.publish = gr.Button("Publish your adapters to everybody here", size="sm")
+                        help_line(
+                            "Copies those of the chosen ones that are yours, with cards and samples, to where "
+                            "everybody here sees them. Whoever runs this studio can take them away again."
+                        )
         self.chosen = gr.State([])  # the adapters that the weights belong to
         self._connect()
 
@@ -116,12 +125,11 @@ class GeneratePage:
             self.height, self.seed, self.new_seed, self.count,
         }  # fmt: skip
         outputs = [self.status, self.adapted, self.base, self.strengths, self.code, self.seed]
-        settings = {"show_progress": "hidden", **MODEL_QUEUE}
         on_draw = [self.draw.click, self.prompt.submit]
-        drawing = gr.on(on_draw, told(self.status)(self._on_draw), inputs, outputs, **settings)
-        sweeping = self.sweep.click(told(self.status)(self._on_sweep), inputs, outputs, **settings)
-        self.stop.click(lambda: progress("Stopped."), None, self.status, cancels=[drawing, sweeping], **AT_ONCE)
-        about = [*self.weights, self.chosen, self.card, self.download, self.publish, self.status]
+        drawing = in_turn(on_draw, self._on_draw, inputs, self.status, outputs)
+        sweeping = in_turn([self.sweep.click], self._on_sweep, inputs, self.status, outputs)
+        stop(self.stop.click, [drawing, sweeping], self.status)
+        about = [*self.weights, self.chosen, self.card, self.download, self.publishing, self.status]
         self.adapters.change(
             told(self.status)(self._on_choice), {self.adapters, self.chosen, *self.weights}, about, **AT_ONCE
         )
@@ -199,7 +207,7 @@ class GeneratePage:
         update[self.card] = cards or "Choose an adapter to read its card."
         files = [offer(adapter) for adapter in adapters]
         update[self.download] = gr.update(value=files or None, visible=bool(files))
-        update[self.publish] = gr.update(visible=any(adapter.is_own for adapter in adapters))
+        update[self.publishing] = gr.update(visible=any(adapter.is_own for adapter in adapters))
         return update
 
     def _on_publish(self, keys: list[str], request: gr.Request) -> dict:

@@ -1,12 +1,17 @@
 """All pages as one site, and how it is served."""
 
+import contextlib
+import io
+import logging
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
+from ..doors import Doors
 from ..studio import Studio
 from ..uploads import MAX_BYTES
 from ..visitors import VisitorCookie
@@ -15,6 +20,8 @@ from .generate import GeneratePage
 from .style import CSS, theme
 from .train import TrainPage
 from .understand import UnderstandPage
+
+logger = logging.getLogger(__name__)
 
 HEADER = """<h1>APT studio</h1>
 <p>Teach a model a subject, watch it learn, compare, download. {model}</p>"""
@@ -46,8 +53,31 @@ def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
     return site.queue(max_size=queue_size, default_concurrency_limit=4)
 
 
-def serve(site: gr.Blocks, **settings: Any) -> Any:
-    """Starts the server. Nothing is served but the pages and Gradio's own copies of what they show."""
+def serve(site: gr.Blocks, share: bool = False, **settings: Any) -> None:
+    """Serves until it is interrupted. Nothing is served but the pages and Gradio's own copies of what they show.
+
+    Args:
+        site: of `build_site`.
+        share: through a tunnel of gradio.live, too; where there is none, a sentence says so, and it goes on without.
+        settings: more of Gradio's `launch`.
+
+    Raises:
+        OSError: where the address cannot be had.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # advertisements, and many lines where there is no tunnel
+        _, address, public = _launch(site, share=share, **settings)
+    print(f"The studio is open at {address} (Ctrl-C ends it).", flush=True)
+    if public:
+        print(f"For a week everybody who has this link can use it: {public}", flush=True)
+    elif share:
+        logger.error(
+            "There is no public link: gradio.live cannot be reached, or its tunnel program cannot be downloaded. "
+            "The studio goes on without."
+        )
+    site.block_thread()
+
+
+def _launch(site: gr.Blocks, **settings: Any) -> tuple[Any, str, str | None]:
     return site.launch(
         theme=theme(),
         css=CSS,
@@ -57,6 +87,8 @@ def serve(site: gr.Blocks, **settings: Any) -> Any:
         ssr_mode=False,
         show_error=True,
         enable_monitoring=False,
-        app_kwargs={"middleware": [Middleware(VisitorCookie)]},
+        prevent_thread_lock=True,
+        quiet=True,
+        app_kwargs={"middleware": [Middleware(VisitorCookie), Middleware(Doors, get_upload_folder())]},
         **settings,
     )

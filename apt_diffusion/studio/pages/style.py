@@ -51,6 +51,9 @@ CSS = """
 .apt-pictures .empty { min-height: 9rem; height: auto; }
 .apt-wide .thumbnail-item { aspect-ratio: auto !important; height: auto !important; }
 .apt-inline { flex-grow: 0 !important; min-width: max-content !important; align-self: center; }
+.apt-help { margin-top: -0.4rem; }
+.apt-help .html-container { padding: 0 0.15rem; }
+.apt-help p { margin: 0; font-size: var(--block-info-text-size); color: var(--body-text-color-subdued); }
 .apt-examples { align-items: center; gap: 0.5rem; }
 
 .apt-status { display: flex; flex-direction: column; gap: 0.4rem; min-height: 2.4rem; padding: 0.55rem 0.8rem;

@@ -15,7 +15,7 @@ from ..training import CLASS_PICTURES, Lesson, Status
 from ..uploads import MAX_BYTES, MAX_PICTURES, check_count, lines_of
 from ..visitors import visitor_of
 from .downloads import examples_folder, offer
-from .events import AT_ONCE, told
+from .events import AT_ONCE, help_line, told
 from .generate import GeneratePage
 
 PROMPT_HELP = (
@@ -41,12 +41,15 @@ class TrainPage:
         with gr.Row(elem_classes="apt-columns"):
             with gr.Column(scale=4, min_width=300):
                 self.pictures = gr.File(
-                    label=f"Pictures of your subject (3 to 10 are best, at most {MAX_PICTURES}; "
-                    f"{MAX_BYTES // 2**20} MB each). Drop them here or click",
-                    file_count="multiple", file_types=["image"], height=150, elem_id="pictures",
+                    label="Pictures of your subject", file_count="multiple", file_types=["image"], height=150,
+                    elem_id="pictures",
                 )  # fmt: skip
+                help_line(
+                    f"From 3 to 10 are best; at most {MAX_PICTURES}, of {MAX_BYTES // 2**20} MB each. Several can be "
+                    "dropped, or chosen, at once."
+                )
                 with gr.Row(visible=miniature, elem_classes="apt-examples"):
-                    gr.Markdown("No pictures at hand? Take the", elem_classes="apt-inline")
+                    help_line("No pictures at hand? Take five of a", "apt-inline")
                     self.examples = {
                         name: gr.Button(name, size="sm", min_width=70, elem_id=f"example-{name}") for name in SUBJECTS
                     }
@@ -67,25 +70,28 @@ class TrainPage:
                     f"{CLASS_PICTURES} pictures of what it knows and trains on them, too, so that other dogs do not "
                     "turn into yours. Leave it empty to save that time.",
                 )  # fmt: skip
-                with gr.Row():
-                    self.steps = gr.Slider(
-                        1, most, min(400, most), step=1, label="Training steps", elem_id="train-steps", min_width=200,
-                        info=f"With fewer than 100 little is learnt; at most {most} here.",
-                    )  # fmt: skip
-                    self.rate = gr.Number(
-                        3e-3, label="Learning rate", minimum=1e-6, maximum=0.1, min_width=120,
-                        info="0.003 did best in our measurements.",
-                    )  # fmt: skip
+                self.steps = gr.Slider(
+                    1, most, min(400, most), step=1, label="Training steps", elem_id="train-steps",
+                    info=f"With fewer than 100 little is learnt; at most {most} here.",
+                )  # fmt: skip
+                self.rate = gr.Number(
+                    3e-3, label="Learning rate", minimum=1e-6, maximum=0.1, info="0.003 did best in our measurements."
+                )
                 with gr.Row():
                     self.start = gr.Button("Train", variant="primary", elem_id="train", min_width=100)
                     self.cancel = gr.Button("Stop", variant="stop", interactive=False, elem_id="cancel")
                     self.resume = gr.Button("Continue", interactive=False, elem_id="resume", min_width=100)
+                help_line(
+                    "<b>Train</b> starts in the background: this page may be closed. <b>Stop</b> keeps the adapter as "
+                    "it is by then, and <b>Continue</b> goes on from there."
+                )
             with gr.Column(scale=6, min_width=300):
                 self.status = gr.HTML(progress("No training yet."), elem_id="train-status", padding=False)
                 with gr.Column(visible=False) as self.result:
                     with gr.Row():
                         self.use = gr.Button("Draw with it", variant="primary", elem_id="use-adapter")
                         self.download = gr.DownloadButton("Download the adapter", elem_id="download-adapter")
+                    help_line("Chooses it on the page Generate, or saves its file on your computer.")
                     with gr.Accordion("Its card", open=False):
                         self.card = gr.Markdown(elem_id="own-card", elem_classes="apt-card", max_height=420)
                 classes = "apt-pictures apt-small" if painter.size <= 256 else "apt-pictures"

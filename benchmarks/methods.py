@@ -100,7 +100,8 @@ TASKS = {
         script="clip",
     ),
 }
-RATES = dict.fromkeys(METHODS, (1e-3, 2e-3)) | {"full": (1e-4, 5e-4)}
+RATES = dict.fromkeys(METHODS, (5e-4, 1e-3, 2e-3)) | {"full": (1e-4, 5e-4)}
+RATES |= dict.fromkeys(("shallow_prompt", "deep_prompt"), (1e-3, 2e-3))  # slow, and best with the highest
 NAMES = {
     "classifier_only": "classifier only", "shallow_prompt": "shallow prompts", "deep_prompt": "deep prompts",
     "lora": "LoRA", "adapter": "adapter", "scaled_pa": "scaled parallel adapter", "apt": "APT", "full": "full tuning",

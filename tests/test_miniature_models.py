@@ -92,9 +92,9 @@ def test_clip_classifies_without_training(clip):
 def test_matching_and_masked_words(fused, items):
     """Chance: one half; one tenth or one ninth. The texts that do not fit are wrong in one part."""
     name, model, processor = fused
-    assert matching_accuracy(model, processor, items) > {"vilt": 0.65, "meter": 0.8}[name]
+    assert matching_accuracy(model, processor, items) > 0.8
     word_head = load_word_head(resolve_model(f"miniature-{name}"), model)
-    assert masked_word_accuracy(model, word_head, processor, items) > {"vilt": 0.4, "meter": 0.5}[name]
+    assert masked_word_accuracy(model, word_head, processor, items) > {"vilt": 0.7, "meter": 0.5}[name]
 
 
 def test_matching_items_differ_only_in_their_picture(items):

@@ -103,7 +103,7 @@ def fit(stage: Stage, args: argparse.Namespace, at_save: Callable[[int], None] =
         rate = stage.lr * warm_up * (0.5 + 0.49 * math.cos(math.pi * step / stage.steps))
         for optimizer in stage.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
             optimizer.zero_grad(set_to_none=True)
         loss = stage.loss(generator)
         loss.backward()

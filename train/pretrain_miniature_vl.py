@@ -29,14 +29,16 @@ from transformers import CLIPPreTrainedModel, RobertaPreTrainedModel
 from apt_diffusion.miniature import MODELS
 from apt_diffusion.miniature.knowledge import clip_grades, load, matching_grades
 from apt_diffusion.miniature.muon import Muon
-from apt_diffusion.miniature.start import start_meter, start_vilt
+from apt_diffusion.miniature.start import TAKEN, start_meter, start_vilt
 from apt_diffusion.miniature.tasks.captions import describe
 from apt_diffusion.miniature.tasks.picture import Claim, Picture, read_picture
 from apt_diffusion.miniature.tasks.similar import GROUP, similar_scenes
 from apt_diffusion.miniature.vision_language import MAKERS, WordHead, export, load_word_head, make_word_head
-from apt_diffusion.miniature.world import render
+from apt_diffusion.miniature.world import COLORS, SHAPES, render
 
 MASKED = 0.3  # share of the words
+MASKED_SEEN = 0.6  # of colours and shapes, which only the picture tells
+INHERITED_RATE = 0.2  # of the learning rate, for the layers that ViLT takes from CLIP: what they know of shapes stays
 Loss = Callable[[torch.Generator], Tensor]
 OUTER = ("embedding", "position", "token", "logit_scale", "rank_output")  # for AdamW, not for Muon
 
@@ -108,6 +110,7 @@ def matching_loss(args: argparse.Namespace, model: nn.Module, word_head: WordHea
     """Half of the batch learns masked words; the other half, twice over, whether the text fits the picture."""
     tokenizer = processor.tokenizer
     special = torch.tensor(tokenizer.all_special_ids)
+    seen = torch.tensor([tokenizer(f"a {word}").input_ids[2] for word in (*COLORS, *SHAPES)])
     half = args.batch_size // 2
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -119,7 +122,8 @@ def matching_loss(args: argparse.Namespace, model: nn.Module, word_head: WordHea
         shown += rows[2 * half :]
         tokens = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
         ids = tokens.input_ids  # (3 half, T)
-        masked = ~torch.isin(ids, special) & (torch.rand(ids.shape, generator=generator) < MASKED)
+        share = torch.where(torch.isin(ids, seen), MASKED_SEEN, MASKED)
+        masked = ~torch.isin(ids, special) & (torch.rand(ids.shape, generator=generator) < share)
         masked[: 2 * half] = False
         with torch.autocast("cpu", torch.bfloat16):
             states, pooled = encode(
@@ -183,11 +187,22 @@ def make_stage(args: argparse.Namespace) -> Stage:
         modules["word_head"] = make_word_head(model)
         loss = matching_loss(args, model, modules["word_head"], processor)
     named = [pair for module in modules.values() for pair in module.named_parameters()]
-    matrices = [p for name, p in named if p.ndim == 2 and not any(part in name for part in OUTER)]
-    chosen = {id(p) for p in matrices}
-    others = [p for _, p in named if id(p) not in chosen]
-    optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)]
+    matrices = {name: p for name, p in named if p.ndim == 2 and not any(part in name for part in OUTER)}
+    others = {name: p for name, p in named if name not in matrices}
+    optimizers = [
+        Muon(rate_groups(matrices)),
+        torch.optim.AdamW(rate_groups(others), betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     return Stage(args.model, modules, optimizers, args.learning_rate, args.steps, loss, ema_decay=0.995)
+
+
+def rate_groups(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Two groups: what ViLT took from CLIP's vision tower, at its own rate, and the rest."""
+    taken = ("patch_embeddings", *(f"vilt.encoder.layer.{layer}." for layer in range(TAKEN)))
+    inherited = [p for name, p in parameters.items() if any(part in name for part in taken)]
+    chosen = {id(p) for p in inherited}
+    rest = [p for p in parameters.values() if id(p) not in chosen]
+    return [{"params": rest}, {"params": inherited, "lr_scale": INHERITED_RATE}]
 
 
 def grades_of(name: str, folder: str | Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..attach import adapter_parameters, add_apt, remove_apt
+from ..attach import adapter_parameters, add_apt, remove_apt, state_of
 from ..config import APTConfig
 from ..files import write_safetensors
 from .modules import Bottleneck, MeterShallowPrompt, Prefix
@@ -63,6 +63,8 @@ def add_method(model: nn.Module, config: MethodConfig) -> list[str]:
     family = family_of(model)
     if getattr(model, "method_config", None) is not None:
         raise ValueError(f"{model.method_config.method!r} is attached already: call remove_method first.")
+    if state_of(model).configs:
+        raise ValueError("APT is attached already: call remove_apt first.")
     match config.method:
         case "apt":
             names = add_apt(model, APTConfig(num_prompts=config.num_prompts, rank=config.rank))
@@ -125,8 +127,11 @@ def load_method(model: nn.Module, path: str | Path) -> MethodConfig:
     tensors, metadata = read_file(Path(path))
     if FILE_KIND not in metadata:
         raise ValueError(f"{path} holds none of the compared methods: it was not written by save_method.")
-    values = json.loads(metadata[FILE_KIND])
-    config = MethodConfig(**values | {"trained": None if values["trained"] is None else tuple(values["trained"])})
+    try:
+        values = json.loads(metadata[FILE_KIND])
+        config = MethodConfig(**values | {"trained": None if values["trained"] is None else tuple(values["trained"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} describes no method that this version knows: {error}") from error
     add_method(model, config)
     targets = dict(_stored(model, config))
     wrong = {name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape}
@@ -281,7 +286,10 @@ def _add_lora(model: nn.Module, family: Family, rank: int) -> list[str]:
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [f"{name}.{path}" for name, _ in _layers(model, family) for path in family.lora]
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
+    for parameter in model.parameters():  # PEFT has frozen the base, which is for `freeze_for_method` to do
+        parameter.requires_grad_(id(parameter) not in frozen)
     return names
 
 

@@ -45,12 +45,12 @@ def vilt_output(model):
     return model(input_ids=tokens, pixel_values=pixels.to(next(model.parameters()).dtype)).pooler_output
 
 
-def make_clip():
+def make_clip(vision_width: int = 32):
     from transformers import CLIPConfig, CLIPModel
 
     text = make_text_encoder().config.to_dict()
     vision = {
-        "hidden_size": 32,
+        "hidden_size": vision_width,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

@@ -56,8 +56,8 @@ class Task:
 
 
 SHARED = {"no-augment": True, "report_to": "none", "hidden_dropout_prob": 0.0}
-# In runs this short untrained prompts disturb more than they help: docs/vision_language.md.
-OF_METHOD = {"apt": {"init": "identity"}}
+# In runs this short untrained prompts disturb ViLT and METER more than they help: docs/vision_language.md.
+OF_METHOD = {("apt", "vilt"): {"init": "identity"}, ("apt", "meter"): {"init": "identity"}}
 CLIP = {"no-augment": True, "report_to": "none", "optimizer": "adamw", "train_batch_size": 16}
 AT_THE_END = {"evaluation_steps": 10**6}
 TASKS = {
@@ -138,7 +138,7 @@ def run(job: Job, output_dir: Path) -> dict[str, Any]:
     if not (folder / RESULTS_NAME).is_file():
         flags = (
             task.flags
-            | OF_METHOD.get(job.method, {})
+            | OF_METHOD.get((job.method, job.model), {})
             | {
                 "model_name_or_path": f"miniature-{job.model}",
                 "data_dir": data_folder(task, output_dir),

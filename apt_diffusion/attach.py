@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .block_weights import check_number, weight_of
+from .block_weights import check_number, transformers_of, weight_of
 from .config import APTConfig
 from .core import ApproximatedPrompt
 from .heads import Heads, head_tensors
@@ -254,16 +254,17 @@ def prepared_apt(model: Any) -> Iterator[None]:
     """Within it, and without gradients, keys and scales are computed once per adapter, not once per call.
 
     A change of weights is seen there too, unless it hides from PyTorch's version counter (`parameter.data.copy_`):
-    that is why this is a context and not the rule. Pipelines enter it for every call.
+    that is why this is a context and not the rule. Pipelines enter it for every call; around several calls it serves
+    them all.
     """
-    cores = list(cores_of(model))
-    for core in cores:
+    before = [(core, core.keep_folded) for core in cores_of(model)]
+    for core, _ in before:
         core.set_keep_folded(True)
     try:
         yield
     finally:
-        for core in cores:
-            core.set_keep_folded(False)
+        for core, keep_folded in before:
+            core.set_keep_folded(keep_folded)
 
 
 def freeze_base(model: Any) -> tuple[int, int]:
@@ -423,9 +424,9 @@ CoreWeights = list[tuple[APTProcessorCore, dict[str, float]]]
 
 
 def _core_weights(model: nn.Module, active: dict[str, AdapterWeight], part: str) -> CoreWeights:
-    module_names = [name for name, _ in named_cores(model)]
+    transformers = transformers_of(model) if any(isinstance(w, dict) for w in active.values()) else []
     return [
-        (core, {n: weight_of(w, part, module_name, module_names) for n, w in active.items() if n in core.adapters})
+        (core, {n: weight_of(w, part, module_name, transformers) for n, w in active.items() if n in core.adapters})
         for module_name, core in named_cores(model)
     ]
 

@@ -1,7 +1,7 @@
 """Adapter weights per component and per UNet block, in the form that diffusers' `set_adapters` takes.
 
 `{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`; what is not named weighs 1.
-A list names one number per transformer of the block.
+A list names one number per transformer of the block, or one for all of them.
 """
 
 import logging
@@ -10,19 +10,28 @@ import numbers
 import re
 from typing import Any
 
+from torch import nn
+
 logger = logging.getLogger(__name__)
 
-_UNET_PLACE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)\.")
+_UNET_PLACE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)(?=\.|$)")
+
+Place = tuple[str, str | None, str]  # part, number of the block, number of the transformer in it
 
 
-def weight_of(value: Any, component: str, module_name: str, all_module_names: list[str]) -> float:
+def transformers_of(model: nn.Module) -> list[Place]:
+    """Where the transformers of a UNet are, adapted or not."""
+    return [place.groups() for place in (_UNET_PLACE.fullmatch(name) for name, _ in model.named_modules()) if place]
+
+
+def weight_of(value: Any, component: str, module_name: str, transformers: list[Place]) -> float:
     """The weight that `value` gives to one attention module.
 
     Args:
         value: a number or a nested dict.
         component: name of the component in a pipeline, `""` for a single model.
         module_name: full name of the attention module in its component.
-        all_module_names: those of all adapted modules there; they tell which blocks exist.
+        transformers: those of the component (`transformers_of`); they tell which blocks exist.
 
     Raises:
         ValueError: for a weight that is no finite number, a block that does not exist, or a list of a wrong length.
@@ -39,13 +48,12 @@ def weight_of(value: Any, component: str, module_name: str, all_module_names: li
     if unknown:
         raise ValueError(f"Unknown UNet parts {sorted(unknown)} in the weights; use 'down', 'mid' and 'up'.")
     part, block, attention = place.groups()
-    return _weight_in_part(value.get(part, 1.0), part, block, int(attention), all_module_names)
+    return _weight_in_part(value.get(part, 1.0), part, block, int(attention), transformers)
 
 
-def _weight_in_part(value: Any, part: str, block: str | None, attention: int, all_names: list[str]) -> float:
-    places = [place.groups() for place in map(_UNET_PLACE.search, all_names) if place]
+def _weight_in_part(value: Any, part: str, block: str | None, attention: int, transformers: list[Place]) -> float:
     if isinstance(value, dict):
-        blocks = {f"block_{index}" for name, index, _ in places if name == part and index is not None}
+        blocks = {f"block_{index}" for name, index, _ in transformers if name == part and index is not None}
         unknown = set(value) - blocks
         if unknown:
             raise ValueError(
@@ -53,10 +61,10 @@ def _weight_in_part(value: Any, part: str, block: str | None, attention: int, al
             )
         value = value.get(f"block_{block}", 1.0)
     if isinstance(value, list | tuple):
-        count = len({index for name, number, index in places if (name, number) == (part, block)})
-        if len(value) != count:
+        count = sum((name, number) == (part, block) for name, number, _ in transformers)
+        if len(value) not in (1, count):
             raise ValueError(f"{part} block {block} has {count} transformers, but {len(value)} weights were given.")
-        value = value[attention]
+        value = value[attention if len(value) > 1 else 0]
     return check_number("An adapter weight", value)
 
 

@@ -25,7 +25,7 @@ class APTLoaderMixin:
     `__call__` takes two more arguments than the stock pipeline, for that call only:
         apt_scale: a factor on all adapter weights, or `{adapter name: weight}`.
         apt_adapter_names: one adapter name (or `None` for the base model) per prompt. With a single prompt, it is
-            repeated, so that several adapters draw the same prompt in one batch.
+            repeated (with what else is said of it), so that several adapters draw the same prompt in one batch.
 
     Attributes:
         apt_store: an `AdapterStore`. Adapters that a call names and the pipeline does not have come from it, and
@@ -63,7 +63,8 @@ class APTLoaderMixin:
             if apt_scale is not None:
                 self._apply_scale(apt_scale)
             if apt_adapter_names is not None:
-                args, kwargs = self._apply_names(apt_adapter_names, args, kwargs)
+                by_position = inspect.signature(super().__call__).bind_partial(*args).arguments
+                return super().__call__(**self._apply_names(apt_adapter_names, dict(**by_position, **kwargs)))
             return super().__call__(*args, **kwargs)
 
     @classmethod
@@ -209,17 +210,15 @@ class APTLoaderMixin:
         for core in cores_of(self):
             core.weights = core.weights | {name: w for name, w in weights.items() if name in core.adapters}
 
-    def _apply_names(
-        self, names: Sequence[str | None], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _apply_names(self, names: Sequence[str | None], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Tells every core which sample is whose; the arguments come back with a single prompt repeated."""
         if isinstance(names, str) or not names:
             raise ValueError(f"apt_adapter_names must be a list with one name per prompt, got {names!r}.")
         attach.check_present(self, [name for name in names if name is not None])
-        prompt = args[0] if args else kwargs.get("prompt")
-        embeds = kwargs.get("prompt_embeds")
-        if isinstance(prompt, str):
-            prompt = [prompt] * len(names)
+        if isinstance(kwargs.get("prompt"), str):
+            texts = {key: kwargs.get(key) for key in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")}
+            kwargs |= {key: [text] * len(names) for key, text in texts.items() if isinstance(text, str)}
+        prompt, embeds = kwargs.get("prompt"), kwargs.get("prompt_embeds")
         batch_size = len(prompt) if prompt is not None else len(embeds) if embeds is not None else len(names)
         if batch_size != len(names):
             raise ValueError(f"apt_adapter_names has {len(names)} names for {batch_size} prompts.")
@@ -228,9 +227,7 @@ class APTLoaderMixin:
             repeats = images if part == "unet" else 1
             for core in cores_of(component):
                 core.adapters_per_sample = tuple(name for name in names for _ in range(repeats))
-        if args:
-            return (prompt, *args[1:]), kwargs
-        return args, kwargs if prompt is None else {**kwargs, "prompt": prompt}
+        return kwargs
 
     def _load_saved_adapters(self, path: str, options: dict[str, Any]) -> None:
         """Brings back what `save_pretrained` wrote; a pipeline without an index has none."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .processor import APTProcessorCore
 
@@ -45,9 +46,10 @@ class ModuleCache:
 
 
 def _stamp(tensor: Tensor) -> tuple:
-    # A weak reference keeps no replaced weights alive, and equals only another one to the same living tensor: an
+    # Weak references keep no replaced weights alive, and equal only others to the same tensor and the same storage: an
     # address alone may be used again.
-    return _Same(tensor), tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
+    storage = StorageWeakRef(tensor.untyped_storage())
+    return _Same(tensor), tensor._version, storage, tensor.data_ptr(), tensor.dtype, tensor.device
 
 
 class _Same:

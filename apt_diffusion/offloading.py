@@ -1,8 +1,45 @@
-"""Adapters that come into a model whose blocks diffusers already moves between devices."""
+"""Adapters in a model whose weights diffusers or accelerate move between devices, and to disk."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import nn
+
+
+@contextlib.contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Within it `module` has its weights, as in its forward pass: for what uses them without calling it."""
+    hooks = [getattr(module, "_hf_hook", None), _group_hook(module)]  # accelerate's and diffusers'
+    hooks = [hook for hook in hooks if hook is not None]
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
+
+
+@torch.no_grad()
+def keep_off_disk(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Takes `parameters` out of the groups that diffusers keeps on disk, where nobody could read or write them."""
+    hooks = [_group_hook(module) for module in model.modules() if "_diffusers_hook" in vars(module)]
+    for group in {hook.group for hook in hooks if hook and hook.group.offload_to_disk_path}:
+        ours = [parameter for parameter in parameters if parameter in group.tensor_to_key]
+        if ours:
+            group.onload_()
+            for parameter in ours:
+                del group.key_to_tensor[group.tensor_to_key.pop(parameter)]
+                parameter.data = parameter.data.to(group.offload_device, copy=True)  # not mapped from the file
+            group.offload_()
+
+
+def _group_hook(module: nn.Module) -> Any:
+    registry = getattr(module, "_diffusers_hook", None)
+    return registry and registry.get_hook("group_offloading")
 
 
 def regroup_offloaded(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import ApproximatedPrompt, FoldedPrompt, correct
+from .offloading import onloaded
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ class APTProcessorCore(nn.Module):
         self.enabled = True
         self.adapters_per_sample: tuple[str | None, ...] | None = None
         self.keep_folded = False
-        self._folded: dict[Hashable, tuple[list, Any]] = {}
+        self._folded: dict[Hashable, tuple[list, Any, list[Tensor]]] = {}
 
     def add(self, name: str, adapter: ApproximatedPrompt, query_source: str) -> None:
         self.adapters[name] = adapter
@@ -68,7 +69,7 @@ class APTProcessorCore(nn.Module):
             return self(states, states)
         parameters = [p for adapter in active for p in adapter.parameters()]
         settings = (self.enabled, self.scale, tuple(self.weights.items()), self.adapters_per_sample)
-        return self._keep("context", lambda: self(states, states), states, settings, *parameters)
+        return self._keep(("context",), lambda: self(states, states), states, settings, *parameters)
 
     def _forward_shared(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
         corrected = attn_output
@@ -120,7 +121,7 @@ class APTProcessorCore(nn.Module):
             scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
             return FoldedPrompt(keys[index], values[index], scale[index])
 
-        return self._keep(tuple(distinct), stack, names, *(fold.keys for fold in folds))
+        return self._keep(("stack", *self._kind(names[0])), stack, names, *(fold.keys for fold in folds))
 
     def _fold(self, name: str, weight: float, like: Tensor) -> FoldedPrompt:
         """`ApproximatedPrompt.fold` for activations such as `like`; an offloaded adapter may be on another device."""
@@ -128,7 +129,8 @@ class APTProcessorCore(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
 
         def fold() -> FoldedPrompt:
-            return FoldedPrompt(*(tensor.to(like.device) for tensor in adapter.fold(dtype, weight)))
+            with onloaded(adapter):
+                return FoldedPrompt(*(tensor.to(like.device) for tensor in adapter.fold(dtype, weight)))
 
         return self._keep(name, fold, (weight, dtype, like.device), *adapter.parameters())
 
@@ -140,15 +142,18 @@ class APTProcessorCore(nn.Module):
         if any(isinstance(part, Tensor) and part.is_inference() for part in depends_on):
             return compute()  # such tensors do not count their changes
         state = [(p, p._version, p.data_ptr()) if isinstance(p, Tensor) else p for p in depends_on]
-        known, value = self._folded.get(key, (None, None))
+        known, value, _ = self._folded.get(key, (None, None, None))
         if known is None or not _same_state(known, state):
             value = compute()
-            self._folded[key] = (state, value)
+            # Holding on to the storages keeps their addresses from being given to other values.
+            storages = [part.detach() for part in depends_on if isinstance(part, Tensor)]
+            self._folded[key] = (state, value, storages)
         return value
 
     def set_keep_folded(self, keep_folded: bool) -> None:
         self.keep_folded = keep_folded
-        self._folded.clear()
+        if not keep_folded:
+            self._folded.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "keep_folded": False, "_folded": {}}

@@ -28,6 +28,7 @@ from .files import (
     write_safetensors,
 )
 from .heads import head_tensors
+from .offloading import keep_off_disk, onloaded
 from .sites import find_modules, resolve_config
 from .version import __version__
 
@@ -91,14 +92,20 @@ def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
     config = state_of(model).configs[adapter_name]
     tensors = {}
     neutral = _neutral_names(model)
-    for name, core in named_cores(model):
-        if adapter_name in core.adapters:
-            module_name, child = name.rsplit(".", 1)
-            for key, tensor in _unpadded(core.adapters[adapter_name], config).items():
-                tensors[f"{neutral.get(module_name, module_name)}.{child}.{key}"] = tensor
+    adapters = _present_adapters(model, adapter_name)
+    keep_off_disk(model, [p for adapter in adapters.values() for p in adapter.parameters()])
+    for (module_name, child), adapter in adapters.items():
+        with onloaded(adapter):
+            for key, tensor in _unpadded(adapter, config).items():
+                tensors[f"{neutral.get(module_name, module_name)}.{child}.{key}"] = _copied(tensor)
     if config.modules_to_save:
-        tensors |= state_of(model).heads.state(model, adapter_name)
-    return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        heads = state_of(model).heads.state(model, adapter_name)
+        tensors |= {key: _copied(tensor) for key, tensor in heads.items()}
+    return tensors
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def load_apt_weights(
@@ -426,6 +433,7 @@ def _attach(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
 
 
 def _swap(model: nn.Module, adapter_name: str, plan: _Plan) -> None:
+    keep_off_disk(model, [p for adapter in plan.present.values() for p in adapter.parameters()])
     for place, parameters in plan.groups.items():
         _write(plan.present[place], parameters)
     state = state_of(model)
@@ -453,6 +461,11 @@ def _check_swap(
         raise ValueError(
             f"Cannot hotswap: there is no adapter {adapter_name!r}; present are {sorted(state.configs)}. "
             "Load the first one without hotswap."
+        )
+    if any(p.device.type == "meta" for adapter in present.values() for p in adapter.parameters()):
+        raise ValueError(
+            "Cannot hotswap: accelerate has taken the adapter's weights away. Load adapters after the offloading is "
+            "enabled, or use an APT pipeline's enable_sequential_cpu_offload."
         )
     old = state.configs[adapter_name]
     for setting in ("activation", "query_source", "modules_to_save"):

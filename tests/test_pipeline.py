@@ -103,7 +103,7 @@ def test_weights_by_block(two):
     assert all(differ(x, y) for i, x in enumerate(pictures) for y in pictures[:i])
     before = draw(two)
     for bad, message in (
-        ({"unet": {"up": {"block_0": [1.0]}}}, "has 2 transformers, but 1"),
+        ({"unet": {"up": {"block_0": [1.0] * 3}}}, "has 2 transformers, but 3"),
         ({"unet": {"up": {"block_7": 1.0}}}, "block_7"),
         ({"unet": {"side": 1.0}}, "side"),
         ({"unet": "x"}, "finite number"),

@@ -142,6 +142,12 @@ def text_apt(model):
     return model.text_model.encoder.layers[1].self_attn.apt.adapters["default"]
 
 
+def new_data_twice(model):
+    weight = model.text_model.encoder.layers[0].mlp.fc1.weight
+    for _ in range(2):
+        weight.data = weight.data * 1.5
+
+
 CHANGES = {
     "one APT weight in place": (add_apt, lambda model: add_one(text_apt(model).prompts)),
     "the scale of the output": (add_apt, lambda model: add_one(text_apt(model).log_scale)),
@@ -163,6 +169,7 @@ CHANGES = {
     "its removal": (lambda model: add_method(model, MethodConfig("adapter", bottleneck=3)), remove_method),
     "the scaling of LoRA": (with_lora, scale_lora),
     "another precision": (None, lambda model: model.to(torch.float64)),
+    "new data, perhaps where the old was": (None, new_data_twice),
 }
 
 

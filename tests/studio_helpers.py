@@ -1,6 +1,7 @@
 """What the tests of the studio share: adapters and pictures on disk."""
 
 import io
+import json
 import shutil
 import struct
 import zlib
@@ -27,6 +28,26 @@ def make_adapter(model: Path, folder: Path, seed: int = 1, **metadata: str) -> P
     (folder / "README.md").write_text(
         "---\ntags: []\n---\n\n# A card\n\n![samples](samples/step-000002.png)\n\nText.\n"
     )
+    return folder
+
+
+def make_looking_adapter(kind: str, folder: Path, **metadata: str) -> Path:
+    """An adapter for the embedded CLIP, or with `answers` for the embedded ViLT."""
+    from transformers import CLIPModel, ViltForQuestionAnswering
+
+    from apt_diffusion import APTConfig, add_apt, save_apt_weights
+    from apt_diffusion.miniature import resolve_model
+
+    base = resolve_model(f"miniature-{kind}")
+    if kind == "clip":
+        model, heads = CLIPModel.from_pretrained(base), None
+    else:
+        count = len(json.loads(metadata["answers"]))
+        model = ViltForQuestionAnswering.from_pretrained(base, num_labels=count, ignore_mismatched_sizes=True)
+        heads = ["classifier"]
+    add_apt(model, APTConfig(num_prompts=4, modules_to_save=heads))
+    randomize(model)
+    save_apt_weights(model, folder, metadata={"base_model": f"miniature-{kind}", **metadata})
     return folder
 
 

@@ -20,7 +20,7 @@ from studio_browser import (
     visitors,
     wait_for,
 )
-from studio_helpers import make_adapter, picture
+from studio_helpers import make_adapter, make_looking_adapter, picture
 
 pytestmark = needs_chromium
 STEPS = 400  # enough to be stopped on the way on a fast machine, too
@@ -30,6 +30,8 @@ STEPS = 400  # enough to be stopped on the way on a fast machine, too
 def adapters(tmp_path_factory, tiny_sd_path):
     folder = tmp_path_factory.mktemp("studio") / "adapters"
     make_adapter(tiny_sd_path, folder / "shared")
+    make_looking_adapter("vilt", folder / "answers", answers='["red", "blue", "two"]')
+    make_looking_adapter("clip", folder / "classes")
     return folder
 
 
@@ -168,6 +170,24 @@ def test_the_sweep_shows_a_row_and_wrong_orders_a_sentence(visit):
     row = pictures_of(page, "#strengths")
     assert np.array_equal(row[0], pictures_of(page, "#base")[0])
     assert np.array_equal(row[5], pictures_of(page, "#adapted")[0])
+
+
+def test_with_and_without_an_adapter_is_one_click(visit):
+    page = visit()
+    tab(page, "Understand")
+    for part, name, adapter, button, bars in (
+        ("Ask", "ask", ("answerer", "answers, for ViLT"), "#ask", ("#answers", "#answers-off")),
+        ("Classify", "class", ("namer", "classes"), "#classify", ("#classes", "#classes-with")),
+    ):
+        tab(page, part)
+        chosen = "([where, label]) => document.querySelector(`#${where} input`)?.value == label"
+        page.wait_for_function(chosen, arg=list(adapter))  # without a click
+        page.locator(f"#{name}-examples button:has(img)").first.click()
+        page.wait_for_selector(f"#{name}-picture img")
+        page.click(button)
+        wait_for(page, f"#{name}-status", "The answer: (red|blue|two)|Compared by their names")
+        page.wait_for_selector(f"#{name}-map img")
+        assert all(wait_for(page, where, r"\d+%") for where in bars)
 
 
 def test_pages_need_nothing_from_elsewhere_and_work_by_keyboard_narrow_and_dark(visit, address):

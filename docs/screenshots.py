@@ -63,11 +63,20 @@ def train(page: Page, steps: int) -> None:
 def understand(page: Page) -> None:
     page.get_by_role("tab", name="Understand").click()
     page.get_by_role("tab", name="Classify").click()
-    page.wait_for_timeout(1000)
-    page.locator("#class-examples button:has(img), #class-examples .gallery-item").first.click()
-    page.wait_for_timeout(2500)
+    page.locator("#class-examples button:has(img)").nth(2).click()
+    page.wait_for_selector("#class-picture img")
+    page.wait_for_timeout(800)
     page.click("#classify")
     wait_for(page, "#class-status", "Compared")
+
+
+def ask(page: Page) -> None:
+    page.get_by_role("tab", name="Ask").click()
+    page.locator("#ask-examples button:has(img)").first.click()
+    page.wait_for_selector("#ask-picture img")
+    page.wait_for_timeout(800)
+    page.click("#ask")
+    wait_for(page, "#ask-status", "The answer")
 
 
 def watch(page: Page) -> None:
@@ -107,6 +116,9 @@ def main() -> None:
             save(page, args.output_dir, "generate")
             understand(page)
             save(page, args.output_dir, "understand")
+            if page.input_value("#answerer input"):
+                ask(page)
+                save(page, args.output_dir, "ask")
             watch(page)
             save(page, args.output_dir, "watch")
             page.get_by_role("tab", name="Cost").click()

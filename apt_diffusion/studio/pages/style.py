@@ -51,7 +51,9 @@ CSS = """
 .apt-pictures .empty { min-height: 9rem; height: auto; }
 .apt-wide .thumbnail-item { aspect-ratio: auto !important; height: auto !important; }
 .apt-inline { flex-grow: 0 !important; min-width: max-content !important; align-self: center; }
+.html-container:has(.apt-status, .apt-bars, .apt-curve) { padding: 0; }
 .apt-help { margin-top: -0.4rem; }
+.apt-examples .apt-help { margin-top: 0; }
 .apt-help .html-container { padding: 0 0.15rem; }
 .apt-help p { margin: 0; font-size: var(--block-info-text-size); color: var(--body-text-color-subdued); }
 .apt-examples { align-items: center; gap: 0.5rem; }

@@ -72,7 +72,7 @@ def understand(page: Page) -> None:
 
 def ask(page: Page) -> None:
     page.get_by_role("tab", name="Ask").click()
-    page.locator("#ask-examples button:has(img)").first.click()
+    page.locator("#ask-examples button:has(img)").nth(3).click()
     page.wait_for_selector("#ask-picture img")
     page.wait_for_timeout(800)
     page.click("#ask")

@@ -6,12 +6,13 @@ import torch
 
 from ..miniature.pictures import to_images
 from ..miniature.subjects import SUBJECTS, save_subject
-from ..miniature.tasks.classes import CLASSES, class_name, draw_classes
+from ..miniature.tasks.classes import class_name, draw_classes
 from ..miniature.tasks.draw import CHUNK, drawn_chunks
 from ..miniature.tasks.questions import questions_of
 
 COUNT = 4
-CLASS_LABELS = [class_name(label) for label in range(0, len(CLASSES), 4)]
+CLASSES_SHOWN = (0, 1, 2, 9, 10, 11)  # two things, each plain, striped and checkered
+CLASS_LABELS = [class_name(label) for label in CLASSES_SHOWN]
 
 
 def subject_pictures(name: str, folder: Path) -> list[Path]:
@@ -30,8 +31,8 @@ def question_pictures(folder: Path) -> list[tuple[Path, str]]:
 
 
 def class_pictures(folder: Path) -> list[Path]:
-    """Pictures of some of `CLASS_LABELS`."""
-    labels = torch.arange(0, len(CLASSES), 4)
+    """A picture of each of `CLASS_LABELS`."""
+    labels = torch.tensor(CLASSES_SHOWN)
     return _saved(to_images(draw_classes(labels, torch.Generator().manual_seed(0))), folder / "classes")
 
 

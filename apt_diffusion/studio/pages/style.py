@@ -100,6 +100,7 @@ CSS = """
 
 @media (max-width: 640px) {
   #strengths .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+  #samples .grid-container { grid-template-columns: minmax(0, 1fr); }
   .apt-bar { grid-template-columns: 1fr auto; }
   .apt-bar-track { grid-column: 1 / -1; grid-row: 2; }
   .gradio-container { padding: 0.5rem !important; }

@@ -101,7 +101,7 @@ class TrainPage:
                 )  # fmt: skip
                 self.losses = gr.HTML(curve("Loss", [], 1), elem_id="losses", padding=False)
                 self.samples = gr.Gallery(
-                    label="Samples during the training, the newest first", columns=1, format="png", height="auto",
+                    label="Samples during the training, the newest first", columns=2, format="png", height="auto",
                     elem_id="samples", elem_classes="apt-pictures apt-wide", buttons=["download", "fullscreen"],
                     object_fit="contain",
                 )  # fmt: skip

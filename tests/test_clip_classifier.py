@@ -142,10 +142,14 @@ def text_apt(model):
     return model.text_model.encoder.layers[1].self_attn.apt.adapters["default"]
 
 
-def new_data_twice(model):
+def new_data(model):
+    """Until it lies where the old data was, if the allocator gives that place again."""
     weight = model.text_model.encoder.layers[0].mlp.fc1.weight
-    for _ in range(2):
-        weight.data = weight.data * 1.5
+    address = weight.data_ptr()
+    for _ in range(20):
+        weight.data = weight.data.roll(1)
+        if weight.data_ptr() == address:
+            break
 
 
 CHANGES = {
@@ -169,7 +173,7 @@ CHANGES = {
     "its removal": (lambda model: add_method(model, MethodConfig("adapter", bottleneck=3)), remove_method),
     "the scaling of LoRA": (with_lora, scale_lora),
     "another precision": (None, lambda model: model.to(torch.float64)),
-    "new data, perhaps where the old was": (None, new_data_twice),
+    "new data, perhaps where the old was": (None, new_data),
 }
 
 

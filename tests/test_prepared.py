@@ -125,15 +125,30 @@ def test_every_change_is_seen(unet, tmp_path, change):
 def test_another_context_at_the_same_place_is_seen(unet):
     """A pipeline's user may write new embeddings into the old tensor, and PyTorch new tensors into old memory."""
     sample, contexts = torch.randn(1, 4, 8, 8), torch.randn(5, 1, 5, 32)
+    expected = [unet(sample, 7, encoder_hidden_states=context)[0] for context in contexts]
     written = torch.empty(1, 5, 32)
     with apt.prepared_apt(unet):
-        for context in contexts:
-            expected = unet(sample, 7, encoder_hidden_states=context)[0]
+        for context, output in zip(contexts, expected, strict=True):
             written.copy_(context)
             for same in (context.clone(), written):
-                assert torch.equal(unet(sample, 7, encoder_hidden_states=same)[0], expected)
-    outputs = [unet(sample, 7, encoder_hidden_states=context)[0] for context in contexts]
-    assert all(not torch.equal(outputs[0], output) for output in outputs[1:])
+                assert torch.equal(unet(sample, 7, encoder_hidden_states=same)[0], output)
+    assert all(not torch.equal(expected[0], output) for output in expected[1:])
+
+
+def test_in_inference_mode(unet):
+    """Its tensors do not count their changes: what depends on them is not kept."""
+    context = torch.randn(1, 5, 32)
+    with torch.inference_mode(), apt.prepared_apt(unet):
+        sample, states = torch.randn(1, 4, 8, 8), context.clone()
+        before = unet(sample, 7, encoder_hidden_states=states)[0]
+        states.add_(1)
+        after = unet(sample, 7, encoder_hidden_states=states)[0]
+        for core in cores_of(unet):
+            core.adapters_per_sample = ("b",)
+        mixed = unet(sample, 7, encoder_hidden_states=states)[0]
+    with torch.inference_mode():
+        assert torch.allclose(unet(sample, 7, encoder_hidden_states=states)[0], mixed, atol=1e-6)
+    assert not torch.equal(before, after) and not torch.equal(after, mixed)
 
 
 @pytest.fixture
@@ -187,21 +202,18 @@ def find_tensors(values):
 @torch.no_grad()
 def test_what_is_kept_for_mixed_batches_does_not_grow(unet):
     core = next(cores_of(unet))
-    states = torch.randn(2, 3, core.hidden_size)
+    states = torch.randn(4, 3, core.hidden_size)
+    mixes = [("a", "b"), ("b", "a"), ("a", None), (None, "b"), ("b", "b"), ("a", "b", "b", "a"), ("a", "b", "a", "b")]
+
+    def run(names):
+        core.adapters_per_sample = names
+        return core(states, states)
+
+    expected = [run(names) for names in mixes]
     with apt.prepared_apt(unet):
-        for names in (("a", "b"), ("b", "a"), ("a", None), (None, "b"), ("b", "b")):
-            core.adapters_per_sample = names
-            kept = core(states, states)
-            core.set_keep_folded(False)
-            assert torch.equal(kept, core(states, states))
-            core.keep_folded = True
-            core(states, states)
-        sizes = set()
-        for names in (("a", "b"), ("b", "a"), ("b", "b"), ("a", "b")):
-            core.adapters_per_sample = names
-            core(states, states)
-            sizes.add(len(core._folded))
-    assert max(sizes) <= 3  # two adapters and one stack
+        for names, output in zip(mixes, expected, strict=True):
+            assert torch.equal(run(names), output)
+            assert len(core._folded) <= 3  # two adapters and one stack
 
 
 @pytest.mark.parametrize("mixed", [False, True])

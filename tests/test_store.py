@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -40,6 +41,7 @@ def reads(monkeypatch):
 
     def read(file):
         files.append(file.parent.name if file.name == WEIGHTS_NAME else file.stem)
+        time.sleep(0.01)  # as a large file would take: long enough for another thread to ask
         return read_adapter_file(file)
 
     monkeypatch.setattr(store, "read_adapter_file", read)
@@ -117,6 +119,12 @@ def test_a_changed_file_is_read_again(folder):
     assert value(adapters.get("c")) == 5.0 and adapters.bytes_in_memory == 4000
     write_adapter(folder / "c.safetensors", 7.0, size=2000)  # in place, as no writer of ours does
     assert value(adapters.get("c")) == 7.0 and value(before) == 2.0
+    kept = adapters.get("c")
+    other = folder / "other"
+    write_adapter(other, 6.0, size=2000)
+    with open(folder / "c.safetensors", "r+b") as stream:  # over the very bytes that were read
+        stream.write(other.read_bytes())
+    assert value(kept) == 7.0
     write_adapter(folder / "c.safetensors", 8.0, size=10)
     assert adapters.get("c").tensors["unet.attn.apt.prompts"].shape == (1, 10) and adapters.bytes_in_memory == 40
 

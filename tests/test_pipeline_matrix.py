@@ -193,3 +193,38 @@ def test_arguments_by_position_are_named_ones(make, plain_of):
     assert np.array_equal(run("one", "two", 16, 16), expected)
     with pytest.raises(TypeError, match="multiple values"):
         run("one", prompt="two", height=16, width=16)
+
+
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_a_swap_reaches_what_is_on_disk(make, plain_of, tmp_path, level):
+    """Written over nothing in memory, it would be lost when the old weights come back from the file."""
+    pipeline, plain = make("StableDiffusionAPTPipeline"), plain_of("StableDiffusionAPTPipeline")
+    pipeline.load_apt_weights(plain.files[0])
+    each_to_disk(pipeline, tmp_path, level)
+    pipeline.load_apt_weights(plain.files[1], hotswap=True)
+    assert np.allclose(draw(pipeline), plain.pictures[1], atol=1e-5)
+
+
+def test_offloaded_blocks_list_an_adapter_that_comes_late(make, plain_of, monkeypatch):
+    """With streams, which need an accelerator, diffusers moves what was listed when a group was made, and no more."""
+    from diffusers.hooks.group_offloading import ModuleGroup
+
+    listed, make_lists = {}, ModuleGroup._init_cpu_param_dict
+
+    def note(group):
+        listed[group] = {p for m in group.modules for p in m.parameters()} | set(group.parameters)
+        return make_lists(group)
+
+    monkeypatch.setattr(ModuleGroup, "_init_cpu_param_dict", note)
+    unet = make("StableDiffusionAPTPipeline").unet
+    unet.enable_group_offload(CPU, CPU, "block_level", num_blocks_per_group=1)
+    apt.load_apt_weights({"unet": unet}, unet_part(plain_of("StableDiffusionAPTPipeline").files[0]))
+    registries = [m._diffusers_hook for m in unet.modules() if hasattr(m, "_diffusers_hook")]
+    hooks = [hook for r in registries if (hook := r.get_hook("group_offloading"))]
+    now = set().union(*(listed[hook.group] for hook in hooks))
+    adapters = [p for core in cores_of(unet) for p in core.parameters()]
+    assert adapters and all(parameter in now for parameter in adapters)
+
+
+def unet_part(file):
+    return {key: tensor for key, tensor in load_file(file).items() if key.startswith("unet.")}

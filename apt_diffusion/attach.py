@@ -18,7 +18,7 @@ from .config import APTConfig
 from .core import ApproximatedPrompt
 from .heads import Heads, head_tensors
 from .offloading import regroup_offloaded
-from .processor import APTProcessorCore, apply_apt, apply_apt_context
+from .processor import APTProcessorCore, apply_apt, apply_apt_context, check_name
 from .sites import context_width, find_modules, input_width, matches, resolve_config
 
 PIPELINE_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -330,13 +330,6 @@ def cores_of(model: Any) -> Iterator[APTProcessorCore]:
 def state_of(model: nn.Module) -> APTState:
     """The adapters' state of one component; a fresh, empty one where none is attached."""
     return getattr(model, "apt_state", None) or APTState()
-
-
-def check_name(adapter_name: str) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"An adapter name is a non-empty string without dots, got {adapter_name!r}.")
-    if hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(f"{adapter_name!r} is a method of torch modules and cannot name an adapter.")
 
 
 def _original(model: nn.Module) -> nn.Module:

@@ -162,6 +162,13 @@ class APTProcessorCore(nn.Module):
         return f"hidden_size={self.hidden_size}, weights={self.weights}, enabled={self.enabled}"
 
 
+def check_name(adapter_name: str) -> None:
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        raise ValueError(f"An adapter name is a non-empty string without dots, got {adapter_name!r}.")
+    if hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"{adapter_name!r} is a method of torch modules and cannot name an adapter.")
+
+
 def _same_state(known: list, state: list) -> bool:
     return len(known) == len(state) and all(map(_same, known, state))
 

@@ -8,7 +8,6 @@ Loading is all or nothing: everything is read and checked before the first modul
 import dataclasses
 import json
 import math
-import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import APTState, attach, check_name, components_of, named_cores, new_adapter, state_of, stream_widths
+from .attach import APTState, attach, components_of, named_cores, new_adapter, state_of, stream_widths
 from .config import APTConfig
 from .core import ApproximatedPrompt
 from .files import (
@@ -28,14 +27,11 @@ from .files import (
     write_safetensors,
 )
 from .heads import head_tensors
+from .keys import Groups, group_tensors, neutral_names
 from .offloading import keep_off_disk, onloaded
+from .processor import check_name
 from .sites import find_modules, resolve_config
 from .version import __version__
-
-_KEY = re.compile(r"(.+)\.(apt|apt_context)\.(prompts|low_rank_down|low_rank_up|log_scale|gate)")
-
-# {(module name, "apt" or "apt_context"): {parameter name: tensor}}
-Groups = dict[tuple[str, str], dict[str, Tensor]]
 
 
 @dataclasses.dataclass
@@ -91,7 +87,7 @@ def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
     """One component's adapter under the keys of the file format, on the CPU."""
     config = state_of(model).configs[adapter_name]
     tensors = {}
-    neutral = _neutral_names(model)
+    neutral = neutral_names(model)
     adapters = _present_adapters(model, adapter_name)
     keep_off_disk(model, [p for adapter in adapters.values() for p in adapter.parameters()])
     for (module_name, child), adapter in adapters.items():
@@ -223,7 +219,7 @@ def _plan_component(
             f"Adapter name {adapter_name!r} is already in use: choose another, or pass hotswap=True to overwrite it."
         )
     present = _present_adapters(model, adapter_name) if hotswap else {}
-    groups, heads = _group(model, tensors, {name for name, _ in present})
+    groups, heads = group_tensors(model, tensors, {name for name, _ in present})
     config = _inferred_config(model, groups) if config is None else resolve_config(model, config)
     if present and _same_places(state.configs[adapter_name], config):
         # Walking through a UNet takes longer than writing an adapter: what was found once is not searched again.
@@ -253,44 +249,6 @@ def _present_adapters(model: nn.Module, adapter_name: str) -> dict[tuple[str, st
 
 def _same_places(old: APTConfig, new: APTConfig) -> bool:
     return (old.target_modules, old.streams) == (new.target_modules, new.streams)
-
-
-def _group(model: nn.Module, tensors: dict[str, Tensor], known: set[str]) -> tuple[Groups, dict[str, Tensor]]:
-    """Adapter tensors by module, under the names that the modules have in `model`; and the rest, the heads.
-
-    Names that are all among the `known` ones are not looked up: walking through a model takes its time.
-    """
-    groups: Groups = defaultdict(dict)
-    heads = {}
-    names = [match[1] for match in map(_KEY.fullmatch, tensors) if match]
-    prefix = _common_prefix(names)
-    looked_up = {} if known.issuperset(names) else _neutral_names(model)
-    actual = {neutral: name for name, neutral in looked_up.items()}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            neutral = match[1].removeprefix(prefix)
-            groups[actual.get(neutral, match[1]), match[2]][match[3]] = tensor
-        else:
-            heads[key] = tensor
-    return dict(groups), heads
-
-
-# transformers 5.6 dropped the segment `text_model.` inside `CLIPTextModel` (and `vision_model.` likewise). Names that
-# all share it are written and compared without it, so that a file made on either side loads on both.
-
-
-def _common_prefix(names: list[str]) -> str:
-    for prefix in ("text_model.", "vision_model."):
-        if names and all(name.startswith(prefix) for name in names):
-            return prefix
-    return ""
-
-
-def _neutral_names(model: nn.Module) -> dict[str, str]:
-    names = [name for name, _ in model.named_modules() if name]
-    prefix = _common_prefix([name for name in names if "." in name])
-    return {name: name.removeprefix(prefix) for name in names}
 
 
 def _inferred_config(model: nn.Module, groups: Groups) -> APTConfig:

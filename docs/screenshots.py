@@ -62,21 +62,20 @@ def train(page: Page, steps: int) -> None:
 
 def understand(page: Page) -> None:
     page.get_by_role("tab", name="Understand").click()
-    page.get_by_role("tab", name="Classify").click()
-    page.locator("#class-examples button:has(img)").nth(2).click()
-    page.wait_for_selector("#class-picture img")
-    page.wait_for_timeout(800)
-    page.click("#classify")
-    wait_for(page, "#class-status", "Compared")
+    look(page, "Classify", "class", example=2, button="#classify", done="Compared")
 
 
 def ask(page: Page) -> None:
-    page.get_by_role("tab", name="Ask").click()
-    page.locator("#ask-examples button:has(img)").nth(3).click()
-    page.wait_for_selector("#ask-picture img")
+    look(page, "Ask", "ask", example=3, button="#ask", done="The answer")
+
+
+def look(page: Page, tab: str, part: str, example: int, button: str, done: str) -> None:
+    page.get_by_role("tab", name=tab).click()
+    page.locator(f"#{part}-examples button:has(img)").nth(example).click()
+    page.wait_for_selector(f"#{part}-picture img")
     page.wait_for_timeout(800)
-    page.click("#ask")
-    wait_for(page, "#ask-status", "The answer")
+    page.click(button)
+    wait_for(page, f"#{part}-status", done)
 
 
 def watch(page: Page) -> None:

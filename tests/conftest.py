@@ -235,3 +235,20 @@ def nlvr2_dir(tmp_path_factory) -> Path:
     from vl_helpers import make_nlvr2_folder
 
     return make_nlvr2_folder(tmp_path_factory.mktemp("nlvr2"))
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from studio_browser import chromium_running
+
+    with chromium_running() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(chromium, address):
+    """Opens the studio at the test module's `address`: every call is another visitor."""
+    from studio_browser import visitors
+
+    with visitors(chromium, address) as visit:
+        yield visit

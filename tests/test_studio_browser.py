@@ -8,7 +8,6 @@ import pytest
 from studio_browser import (
     as_file,
     choose,
-    chromium_running,
     draw,
     needs_chromium,
     offered,
@@ -17,7 +16,6 @@ from studio_browser import (
     served,
     tab,
     upload,
-    visitors,
     wait_for,
 )
 from studio_helpers import make_adapter, make_looking_adapter, picture
@@ -39,18 +37,6 @@ def adapters(tmp_path_factory, tiny_sd_path):
 def address(adapters, tiny_sd_path):
     with served(adapters, "--model", str(tiny_sd_path), "--max-train-steps", "500") as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with chromium_running() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(chromium, address):
-    with visitors(chromium, address) as visit:
-        yield visit
 
 
 def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_path):

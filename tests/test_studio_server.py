@@ -13,14 +13,12 @@ import pytest
 from studio_browser import (
     as_file,
     choose,
-    chromium_running,
     draw,
     fetch,
     needs_chromium,
     served,
     tab,
     upload,
-    visitors,
     wait_for,
 )
 from studio_helpers import ROOT, bomb, copy_adapter, disguised, make_adapter, picture
@@ -46,18 +44,6 @@ def adapters(tmp_path_factory, tiny_sd_path):
 def address(adapters, tiny_sd_path):
     with served(adapters, "--model", str(tiny_sd_path), "--queue-size", "1", "--max-train-steps", "5000") as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with chromium_running() as browser:
-        yield browser
-
-
-@pytest.fixture
-def visit(chromium, address):
-    with visitors(chromium, address) as visit:
-        yield visit
 
 
 # What is said

@@ -24,7 +24,8 @@ OWN_ANSWERS = """For the embedded ViLT, in a checkout of apt-diffusion:
 
     python -m apt_diffusion.miniature.tasks vqa --output_dir data/vqa
     accelerate launch train/train_apt_vqa.py --model_name_or_path miniature-vilt --data_dir data/vqa \\
-        --output_dir {folder}/answers --max_train_steps 150 --init identity --hidden_dropout_prob 0 --no-augment
+        --output_dir {folder}/answers --max_train_steps 200 --learning_rate 2e-3 --init identity \\
+        --hidden_dropout_prob 0 --no-augment
 
 Then load this page again. `miniature-meter`, and real ViLT and METER, work the same way."""
 OWN_CLASSES = """For the embedded CLIP, in a checkout of apt-diffusion:

@@ -10,7 +10,7 @@ from .version import __version__
 
 _MODULES = {
     "config": ["APTConfig"],
-    "core": ["ApproximatedPrompt"],
+    "equation": ["ApproximatedPrompt"],
     "processor": ["APTAttnProcessor", "APTProcessorCore"],
     "attach": [
         "add_apt",
@@ -25,10 +25,10 @@ _MODULES = {
         "set_apt_adapters",
         "set_apt_scale",
     ],
-    "weights": ["enable_apt_hotswap", "load_apt_weights", "save_apt_weights"],
-    "store": ["AdapterStore"],
-    "loaders": ["APTLoaderMixin"],
-    "meter": [
+    "io.weights": ["enable_apt_hotswap", "load_apt_weights", "save_apt_weights"],
+    "serving.store": ["AdapterStore"],
+    "pipelines.mixin": ["APTLoaderMixin"],
+    "models.meter": [
         "MeterConfig",
         "MeterForImageAndTextRetrieval",
         "MeterForImagesAndTextClassification",

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .architectures import context_width, find_modules, input_width, matches, resolve_config
 from .block_weights import check_number, transformers_of, weight_of
 from .config import APTConfig
-from .core import ApproximatedPrompt
+from .equation import ApproximatedPrompt
 from .heads import Heads, head_tensors
 from .offloading import regroup_offloaded
 from .processor import APTProcessorCore, apply_apt, apply_apt_context, check_name
-from .sites import context_width, find_modules, input_width, matches, resolve_config
 
 PIPELINE_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .sites import find_modules, matches
+from .architectures import find_modules, matches
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .core import ApproximatedPrompt, FoldedPrompt, correct
+from .equation import ApproximatedPrompt, FoldedPrompt, correct
 from .offloading import onloaded
 
 T = TypeVar("T")

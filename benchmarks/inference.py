@@ -14,9 +14,9 @@ from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import ApproximatedPrompt, APTConfig, add_apt, prepared_apt
+from apt_diffusion.baselines.attach import MethodConfig, add_method
 from apt_diffusion.costs import count_costs
-from apt_diffusion.methods.attach import MethodConfig, add_method
-from apt_diffusion.vilt import use_sdpa
+from apt_diffusion.models.vilt import use_sdpa
 
 
 def unet_results(rounds: int, device: str) -> list[Result]:

@@ -26,7 +26,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 from tqdm import tqdm
 
-from apt_diffusion.methods.attach import METHODS
+from apt_diffusion.baselines.attach import METHODS
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))

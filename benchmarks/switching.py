@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from apt_diffusion import add_apt, load_apt_weights, prepared_apt, set_apt_adapters
 from apt_diffusion.attach import cores_of
-from apt_diffusion.weights import apt_state_dict
+from apt_diffusion.io.weights import apt_state_dict
 
 NAMES = [f"adapter{index}" for index in range(8)]
 

@@ -16,13 +16,13 @@ from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import add_apt, freeze_base
-from apt_diffusion.methods.attach import MethodConfig, add_method, freeze_for_method
+from apt_diffusion.baselines.attach import MethodConfig, add_method, freeze_for_method
 
 WORDS, PATCHES, METER_SIZE = 40, 201, 288
 
 
 def meter(device: str) -> nn.Module:
-    from apt_diffusion.meter import MeterConfig, MeterModel
+    from apt_diffusion.models.meter import MeterConfig, MeterModel
 
     with torch.device("meta"):
         model = MeterModel(MeterConfig(vision_config={"image_size": METER_SIZE}))

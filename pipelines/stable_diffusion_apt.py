@@ -1,12 +1,5 @@
-"""Stable Diffusion with APT adapters: text to image.
+"""Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-Also a community pipeline: pass this file's path as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`.
-"""
+from apt_diffusion.pipelines.stable_diffusion_apt import StableDiffusionAPTPipeline
 
-from diffusers import StableDiffusionPipeline
-
-from apt_diffusion.loaders import APTLoaderMixin
-
-
-class StableDiffusionAPTPipeline(APTLoaderMixin, StableDiffusionPipeline):
-    """[`diffusers.StableDiffusionPipeline`] with APT adapters; see [`APTLoaderMixin`]."""
+__all__ = ["StableDiffusionAPTPipeline"]

@@ -1,12 +1,5 @@
-"""Stable Diffusion with APT adapters: image to image.
+"""Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-Also a community pipeline: pass this file's path as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`.
-"""
+from apt_diffusion.pipelines.stable_diffusion_apt_img2img import StableDiffusionAPTImg2ImgPipeline
 
-from diffusers import StableDiffusionImg2ImgPipeline
-
-from apt_diffusion.loaders import APTLoaderMixin
-
-
-class StableDiffusionAPTImg2ImgPipeline(APTLoaderMixin, StableDiffusionImg2ImgPipeline):
-    """[`diffusers.StableDiffusionImg2ImgPipeline`] with APT adapters; see [`APTLoaderMixin`]."""
+__all__ = ["StableDiffusionAPTImg2ImgPipeline"]

@@ -1,12 +1,5 @@
-"""Stable Diffusion with APT adapters: inpainting.
+"""Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-Also a community pipeline: pass this file's path as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`.
-"""
+from apt_diffusion.pipelines.stable_diffusion_apt_inpaint import StableDiffusionAPTInpaintPipeline
 
-from diffusers import StableDiffusionInpaintPipeline
-
-from apt_diffusion.loaders import APTLoaderMixin
-
-
-class StableDiffusionAPTInpaintPipeline(APTLoaderMixin, StableDiffusionInpaintPipeline):
-    """[`diffusers.StableDiffusionInpaintPipeline`] with APT adapters; see [`APTLoaderMixin`]."""
+__all__ = ["StableDiffusionAPTInpaintPipeline"]

@@ -1,12 +1,5 @@
-"""Stable Diffusion XL with APT adapters: text to image.
+"""Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-Also a community pipeline: pass this file's path as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`.
-"""
+from apt_diffusion.pipelines.stable_diffusion_xl_apt import StableDiffusionXLAPTPipeline
 
-from diffusers import StableDiffusionXLPipeline
-
-from apt_diffusion.loaders import APTLoaderMixin
-
-
-class StableDiffusionXLAPTPipeline(APTLoaderMixin, StableDiffusionXLPipeline):
-    """[`diffusers.StableDiffusionXLPipeline`] with APT adapters; see [`APTLoaderMixin`]."""
+__all__ = ["StableDiffusionXLAPTPipeline"]

@@ -84,14 +84,14 @@ METER_VISION = {
 
 
 def meter_config(**changes):
-    from apt_diffusion.meter import MeterConfig
+    from apt_diffusion.models.meter import MeterConfig
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     return MeterConfig(text_config=METER_TEXT, vision_config=METER_VISION, **(NO_DROPOUT | sizes | changes))
 
 
 def make_meter(**changes):
-    from apt_diffusion.meter import MeterModel
+    from apt_diffusion.models.meter import MeterModel
 
     torch.manual_seed(0)
     return MeterModel(meter_config(**changes)).eval()
@@ -216,7 +216,7 @@ def draw(pipeline, prompt="a sks glyph", seed: int = 0, steps: int = 2, **kwargs
 @pytest.fixture(scope="session")
 def tiny_vl(tmp_path_factory) -> dict[str, Path]:
     """Folders with tiny random ViLT and METER models and their processors."""
-    from vl_helpers import MODELS
+    from support.vl_helpers import MODELS
 
     return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MODELS.items()}
 
@@ -224,7 +224,7 @@ def tiny_vl(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def vqa_dir(tmp_path_factory) -> Path:
     """VQAv2 in the official layout: 12, 6 and 3 questions."""
-    from vl_helpers import make_vqa_folder
+    from support.vl_helpers import make_vqa_folder
 
     return make_vqa_folder(tmp_path_factory.mktemp("vqa"))
 
@@ -232,14 +232,14 @@ def vqa_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def nlvr2_dir(tmp_path_factory) -> Path:
     """NLVR2 in the official layout: 12, 6 and 6 statements."""
-    from vl_helpers import make_nlvr2_folder
+    from support.vl_helpers import make_nlvr2_folder
 
     return make_nlvr2_folder(tmp_path_factory.mktemp("nlvr2"))
 
 
 @pytest.fixture(scope="module")
 def chromium():
-    from studio_browser import chromium_running
+    from support.studio_browser import chromium_running
 
     with chromium_running() as browser:
         yield browser
@@ -248,7 +248,7 @@ def chromium():
 @pytest.fixture
 def visit(chromium, address):
     """Opens the studio at the test module's `address`: every call is another visitor."""
-    from studio_browser import visitors
+    from support.studio_browser import visitors
 
     with visitors(chromium, address) as visit:
         yield visit

@@ -17,14 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, PartialState
-from clip_arguments import RECIPES, make_optimizer, parse_args
 from torch import Tensor, nn
 from transformers import CLIPModel
-from vl_predict import predict
-from vl_results import loading_code
-from vl_trainer import Run, Task, attach, run_task, start
 
-from apt_diffusion.clip_classifier import ClipClassifier, add_linear_classifier
 from apt_diffusion.data.classification import (
     Item,
     Labelled,
@@ -38,14 +33,19 @@ from apt_diffusion.data.classification import (
 from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
+from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
 from apt_diffusion.training.methods import find_trained, method_in
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
+from apt_diffusion.training.vision_language.clip_arguments import RECIPES, make_optimizer, parse_args
+from apt_diffusion.training.vision_language.predict import predict
+from apt_diffusion.training.vision_language.results import loading_code
+from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
 
 GROUPS = {"base_to_new": ("base", "new"), "few_shot": ("all",)}
 USAGE = """
 from transformers import CLIPModel
 {import_line}
-from apt_diffusion.clip_classifier import ClipClassifier
+from apt_diffusion.models.clip_classifier import ClipClassifier
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
@@ -184,7 +184,7 @@ def summarise(args: argparse.Namespace, metrics: dict[int, dict[str, float]]) ->
 def usage(run: Run, class_names: list[str], template: str) -> str:
     code = loading_code(run.args.method)
     if run.args.method == "classifier_only":
-        code["import_line"] += "\nfrom apt_diffusion.clip_classifier import add_linear_classifier"
+        code["import_line"] += "\nfrom apt_diffusion.models.clip_classifier import add_linear_classifier"
         code["load"] = f"add_linear_classifier(classifier)\n{code['load']}"
     names, template = (repr(value).replace("{", "{{").replace("}", "}}") for value in (class_names, template))
     return USAGE.format(names=names, template=template, **code)  # to be formatted once more

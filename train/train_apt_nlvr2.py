@@ -14,11 +14,6 @@ import argparse
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForImagesAndTextClassification
-from vl_arguments import MINIATURE, HelpFormatter, Recipe, add_shared_flags, check_shared
-from vl_models import load_model, make_inputs
-from vl_predict import predict
-from vl_results import loading_code
-from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, TrainingStream, class_labels, unchanged
 from apt_diffusion.data.nlvr2 import (
@@ -29,7 +24,18 @@ from apt_diffusion.data.nlvr2 import (
     make_examples,
     nlvr2_accuracy,
 )
-from apt_diffusion.meter import MeterForImagesAndTextClassification
+from apt_diffusion.models.meter import MeterForImagesAndTextClassification
+from apt_diffusion.training.vision_language.arguments import (
+    MINIATURE,
+    HelpFormatter,
+    Recipe,
+    add_shared_flags,
+    check_shared,
+)
+from apt_diffusion.training.vision_language.models import load_model, make_inputs
+from apt_diffusion.training.vision_language.predict import predict
+from apt_diffusion.training.vision_language.results import loading_code
+from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
 
 RECIPES = {
     "vilt": Recipe(5e-4, 1e-4, head_lr_multiplier=1, total_batch_size=128, max_text_length=40),
@@ -131,7 +137,7 @@ def load(args: argparse.Namespace, split: str) -> list[Statement]:
 def usage(run: Run, model: nn.Module) -> str:
     meter = run.model_type == "meter"
     return USAGE.format(
-        module="apt_diffusion.meter" if meter else "transformers",
+        module="apt_diffusion.models.meter" if meter else "transformers",
         model_class=type(model).__name__,
         more="" if meter else ", num_images=2",
         kind=run.model_type,

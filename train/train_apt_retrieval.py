@@ -20,11 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
-from vl_arguments import MINIATURE, SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
-from vl_models import load_model, make_inputs
-from vl_predict import gather_by_index, to_device
-from vl_results import loading_code
-from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, ModelInputs
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
@@ -39,8 +34,8 @@ from apt_diffusion.data.retrieval import (
     read_hub,
     read_karpathy,
 )
-from apt_diffusion.meter import MeterForImageAndTextRetrieval
-from apt_diffusion.retrieval import (
+from apt_diffusion.models.meter import MeterForImageAndTextRetrieval
+from apt_diffusion.models.retrieval import (
     MATCHING_HEAD_NAME,
     RANKS,
     RankingObjective,
@@ -49,6 +44,19 @@ from apt_diffusion.retrieval import (
     score_all_pairs,
 )
 from apt_diffusion.training.interrupt import leave_signals_to_parent
+from apt_diffusion.training.vision_language.arguments import (
+    MINIATURE,
+    SOURCE,
+    HelpFormatter,
+    Recipe,
+    add_shared_flags,
+    check_shared,
+    positive_int,
+)
+from apt_diffusion.training.vision_language.models import load_model, make_inputs
+from apt_diffusion.training.vision_language.predict import gather_by_index, to_device
+from apt_diffusion.training.vision_language.results import loading_code
+from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
 
 RECIPES = {
     "vilt": Recipe(5e-4, 1e-4, head_lr_multiplier=1, total_batch_size=256, max_text_length=40),
@@ -258,7 +266,7 @@ def score_split(run: Run, model: nn.Module, inputs: ModelInputs, split: Retrieva
 
 def usage(run: Run, model: nn.Module) -> str:
     return USAGE.format(
-        module="apt_diffusion.meter" if run.model_type == "meter" else "transformers",
+        module="apt_diffusion.models.meter" if run.model_type == "meter" else "transformers",
         model_class=type(model).__name__,
         kind=run.model_type,
         **loading_code(run.args.method),

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from apt_sd_arguments import build_parser, parse_args
-from apt_sd_setup import Run, Trainer, check, load
 from torch import Tensor
 
 from apt_diffusion import save_apt_weights
@@ -29,6 +27,8 @@ from apt_diffusion.training.loss_log import plot_losses
 from apt_diffusion.training.model_card import write_model_card
 from apt_diffusion.training.optimizer import set_learning_rates
 from apt_diffusion.training.run import seed_dropout, start_progress
+from apt_diffusion.training.text_to_image.arguments import build_parser, parse_args
+from apt_diffusion.training.text_to_image.setup import Run, Trainer, check, load
 from apt_diffusion.training.trackers import log_images
 
 logger = logging.getLogger("train_apt_sd")

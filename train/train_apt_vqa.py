@@ -16,11 +16,6 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForQuestionAnswering
-from vl_arguments import MINIATURE, SOURCE, HelpFormatter, Recipe, add_shared_flags, check_shared, positive_int
-from vl_models import load_model, make_inputs
-from vl_predict import predict
-from vl_results import loading_code
-from vl_trainer import Run, Task, attach, run_task, start
 
 from apt_diffusion.data.image_text import Batch, Example, TrainingStream, unchanged
 from apt_diffusion.data.vqa import (
@@ -35,9 +30,22 @@ from apt_diffusion.data.vqa import (
     training_examples,
     vqa_accuracy,
 )
-from apt_diffusion.meter import MeterForQuestionAnswering
+from apt_diffusion.models.meter import MeterForQuestionAnswering
 from apt_diffusion.training.methods import answers_of, find_trained
 from apt_diffusion.training.metrics import write_json
+from apt_diffusion.training.vision_language.arguments import (
+    MINIATURE,
+    SOURCE,
+    HelpFormatter,
+    Recipe,
+    add_shared_flags,
+    check_shared,
+    positive_int,
+)
+from apt_diffusion.training.vision_language.models import load_model, make_inputs
+from apt_diffusion.training.vision_language.predict import predict
+from apt_diffusion.training.vision_language.results import loading_code
+from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
 
 RECIPES = {
     "vilt": Recipe(5e-4, 1e-4, head_lr_multiplier=10, total_batch_size=256, max_text_length=40),
@@ -175,7 +183,7 @@ def submission_file(run: Run, split: str) -> Path:
 
 
 def usage(run: Run, model: nn.Module) -> str:
-    module = "apt_diffusion.meter" if run.model_type == "meter" else "transformers"
+    module = "apt_diffusion.models.meter" if run.model_type == "meter" else "transformers"
     code = loading_code(run.args.method)
     return USAGE.format(module=module, model_class=type(model).__name__, kind=run.model_type, **code)
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import add_apt, named_cores
+from ..baselines.sites import trained_beside
 from ..config import APTConfig
-from ..methods.sites import trained_beside
-from ..retrieval import MATCHING_HEAD_NAME
-from ..weights import save_apt_weights
+from ..io.weights import save_apt_weights
+from ..models.retrieval import MATCHING_HEAD_NAME
 from . import meter, vilt
 from .checkpoint import read_checkpoint
 from .rules import APT_NAMES, Account, Rule, rename
@@ -122,7 +122,7 @@ def attach_adapter(converted: Converted) -> None:
     """
     model, adapter = converted.model, converted.adapter
     if converted.classifier_token is not None:
-        from ..vilt import add_classifier_token
+        from ..models.vilt import add_classifier_token
 
         with torch.no_grad():
             add_classifier_token(model, cls_token_id=0).copy_(converted.classifier_token)
@@ -207,7 +207,7 @@ def _resize_image_positions(renamed: dict[str, Tensor], vision: dict[str, Any], 
 def _build(model_type: str, task: str, settings: dict[str, Any]) -> nn.Module:
     import transformers
 
-    from .. import meter as our_meter
+    from ..models import meter as our_meter
 
     names = {"vqa": "QuestionAnswering", "nlvr2": "ImagesAndTextClassification", "retrieval": "ImageAndTextRetrieval"}
     kind = {"base": "Model", "mlm": "ForMaskedLM"}.get(task) or f"For{names[task]}"
@@ -245,7 +245,7 @@ def _make_processor(model_type: str, tokenizer: str, image_size: int | None) -> 
     from transformers import AutoTokenizer, CLIPImageProcessorPil, ViltImageProcessorPil, ViltProcessor
 
     from ..data.processors import sizes
-    from ..meter import MeterProcessor
+    from ..models.meter import MeterProcessor
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     size = sizes(model_type, image_size or 384)

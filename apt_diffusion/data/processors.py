@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPProcessor, ViltImageProcessorPil, ViltProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from ..meter import MeterProcessor
+from ..models.meter import MeterProcessor
 
 # Model type: (processor, image processor, the names that files may give it).
 _CLIP_NAMES = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")

@@ -16,7 +16,7 @@ pipeline_tag: text-to-image
 ---
 # miniature
 
-A real, small Stable Diffusion of a drawn world, made by `train/pretrain_miniature.py`; see docs/miniature.md.
+A real, small Stable Diffusion of a drawn world, made by `tools/pretrain_miniature.py`; see docs/miniature.md.
 Pictures are 64 x 64. Prompts look like `a small red circle on a blue background` or
 `a green star left of a pink ring on a striped yellow and black background`.
 """

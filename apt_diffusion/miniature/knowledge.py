@@ -1,6 +1,6 @@
 """What the miniature CLIP, ViLT and METER know: figures on fixed items, read through their own processors.
 
-`python train/pretrain_miniature_vl.py --model MODEL --grade` prints them; docs/miniature.md has those of the shipped
+`python tools/pretrain_miniature_vl.py --model MODEL --grade` prints them; docs/miniature.md has those of the shipped
 weights. Nothing here trains a network: the probes are ridge regressions on frozen features.
 """
 
@@ -31,7 +31,7 @@ def load(model_type: str, folder: str | Path) -> tuple[nn.Module, Any]:
     from transformers import CLIPModel, ViltForImageAndTextRetrieval
 
     from ..data.processors import load_processor
-    from ..meter import MeterForImageAndTextRetrieval
+    from ..models.meter import MeterForImageAndTextRetrieval
 
     classes = {"clip": CLIPModel, "vilt": ViltForImageAndTextRetrieval, "meter": MeterForImageAndTextRetrieval}
     model = classes[model_type].from_pretrained(folder, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import write_safetensors
+from ..io.files import write_safetensors
 from .models import MAX_TOKENS, byte_symbols, make_merges, make_tokenizer
 from .tasks.picture import PLURAL
 from .world import COLORS, LAYOUTS, PATTERNS, SHAPES, SIZE
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import BertTokenizer, CLIPModel, CLIPProcessor, CLIPTokenizer, RobertaTokenizer, ViltProcessor
     from transformers import ViltForImageAndTextRetrieval as Vilt
 
-    from ..meter import MeterForImageAndTextRetrieval as Meter
-    from ..meter import MeterProcessor
+    from ..models.meter import MeterForImageAndTextRetrieval as Meter
+    from ..models.meter import MeterProcessor
 
 PATCH = 16
 GRAMMAR = [
@@ -83,7 +83,7 @@ def make_vilt_processor() -> "ViltProcessor":
 
 
 def make_meter_processor() -> "MeterProcessor":
-    from ..meter import MeterProcessor
+    from ..models.meter import MeterProcessor
 
     return MeterProcessor(make_clip_image_processor(), make_roberta_tokenizer())
 
@@ -127,7 +127,7 @@ def make_vilt() -> "Vilt":
 
 def make_meter() -> "Meter":
     """The vision tower lacks the last layer of the miniature CLIP's, as METER's lacks that of CLIP's."""
-    from ..meter import MeterConfig, MeterForImageAndTextRetrieval
+    from ..models.meter import MeterConfig, MeterForImageAndTextRetrieval
 
     tokenizer = make_roberta_tokenizer()
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -169,7 +169,7 @@ library_name: transformers
 ---
 # miniature-{name}
 
-A real, small {title} of a drawn world, made by `train/pretrain_miniature_vl.py`; see docs/miniature.md. {more}
+A real, small {title} of a drawn world, made by `tools/pretrain_miniature_vl.py`; see docs/miniature.md. {more}
 Pictures are 64 x 64, weights are stored in fp16 and load in fp32.
 """
 _HEADS = "`rank_output` says how well a text fits a picture; `word_head.safetensors` guesses masked words."

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..attach import components_of, named_cores
-from ..core import FoldedPrompt
+from ..equation import FoldedPrompt
 from ..processor import APTProcessorCore
 
 COLOR_MAP = "inferno"

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..files import WEIGHTS_NAME, AdapterFile
-from ..store import AdapterStore
+from ..io.files import WEIGHTS_NAME, AdapterFile
+from ..serving.store import AdapterStore
 
 VISITORS = ".visitors"
 GONE = "This adapter is not there any more: choose another one."

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from ..files import WEIGHTS_NAME
+from ..io.files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.loss_log import LOG_NAME, read_log
 from .library import VISITORS, Library

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..attach import remove_apt, set_apt_scale
+from ..io.weights import load_apt_weights
 from ..miniature import resolve_model
-from ..weights import load_apt_weights
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter
 
@@ -118,7 +118,7 @@ class Reader:
         labels: Sequence[str],
         shots: Sequence[tuple[Image.Image, str]],
     ) -> Probabilities:
-        from ..clip_classifier import ClipClassifier
+        from ..models.clip_classifier import ClipClassifier
 
         classifier = ClipClassifier(model, processor.tokenizer, labels).eval()
 
@@ -141,7 +141,7 @@ class Reader:
             from transformers import ViltForQuestionAnswering
 
             from ..data.processors import load_processor
-            from ..meter import MeterForQuestionAnswering
+            from ..models.meter import MeterForQuestionAnswering
 
             model_class = {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}[adapter.kind]
             settings = {"max_image_length": -1} if adapter.kind == "vilt" else {}

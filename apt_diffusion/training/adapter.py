@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from apt_diffusion.attach import add_apt, freeze_base, state_of
-from apt_diffusion.config import APTConfig
-from apt_diffusion.files import WEIGHTS_NAME, read_adapter_file
-from apt_diffusion.weights import load_apt_weights
+from ..attach import add_apt, freeze_base, state_of
+from ..config import APTConfig
+from ..io.files import WEIGHTS_NAME, read_adapter_file
+from ..io.weights import load_apt_weights
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import write_safetensors
+from ..io.files import write_safetensors
 
 logger = logging.getLogger(__name__)
 

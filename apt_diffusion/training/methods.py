@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..architectures import resolve_config
 from ..attach import add_apt, freeze_base, state_of
-from ..config import APTConfig
-from ..files import WEIGHTS_NAME, resolve_adapter_file
-from ..methods.attach import (
+from ..baselines.attach import (
     FILE_KIND,
     MethodConfig,
     add_method,
@@ -20,9 +19,10 @@ from ..methods.attach import (
     read_file,
     save_method,
 )
-from ..methods.sites import trained_beside
-from ..sites import resolve_config
-from ..weights import load_apt_weights, save_apt_weights
+from ..baselines.sites import trained_beside
+from ..config import APTConfig
+from ..io.files import WEIGHTS_NAME, resolve_adapter_file
+from ..io.weights import load_apt_weights, save_apt_weights
 
 logger = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ def _is_secret(flag: str) -> bool:
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this library, and of what it runs on."""
-    from apt_diffusion import __version__
+    from .. import __version__
 
     found = {"python": platform.python_version(), "apt-diffusion": __version__}
     for package in PACKAGES:

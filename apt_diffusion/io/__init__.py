@@ -1,0 +1,1 @@
+"""Adapter files: names of tensors, reading, writing, saving and loading."""

@@ -1,0 +1,164 @@
+"""Finding, reading and writing adapter files, on disk and on the hub; errors name cause and remedy."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from ..config import APTConfig
+
+WEIGHTS_NAME = "pytorch_apt_weights.safetensors"
+
+
+@dataclass
+class AdapterFile:
+    """What was read: a name for messages, the tensors, the header's strings."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    @property
+    def configs(self) -> dict[str, APTConfig] | None:
+        """`APTConfig` per component, `None` without a header."""
+        if "apt_config" not in self.metadata:
+            return None
+        try:
+            configs = json.loads(self.metadata["apt_config"])
+            return {part: APTConfig.from_dict(values) for part, values in configs.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
+
+    @property
+    def made_for(self) -> str:
+        """A sentence for messages."""
+        base = self.metadata.get("base_model")
+        return f"It was made for the base model {base!r}." if base else "It does not say which base model it is for."
+
+
+def read_adapter_file(file: Path) -> AdapterFile:
+    """Reads a safetensors file whole; `ValueError` where it is no APT adapter."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt", device="cpu") as content:
+            metadata = content.metadata() or {}
+            keys = list(content.keys())
+            _check_is_apt(str(file), keys)
+            return AdapterFile(str(file), {key: content.get_tensor(key) for key in keys}, metadata)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read as safetensors ({error}): it is cut off, damaged or of another format. Copy or "
+            "download it again; pickled files (.bin, .pt, .ckpt) are never loaded."
+        ) from error
+
+
+def read_adapter_dict(tensors: dict[str, Tensor]) -> AdapterFile:
+    """Tensors by key as if they came from a file without a header; `TypeError` and `ValueError` where they cannot."""
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(f"An adapter is a dict of tensors by name, got {key!r}: {type(value).__name__}.")
+    _check_is_apt("the given dict", list(tensors))
+    return AdapterFile("the given dict", dict(tensors), {})
+
+
+def _check_is_apt(name: str, keys: list[str]) -> None:
+    if any(".apt." in key or ".apt_context." in key for key in keys):
+        return
+    if any("lora" in key.lower() for key in keys):
+        raise ValueError(f"{name} is a LoRA file, not an APT adapter: load it with `load_lora_weights`.")
+    raise ValueError(f"{name} is not an APT adapter: none of its {len(keys)} tensors belongs to one.")
+
+
+def resolve_adapter_file(
+    path_or_repo_id: str | Path, weight_name: str | None = None, subfolder: str | None = None, **hub: Any
+) -> Path:
+    """The adapter's file on disk, downloaded from the hub where the name is no path.
+
+    Raises:
+        FileNotFoundError: with what was looked for, and where.
+        TypeError: for what is neither a name nor a path.
+        ValueError: for a name that leads out of the folder given.
+    """
+    if not isinstance(path_or_repo_id, str | Path):
+        raise TypeError(
+            f"Expected a folder, a file, a hub repository or a dict, got {type(path_or_repo_id).__name__}."
+        )
+    weight_name = weight_name or WEIGHTS_NAME
+    for what, name in {"weight_name": weight_name, "subfolder": subfolder}.items():
+        _check_inside(what, name)
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _in_folder(path / (subfolder or ""), weight_name)
+    return _from_hub(str(path_or_repo_id), weight_name, subfolder, **hub)
+
+
+def _check_inside(what: str, name: str | Path | None) -> None:
+    if name is not None and not isinstance(name, str | Path):
+        raise TypeError(f"{what} must be a name, got {name!r}.")
+    parts = PurePosixPath(str(name or "").replace("\\", "/"))
+    if parts.is_absolute() or any(part == ".." or ":" in part for part in parts.parts):
+        raise ValueError(f"{str(name)!r} leads out of the folder given.")
+
+
+def _in_folder(folder: Path, weight_name: str) -> Path:
+    file = folder / weight_name
+    if not file.is_file():
+        inside = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"There is no {weight_name} in {folder} (found: {inside}).")
+    return file
+
+
+def _from_hub(repo_id: str, weight_name: str, subfolder: str | None, **hub: Any) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    where = f"{repo_id!r} is neither a file nor a folder here"
+    try:
+        return Path(hf_hub_download(repo_id, weight_name, subfolder=subfolder, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{where}, and no valid hub repository name either.") from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{where}, the hub cannot be reached (or is switched off), and {weight_name} is not in the local cache."
+        ) from error
+    except (HfHubHTTPError, EntryNotFoundError) as error:
+        raise FileNotFoundError(f"{where}, and the hub has no {weight_name} to give: {error}") from error
+
+
+def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> Path:
+    """Writes to a temporary name in the same folder and renames: the file is whole or not there."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + 2**16
+    free = shutil.disk_usage(file.parent).free
+    if free < needed:
+        raise OSError(f"No space for {file}: it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free.")
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".apt-", suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, file)
+    except SafetensorError as error:
+        raise OSError(f"{file} could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+    return file
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

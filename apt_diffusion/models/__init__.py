@@ -1,0 +1,1 @@
+"""Models and heads of the vision-language side that transformers does not have."""

@@ -1,0 +1,1 @@
+"""Serving many adapters from one base model."""

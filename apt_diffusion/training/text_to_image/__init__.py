@@ -1,0 +1,1 @@
+"""Training adapters for text-to-image models."""

@@ -1,0 +1,345 @@
+"""The command line of `train_apt_sd.py`: every flag of diffusers' `train_dreambooth_lora.py`, and those of APT.
+
+What makes no sense is refused here, before anything is loaded.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable
+
+from ... import APTConfig
+from ...config import INITS, QUERY_SOURCES, STREAMS
+from ...data.pictures import INTERPOLATIONS
+
+
+def number(kind: type, is_allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    """An argparse type: `int` or `float` within limits. A NaN passes none."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not is_allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+positive_int = number(int, lambda value: value >= 1, "at least 1")
+count = number(int, lambda value: value >= 0, "at least 0")
+positive = number(float, lambda value: value > 0, "above 0")
+not_negative = number(float, lambda value: 0 <= value < math.inf, "at least 0, and finite")
+fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+finite = number(float, math.isfinite, "finite")
+
+
+EXAMPLES = """
+examples:
+  the embedded model, offline, in two minutes:
+    accelerate launch train/train_apt_sd.py --pretrained_model_name_or_path miniature \\
+        --instance_data_dir examples/subject --instance_prompt "a sks glyph" --train_text_encoder \\
+        --max_train_steps 400 --output_dir out/glyph
+  Stable Diffusion, with pictures of the class against forgetting, and samples while it learns:
+    accelerate launch train/train_apt_sd.py \\
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 --instance_data_dir dog/ \\
+        --instance_prompt "a photo of sks dog" --train_text_encoder \\
+        --with_prior_preservation --class_data_dir dogs/ --class_prompt "a photo of a dog" \\
+        --max_train_steps 800 --validation_prompt "a sks dog in snow" --validation_steps 100 --mixed_precision bf16
+  a run that was stopped goes on: the same command and --resume_from_checkpoint latest
+
+docs/training.md says more.
+"""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Names the defaults that say something: not `None`, and not that a switch is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        says_nothing = action.default is None or action.default is False
+        return action.help if says_nothing else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Teach a Stable Diffusion a subject from a few pictures, as an APT adapter.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    _model_flags(parser.add_argument_group("model").add_argument)
+    _adapter_flags(parser.add_argument_group("adapter").add_argument)
+    _data_flags(parser.add_argument_group("pictures and captions").add_argument)
+    _prior_flags(parser.add_argument_group("prior preservation").add_argument)
+    _length_flags(parser.add_argument_group("steps and checkpoints").add_argument)
+    _optimizer_flags(parser.add_argument_group("loss and optimizer").add_argument)
+    _sample_flags(parser.add_argument_group("samples while training").add_argument)
+    _output_flags(parser.add_argument_group("output").add_argument)
+    _hardware_flags(parser.add_argument_group("hardware").add_argument)
+    return parser
+
+
+def _model_flags(add) -> None:
+    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a base model, or 'miniature'.")
+    add("--revision", help="Revision of the base model on the hub.")
+    add("--variant", help="Variant of the base model's files, for example fp16.")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        help="Hub id or folder of another VAE, for example one of SDXL's that is stable in half precision.",
+    )
+    add("--tokenizer_name", help="Hub id or folder of another tokenizer.")
+    add("--tokenizer_max_length", type=positive_int, help="Tokens per prompt; the tokenizer's own maximum if not set.")
+    add("--text_encoder_use_attention_mask", action="store_true", help="Hide padding from the text encoder.")
+    add(
+        "--class_labels_conditioning",
+        choices=["timesteps"],
+        help="What the UNet gets as class labels, where it has a class embedding.",
+    )
+
+
+def _adapter_flags(add) -> None:
+    add("--rank", type=positive_int, default=4, help="Rank of the map that turns prompts into keys.")
+    add("--num_prompts", type=positive_int, default=APTConfig.num_prompts, help="Prompts per attention module.")
+    add(
+        "--target_modules",
+        nargs="+",
+        help="Attention modules to adapt: name suffixes such as attn2, or one regular expression for full names. "
+        "Default: the UNet's cross-attention (attn2), and the text encoder's self-attention where it is trained.",
+    )
+    add("--init", choices=INITS, help="How prompts start; 'identity' if not set: the first step sees the base model.")
+    add(
+        "--query_source",
+        choices=QUERY_SOURCES,
+        help="Who asks the prompts in the UNet: the attention's input (the paper, and the default) or its output.",
+    )
+    add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
+    add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
+    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of SDXL's).")
+    add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
+
+
+def _data_flags(add) -> None:
+    add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
+    add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
+    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl beside the pictures.")
+    add(
+        "--resolution",
+        type=positive_int,
+        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
+    )
+    add("--center_crop", action="store_true", help="Cut the middle of the picture instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror half of the samples.")
+    add("--repeats", type=positive_int, default=1, help="How often an epoch shows each picture of the subject.")
+    add(
+        "--image_interpolation_mode",
+        default="lanczos",
+        choices=sorted(INTERPOLATIONS),
+        help="How pictures are resized.",
+    )
+    add("--dataloader_num_workers", type=count, default=0, help="Loader processes; 0 loads in the main one.")
+    add(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Encode every cut that this run will draw before the first step, then free the VAE.",
+    )
+    add(
+        "--cache_text_embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="Encode all prompts before the first step, then free the text encoder; on unless it is trained.",
+    )
+    add("--pre_compute_text_embeddings", action="store_true", help="The same as --cache_text_embeddings.")
+
+
+def _prior_flags(add) -> None:
+    add(
+        "--with_prior_preservation",
+        action="store_true",
+        help="Train on pictures of the class too, against forgetting.",
+    )
+    add("--class_data_dir", help="Folder with pictures of the class; missing ones are drawn by the base model.")
+    add("--class_prompt", help="The prompt for pictures of the class without a caption.")
+    add("--num_class_images", type=positive_int, default=100, help="How many pictures of the class to use.")
+    add("--prior_loss_weight", type=not_negative, default=1.0, help="Weight of the class pictures' loss.")
+    add("--sample_batch_size", type=positive_int, default=4, help="Class pictures drawn at once, per process.")
+    add(
+        "--prior_generation_precision",
+        choices=["no", "fp32", "fp16", "bf16"],
+        help="Precision for drawing class pictures; fp16 on a GPU, else fp32, if not set.",
+    )
+
+
+def _length_flags(add) -> None:
+    add("--train_batch_size", type=positive_int, default=4, help="Pictures of the subject per batch and process.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches per step.")
+    add("--num_train_epochs", type=positive_int, default=1, help="Rounds through the pictures.")
+    add("--max_train_steps", type=positive_int, help="Steps in all; overrides --num_train_epochs.")
+    add(
+        "--checkpointing_steps",
+        type=positive_int,
+        default=500,
+        help="Steps between checkpoints; the last step has one.",
+    )
+    add("--checkpoints_total_limit", type=positive_int, help="How many checkpoints to keep.")
+    add("--resume_from_checkpoint", help="'latest', the name of a checkpoint in --output_dir, or a path.")
+
+
+def _optimizer_flags(add) -> None:
+    add(
+        "--learning_rate",
+        type=not_negative,
+        default=1.5e-3,
+        help="Learning rate after the warmup. The default is the mean of what did best in our sweep, 3e-3 with "
+        "--lr_scheduler cosine (docs/miniature.md); diffusers' for LoRA is 5e-4.",
+    )
+    add(
+        "--text_encoder_lr",
+        type=not_negative,
+        help="Learning rate of the text encoder's adapter; --learning_rate if not set.",
+    )
+    add("--scale_lr", action="store_true", help="Multiply learning rates by processes, accumulation and batch size.")
+    add(
+        "--lr_scheduler",
+        default="constant",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        help="The schedule of the learning rate.",
+    )
+    add("--lr_warmup_steps", type=count, default=500, help="Warmup steps, for schedules that have one.")
+    add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
+    add("--snr_gamma", type=positive, help="Min-SNR weighting of the loss (5 in its paper); off if not set.")
+    add(
+        "--noise_offset",
+        type=not_negative,
+        default=0.0,
+        help="Size of a random offset of the noise per channel.",
+    )
+    add("--use_8bit_adam", action="store_true", help="8-bit AdamW; needs bitsandbytes.")
+    add("--adam_beta1", type=fraction, default=0.9, help="AdamW's β1.")
+    add("--adam_beta2", type=fraction, default=0.999, help="AdamW's β2.")
+    add("--adam_weight_decay", type=not_negative, default=1e-2, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's ε.")
+    add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
+
+
+def _sample_flags(add) -> None:
+    add(
+        "--validation_prompt",
+        help="Draw samples with this prompt while training. At the end samples are always drawn.",
+    )
+    add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws none, ever.")
+    add("--validation_epochs", type=positive_int, default=50, help="Epochs between samples.")
+    add("--validation_steps", type=positive_int, help="Steps between samples; overrides --validation_epochs.")
+    add("--validation_images", nargs="+", help="Pictures to start the samples from (image to image).")
+    add("--num_inference_steps", type=positive_int, default=25, help="Denoising steps of all images drawn here.")
+    add("--guidance_scale", type=finite, default=7.5, help="Guidance of all images drawn here.")
+
+
+def _output_flags(add) -> None:
+    add("--output_dir", default="lora-dreambooth-model", help="Folder for adapter, card, samples, logs, checkpoints.")
+    add("--seed", type=int, help="Everything random follows from it; drawn, and kept in checkpoints, if not set.")
+    add("--logging_dir", default="logs", help="Folder of the trackers' logs inside --output_dir.")
+    add(
+        "--report_to",
+        default="tensorboard",
+        choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
+        help="Tracker for losses and samples. tensorboard is skipped where it is not installed.",
+    )
+    add("--push_to_hub", action="store_true", help="Upload adapter, card and samples at the end.")
+    add("--hub_token", help="Token for the hub; that of `hf auth login` if not set.")
+    add("--hub_model_id", help="Repository on the hub; the name of --output_dir if not set.")
+
+
+def _hardware_flags(add) -> None:
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="Precision of the frozen weights and of the computation; accelerate's setting if not set.",
+    )
+    add("--gradient_checkpointing", action="store_true", help="Less memory, slower steps.")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on GPUs that have them.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention in the UNet.")
+    add("--local_rank", type=int, default=-1, help="Set by launchers.")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked arguments; `ValueError` or `ImportError` for what cannot work."""
+    args = build_parser().parse_args(argv)
+    args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    _check_prior(args)
+    _check_text_encoder(args)
+    _check_output(args)
+    _check_installed(args)
+    if args.target_modules and len(args.target_modules) == 1 and re.search(r"[\\*+?\[(|^$]", args.target_modules[0]):
+        args.target_modules = args.target_modules[0]
+    apt_config(args)
+    return args
+
+
+def apt_config(args: argparse.Namespace) -> APTConfig:
+    return APTConfig(
+        num_prompts=args.num_prompts,
+        rank=args.rank,
+        dropout=args.dropout,
+        init=args.init,
+        query_source=args.query_source,
+        streams=args.streams,
+        target_modules=args.target_modules,
+    )
+
+
+def _check_prior(args: argparse.Namespace) -> None:
+    if args.with_prior_preservation:
+        if args.class_data_dir is None:
+            raise ValueError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures.")
+        if args.class_prompt is None:
+            raise ValueError("--with_prior_preservation needs --class_prompt, which the class pictures show.")
+        return
+    for flag in ("class_data_dir", "class_prompt"):
+        if getattr(args, flag) is not None:
+            warnings.warn(f"--{flag} has no effect without --with_prior_preservation.", stacklevel=3)
+
+
+def _check_text_encoder(args: argparse.Namespace) -> None:
+    if args.pre_compute_text_embeddings:
+        if args.train_text_encoder:
+            raise ValueError("--pre_compute_text_embeddings contradicts --train_text_encoder, which changes them.")
+        if args.cache_text_embeddings is False:
+            raise ValueError("--pre_compute_text_embeddings and --no-cache_text_embeddings contradict each other.")
+    if args.train_text_encoder and args.cache_text_embeddings:
+        raise ValueError("--cache_text_embeddings cannot be used with --train_text_encoder, which changes them.")
+    args.cache_text_embeddings = not args.train_text_encoder and args.cache_text_embeddings is not False
+    if args.no_train_unet:
+        if not args.train_text_encoder:
+            raise ValueError("--no_train_unet without --train_text_encoder leaves nothing to train.")
+        if args.query_source or args.streams:
+            raise ValueError("--query_source and --streams are for the UNet, which --no_train_unet leaves alone.")
+    elif args.text_encoder_lr is not None and not args.train_text_encoder:
+        raise ValueError("--text_encoder_lr needs --train_text_encoder.")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.report_to == "wandb" and args.hub_token is not None:
+        raise ValueError(
+            "--hub_token would be shown among the run's settings on wandb. Leave it out and sign in with "
+            "`hf auth login`."
+        )
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
+    for path in args.validation_images or ():
+        if not os.path.isfile(path):
+            raise ValueError(f"--validation_images: there is no file {path}.")
+
+
+def _check_installed(args: argparse.Namespace) -> None:
+    def missing(package: str) -> bool:
+        return importlib.util.find_spec(package) is None
+
+    if args.enable_xformers_memory_efficient_attention and missing("xformers"):
+        raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: `pip install xformers`.")
+    if args.use_8bit_adam and missing("bitsandbytes"):
+        raise ImportError("--use_8bit_adam needs bitsandbytes: `pip install bitsandbytes`.")
+    if args.report_to in ("wandb", "comet_ml") and missing(args.report_to):
+        raise ImportError(f"--report_to {args.report_to} needs it installed: `pip install {args.report_to}`.")

@@ -1,0 +1,49 @@
+"""Pictures of the class, for prior preservation: those in the folder, and missing ones drawn by the base model."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from ...data.pictures import Picture, find_pictures, has_pictures
+from .stable_diffusion import StableDiffusionBase
+
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def find_class_pictures(args: Any) -> list[Picture]:
+    """At most `--num_class_images` pictures of the class; none where the folder has none yet."""
+    if not args.with_prior_preservation or not has_pictures(args.class_data_dir):
+        return []
+    return find_pictures(args.class_data_dir, args.class_prompt, args.caption_column)[: args.num_class_images]
+
+
+def draw_missing_class_pictures(
+    args: Any, present: int, base: StableDiffusionBase, accelerator: Accelerator, seed: int
+) -> None:
+    """Fills the folder up to `--num_class_images`; the processes share the work. Picture i depends on seed and i."""
+    accelerator.wait_for_everyone()  # all have counted
+    missing = list(range(present, args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
+    folder = Path(args.class_data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if missing:
+        default = "fp16" if accelerator.device.type == "cuda" else "fp32"
+        pipeline = base.pipeline(PRECISIONS[args.prior_generation_precision or default]).to(accelerator.device)
+        pipeline.set_progress_bar_config(disable=True)
+        batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
+        bar = tqdm(batches, desc="Drawing class pictures", disable=not accelerator.is_local_main_process)
+        for numbers in bar:
+            images = pipeline(
+                [args.class_prompt] * len(numbers),
+                generator=[torch.Generator().manual_seed(seed * 2**20 + number) for number in numbers],
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+            ).images
+            for number, image in zip(numbers, images, strict=True):
+                name = f"{number}-{hashlib.sha1(image.tobytes()).hexdigest()}.png"
+                image.save(folder / f".{name}", format="PNG")
+                (folder / f".{name}").rename(folder / name)  # a kill leaves no half picture
+    accelerator.wait_for_everyone()

@@ -1,0 +1,111 @@
+"""What is particular to Stable Diffusion XL (arXiv 2307.01952): two text encoders, pooled text, sizes and cuts."""
+
+import re
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+from ... import StableDiffusionXLAPTPipeline
+from ...miniature import resolve_model
+from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
+
+
+def open_base(
+    name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
+) -> StableDiffusionBase:
+    """The base model of this name; it is an SDXL where its UNet asks for pooled text and sizes."""
+    unet = UNet2DConditionModel.load_config(resolve_model(name_or_path), subfolder="unet", revision=revision)
+    kind = StableDiffusionXLBase if unet.get("addition_embed_type") == "text_time" else StableDiffusionBase
+    return kind(name_or_path, revision, variant, vae)
+
+
+class StableDiffusionXLBase(StableDiffusionBase):
+    """[`StableDiffusionBase`] with a second text encoder."""
+
+    text_parts = ("text_encoder", "text_encoder_2")
+    largest_default_resolution = 1024
+    pipeline_class = StableDiffusionXLAPTPipeline
+    image_to_image_class = StableDiffusionXLImg2ImgPipeline
+    tag = "stable-diffusion-xl"
+
+    def __init__(self, name_or_path: str, *args: Any) -> None:
+        super().__init__(name_or_path, *args)
+        unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision)
+        self.settings = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
+        if self.settings.get("text_encoder", [None])[0] is None:
+            raise ValueError(f"{name_or_path} has no first text encoder: is it SDXL's refiner? Give its base model.")
+        pooled = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder_2", revision=self.revision)
+        taken = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        if taken != pooled.projection_dim:
+            raise ValueError(
+                f"{name_or_path} is no SDXL base model: its UNet takes pooled text of width {taken} and six sizes, "
+                f"its second text encoder gives {pooled.projection_dim}."
+            )
+
+    def skeletons(self) -> dict[str, nn.Module]:
+        second = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder_2", revision=self.revision)
+        with torch.device("meta"):
+            return super().skeletons() | {"text_encoder_2": CLIPTextModelWithProjection(second)}
+
+    def tokenizers(self, name: str | None = None) -> dict[str, Any]:
+        second = CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer_2", revision=self.revision)
+        return super().tokenizers(name) | {"text_encoder_2": second}
+
+    def text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        return super().text_encoders(dtype) | {"text_encoder_2": self.text_encoder_2(dtype)}
+
+    def text_encoder_2(self, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+        place = {"subfolder": "text_encoder_2", "dtype": dtype, **self.files}
+        return CLIPTextModelWithProjection.from_pretrained(self.path, **place).requires_grad_(False)
+
+    def pipeline(self, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+        parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
+        return StableDiffusionXLPipeline.from_pretrained(
+            self.path, dtype=dtype, add_watermarker=False, **parts, **self.files
+        )
+
+    def embed(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tokens]) -> Embeddings:
+        """`prompt_embeds` `(B, L, d1 + d2)`, states before the last layers; `pooled_prompt_embeds` `(B, d2')`."""
+        outputs = [text_encoders[part](**tokens[part], output_hidden_states=True) for part in self.text_parts]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return {"prompt_embeds": states, "pooled_prompt_embeds": outputs[1].text_embeds}
+
+    def idle(self, parameter_name: str) -> bool:
+        """The first text encoder's last layer is not seen; the second's is, in the pooled text."""
+        last = self.skeletons()["text_encoder"].config.num_hidden_layers - 1
+        return re.match(rf"text_encoder\..*\blayers\.{last}\.", parameter_name) is not None
+
+    def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        pooled = embeddings["pooled_prompt_embeds"].to(dtype)
+        added = {"text_embeds": pooled, "time_ids": time_ids.float()}  # bfloat16 has no 1000 different sizes
+        return super().conditions(embeddings, time_ids, dtype) | {"added_cond_kwargs": added}
+
+    def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
+        return (self.image_to_image_class if image_to_image else self.pipeline_class)(
+            vae=self.vae(unet.dtype).to(unet.device),
+            text_encoder=None,
+            text_encoder_2=None,
+            tokenizer=None,
+            tokenizer_2=None,
+            unet=unet,
+            scheduler=self.sampler(),
+            add_watermarker=False,
+        )
+
+    def draw(
+        self,
+        unet: UNet2DConditionModel,
+        conditioning: tuple[Embeddings, Embeddings],
+        seeds: list[int],
+        resolution: int,
+        start_images: list[Image.Image] | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        prompt, negative = conditioning
+        if self.settings.get("force_zeros_for_empty_prompt", True):  # what the pipeline takes for no negative prompt
+            negative = {name: torch.zeros_like(embedding) for name, embedding in negative.items()}
+        return super().draw(unet, (prompt, negative), seeds, resolution, start_images, **settings)

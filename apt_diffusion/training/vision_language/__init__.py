@@ -1,0 +1,1 @@
+"""Training adapters and the methods compared with them on vision-language tasks."""

@@ -1,1 +1,0 @@
-"""The APT pipelines; installed as `apt_diffusion.pipelines`."""

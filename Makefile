@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # demo's training up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint
+.PHONY: demo test lint types
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py
@@ -20,6 +20,9 @@ test: $(VENV)/ready
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+types: $(VENV)/ready
+	$(RUN) -m mypy
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

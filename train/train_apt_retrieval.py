@@ -17,7 +17,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
 
@@ -43,7 +42,7 @@ from apt_diffusion.models.retrieval import (
     recall,
     score_all_pairs,
 )
-from apt_diffusion.training.interrupt import leave_signals_to_parent
+from apt_diffusion.training.loading import make_loader
 from apt_diffusion.training.vision_language.arguments import (
     MINIATURE,
     SOURCE,
@@ -241,12 +240,9 @@ def score_split(run: Run, model: nn.Module, inputs: ModelInputs, split: Retrieva
     """Scores of all pairs `(I, C)`; the processes share the pictures."""
     accelerator, size = run.accelerator, run.args.eval_batch_size
     own = range(accelerator.process_index, len(split.images), accelerator.num_processes)
-    pictures = DataLoader(
-        [(split.images[image], None) for image in own],
-        IMAGES_PER_BATCH,
-        collate_fn=inputs.pictures,
-        num_workers=run.args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_parent,
+    batches = [range(len(own))[start : start + IMAGES_PER_BATCH] for start in range(0, len(own), IMAGES_PER_BATCH)]
+    pictures = make_loader(
+        [(split.images[image], None) for image in own], batches, inputs.pictures, run.args.dataloader_num_workers
     )
     captions = [prefix + caption for caption in split.captions]
     texts = [inputs.texts(captions[start : start + size]) for start in range(0, len(captions), size)]

@@ -80,9 +80,16 @@ def has_pictures(folder: str | Path) -> bool:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture as RGB, upright, on white where it is transparent."""
-    with Image.open(path) as image:
-        return as_rgb(image)
+    """A picture as RGB, upright, on white where it is transparent.
+
+    Raises:
+        ValueError: where it cannot be read; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            return as_rgb(image)
+    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
+        raise ValueError(f"The picture {path} cannot be read: {error}. Repair it or take it out.") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -147,10 +154,7 @@ def is_picture(path: Path) -> bool:
 
 def check_picture(path: Path, prompt: str) -> Picture:
     """The picture, read once; `ValueError` with its name where it cannot be."""
-    try:
-        return Picture(path, prompt, *read_picture(path).size)
-    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
-        raise ValueError(f"The picture {path} cannot be read: {error}. Repair it or take it out.") from error
+    return Picture(path, prompt, *read_picture(path).size)
 
 
 def _sidecar(path: Path) -> str | None:

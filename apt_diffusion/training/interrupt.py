@@ -7,12 +7,6 @@ from types import FrameType, TracebackType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def leave_signals_to_parent(worker: int) -> None:
-    """`worker_init_fn` of a data loader: Ctrl-C reaches the whole process group, and workers must outlive it."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Interrupt:
     """Within it, the first SIGINT or SIGTERM sets `signal_number`; a second one acts as it always does.
 
@@ -29,13 +23,14 @@ class Interrupt:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        self._restore()
+        self.restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal_number = number
-        self._restore()
+        self.restore()
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Gives the signals back to whoever handled them before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}

@@ -21,7 +21,7 @@ from .. import hub
 from ..adapter import attach_trainable
 from ..checkpoints import Checkpoint, load_training_state, remove_unfinished
 from ..diffusion import Objective
-from ..interrupt import leave_signals_to_parent
+from ..loading import make_loader
 from ..optimizer import make_adamw, make_schedule
 from ..run import agree_on_seed, find_resumed, make_accelerator, report_changes
 from .arguments import apt_config
@@ -179,14 +179,7 @@ def load(run: Run) -> Trainer:
     text_encoders = {part: accelerator.prepare(model) for part, model in text_encoders.items()}
     if run.resumed:
         load_training_state(run.resumed, optimizer.optimizer, parameters, accelerator.scaler)
-    loader = DataLoader(
-        data,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_parent,
-        pin_memory=device.type == "cuda",
-    )
+    loader = make_loader(data, batches, collate, args.dataloader_num_workers, pin_memory=device.type == "cuda")
     return Trainer(
         unet,
         text_encoders,

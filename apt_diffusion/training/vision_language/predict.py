@@ -7,10 +7,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ...data.image_text import Batch
-from ..interrupt import leave_signals_to_parent
+from ..loading import make_loader
 
 if TYPE_CHECKING:
     from .trainer import Run
@@ -35,13 +35,7 @@ def predict(
     args, accelerator = run.args, run.accelerator
     own = range(accelerator.process_index, len(examples), accelerator.num_processes)
     batches = [own[start : start + args.eval_batch_size] for start in range(0, len(own), args.eval_batch_size)]
-    loader = DataLoader(
-        examples,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_parent,
-    )
+    loader = make_loader(examples, batches, collate, args.dataloader_num_workers)
     found = []
     for indices, batch in zip(batches, loader, strict=True):
         torch.manual_seed(indices[0])  # ViLT shuffles its patches

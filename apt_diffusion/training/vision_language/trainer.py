@@ -26,7 +26,8 @@ from ...data.order import micro_batches
 from ...miniature import MODELS, resolve_model
 from .. import checkpoints, hub, provenance
 from ..checkpoints import Checkpoint
-from ..interrupt import Interrupt, leave_signals_to_parent
+from ..interrupt import Interrupt
+from ..loading import make_loader
 from ..loss_log import LossLog, read_log
 from ..methods import attach_method, check_same_method, load_trained, save_trained, trained_parameters  # fmt: skip
 from ..metrics import METRICS_NAME
@@ -250,14 +251,8 @@ def prepare(run: Run, task: Task) -> Trainer:
         accelerator.process_index,
         accelerator.num_processes,
     )
-    loader = DataLoader(
-        task.examples,
-        batch_sampler=batches,
-        collate_fn=task.collate,
-        num_workers=args.dataloader_num_workers,
-        worker_init_fn=leave_signals_to_parent,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    pin_memory = accelerator.device.type == "cuda"
+    loader = make_loader(task.examples, batches, task.collate, args.dataloader_num_workers, pin_memory)
     return Trainer(model, parameters, optimizer, schedule, loader, log)
 
 

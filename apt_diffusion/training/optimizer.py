@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+# The factor on all learning rates, from the number of steps done.
+Schedule = Callable[[int], float]
+
 
 def make_adamw(
     groups: list[tuple[dict[str, nn.Parameter], float]],
@@ -36,7 +39,7 @@ def make_adamw(
 
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int, cycles: int, power: float
-) -> Callable[[int], float]:
+) -> Schedule:
     """The factor on all learning rates, from the number of steps already done; a resumed run needs no state for it."""
     from diffusers.optimization import get_scheduler
 
@@ -56,3 +59,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> list[
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return [group["lr"] for group in optimizer.param_groups]
+
+
+def without_gradient(parameters: dict[str, nn.Parameter]) -> list[str]:
+    """Names of the parameters that no backward pass has reached since gradients were last cleared."""
+    return [name for name, parameter in parameters.items() if parameter.grad is None]

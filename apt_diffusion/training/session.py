@@ -1,0 +1,402 @@
+"""One training run: what is the same for every trainer, so that a script holds nothing but its own story.
+
+    with Session.start(args, "train_apt_x", argv) as session:
+        ...                                            # checks, models, data: all in the script
+        session.plan(epoch_length=len(examples))
+        network = session.prepare(network, parameters, optimizer, schedule)
+        for batch in session.batches(session.loader(examples, collate)):
+            with session.step():
+                session.backward(loss(network, batch))
+            if session.checkpoint_due:
+                session.save_checkpoint(save)
+            if session.evaluation_due:
+                session.log(evaluate(network))
+        session.finish(save, card={...})
+
+The session owns seeds, accumulation, clipping, learning rates, logs, progress, checkpoints, signals, exact resume, and
+the agreement of several processes.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.order import Purpose, micro_batches, random_at
+from . import checkpoints, hub, provenance
+from .checkpoints import Checkpoint
+from .interrupt import Interrupt
+from .loading import make_loader
+from .loss_log import LOG_NAME, LossLog, plot_losses, read_log
+from .metrics import METRICS_NAME
+from .model_card import write_model_card
+from .optimizer import Schedule, set_learning_rates, without_gradient
+from .progress import Progress
+from .run import agree_on_seed, find_resumed, make_accelerator, report_changes
+
+SHOWN = 3  # names in a message
+
+
+class Session:
+    """A run from its first check to its last file; use it as a context manager, after `Session.start`.
+
+    Attributes:
+        args: the script's flags. `max_train_steps` is filled in by `plan`.
+        accelerator: accelerate's.
+        logger: of the script's name.
+        command: the command line, without secrets.
+        resumed: the checkpoint that the run continues, or `None`.
+        seed: every random choice follows from it.
+        repo_id: where the results will be uploaded, or `None`.
+        steps_done: optimizer steps so far, those before a resume included.
+        steps_per_epoch: known after `plan`.
+        checkpoint_due, evaluation_due: whether the script should do this now; `False` between the batches of a step.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        script: str,
+        accelerator: Accelerator,
+        command: str,
+        resumed: Checkpoint | None,
+        seed: int,
+    ) -> None:
+        self.args = args
+        self.script = script
+        self.accelerator = accelerator
+        self.logger = logging.getLogger(script)
+        self.command = command
+        self.resumed = resumed
+        self.seed = seed
+        self.repo_id: str | None = None
+        self.first_step = resumed.step if resumed else 0
+        self.steps_done = self.first_step
+        self.steps_per_epoch = 0
+        self.checkpoint_due = False
+        self.evaluation_due = False
+        self._evaluates_after: Callable[[int], bool] = lambda step: False
+        self._interrupt = Interrupt()
+        self._signal_number = 0  # the one that ends the run
+        self._batches: Iterator[Any] | None = None
+        self._reading = ""  # the place in the data, for errors
+        self._losses: list[Tensor] = []  # of the batches of this step
+        self._progress: Progress | None = None
+        self._metrics_log: LossLog | None = None
+
+    @classmethod
+    def start(cls, args: argparse.Namespace, script: str, argv: list[str] | None = None) -> "Session":
+        """Processes, logging, the checkpoint to resume from and the seed; nothing is written yet.
+
+        Args:
+            args: the script's flags.
+            script: its name, as `train_apt_sd`.
+            argv: its command line; `sys.argv` if `None`.
+
+        Raises:
+            ValueError: for a checkpoint that is not there, or not whole.
+        """
+        accelerator = make_accelerator(args, script)
+        resumed = find_resumed(args)
+        command = provenance.command_line(f"train/{script}.py", argv)
+        return cls(args, script, accelerator, command, resumed, agree_on_seed(args.seed, resumed))
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def examples_per_step(self) -> int:
+        """Positions of the data's stream that all processes read together in one optimizer step."""
+        args = self.args
+        return args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    def open_output(self) -> None:
+        """Makes the output folder, and the hub's repository: call it after all cheap checks, before expensive work."""
+        if self.resumed:
+            report_changes(self.args, self.resumed.state["settings"])
+        if self.is_main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.remove_unfinished(self.output_dir)
+            if self.args.push_to_hub:
+                name = self.args.hub_model_id or self.output_dir.resolve().name
+                self.repo_id = hub.create_repository(name, self.args.hub_token)
+
+    # Before the first step
+
+    def plan(self, epoch_length: int, evaluates_after: Callable[[int], bool] | None = None) -> None:
+        """How many steps the run has: `--max_train_steps`, or `--num_train_epochs`.
+
+        Args:
+            epoch_length: examples that an epoch shows.
+            evaluates_after: whether `evaluation_due` is set after the step of this number; never after the last one.
+        """
+        args = self.args
+        self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+        self.steps_per_epoch = math.ceil(epoch_length / self.examples_per_step)
+        args.max_train_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        if evaluates_after is not None:
+            self._evaluates_after = evaluates_after
+        self.logger.info(
+            "%d examples per epoch; %d steps per epoch with %d examples each; %d steps in all.",
+            epoch_length, self.steps_per_epoch, self.examples_per_step, args.max_train_steps,
+        )  # fmt: skip
+
+    @property
+    def positions(self) -> list[range]:
+        """Places in the data's endless stream, one range per batch of this process, from here to the last step."""
+        first = self.resumed.state["position"] if self.resumed else 0
+        steps = max(0, self.args.max_train_steps - self.first_step)
+        return micro_batches(
+            first,
+            steps * self.args.gradient_accumulation_steps,
+            self.args.train_batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+
+    def loader(self, examples: Dataset, collate: Callable[[list[Any]], Any]) -> DataLoader:
+        """All batches of this process from here to the last step.
+
+        Args:
+            examples: by position in the endless stream of training. An `examples.describe(position)` says in errors
+                what stands there.
+            collate: examples to a batch: a dict of tensors, or an object with `to(device)`.
+        """
+        pin_memory = self.accelerator.device.type == "cuda"
+        return make_loader(examples, self.positions, collate, self.args.dataloader_num_workers, pin_memory)
+
+    def prepare(
+        self,
+        models: dict[str, nn.Module],
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        rates: dict[str, float] | None = None,
+    ) -> dict[str, nn.Module]:
+        """Makes all ready for the first step: the processes' wrappers, the checkpoint's state, logs, progress bar.
+
+        Args:
+            models: all that a step runs, by a name of the script's choice.
+            parameters: those that are trained, by name.
+            optimizer: over them.
+            schedule: the factor on all learning rates, from the number of steps done.
+            rates: learning rates by the name under which they are logged; `{"lr": args.learning_rate}` if `None`.
+
+        Returns:
+            The models as accelerate wraps them, by the same names.
+
+        Raises:
+            ValueError: where the checkpoint's optimizer had other parameters.
+        """
+        accelerator = self.accelerator
+        *prepared, self._optimizer = accelerator.prepare(*models.values(), optimizer)
+        wrapped = dict(zip(models, prepared, strict=True))
+        self._trained = [model for model in wrapped.values() if any(p.requires_grad for p in model.parameters())]
+        self._parameters, self._schedule = parameters, schedule
+        self._rates = {"lr": self.args.learning_rate} if rates is None else rates
+        if self.resumed:
+            checkpoints.load_training_state(self.resumed, self._optimizer.optimizer, parameters, accelerator.scaler)
+        self._start_logs()
+        return wrapped
+
+    def _start_logs(self) -> None:
+        """Trackers, progress bar and loss log; a resumed run continues the log of the one that it resumes."""
+        args, accelerator = self.args, self.accelerator
+        settings = provenance.public_settings(vars(args)).items()
+        project = self.script.removeprefix("train_").replace("_", "-")
+        accelerator.init_trackers(
+            project,
+            config={key: value if isinstance(value, int | float | str) else str(value) for key, value in settings},
+        )
+        log = self._continued_log(LOG_NAME) if self.is_main else None
+        self._progress = Progress(accelerator, log, self.first_step, args.max_train_steps)
+
+    def _continued_log(self, name: str) -> LossLog:
+        source = self.resumed.folder.resolve().parent / name if self.resumed else None
+        return LossLog(self.output_dir, self.first_step, source, name)
+
+    # The loop
+
+    def batches(self, loader: DataLoader) -> Iterator[Any]:
+        """The batches of `loader` on the run's device, up to the last step, each to be used in `with session.step()`.
+
+        Learning rates are set before every step, and dropout is seeded for every batch. After Ctrl-C or SIGTERM it
+        raises `SystemExit` with 130 or 143 once the step is done and the script has had its turn to save.
+        """
+        accelerator, accumulation = self.accelerator, self.args.gradient_accumulation_steps
+        self._batches = iter(loader)
+        places = iter(loader.batch_sampler)
+        describe = getattr(loader.dataset, "describe", "example {}".format)
+        with self._interrupt:
+            for step in range(self.first_step + 1, self.args.max_train_steps + 1):
+                set_learning_rates(self._optimizer, self._schedule(step - 1))
+                for micro_step in range(accumulation):
+                    self._reading = ", ".join(describe(position) for position in next(places))
+                    batch = send_to_device(next(self._batches), accelerator.device, non_blocking=True)
+                    seed_dropout(accelerator, self.seed, step * accumulation + micro_step)
+                    yield batch
+                if self._signal_number:
+                    self.logger.info(
+                        "Signal %d at step %d: --resume_from_checkpoint latest goes on.", self._signal_number, step
+                    )
+                    raise SystemExit(128 + self._signal_number)  # what a shell reports of a process that it ended
+        self._reading = ""
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it, one batch's loss goes to `backward`; the last batch of a step is followed by the optimizer's."""
+        accelerator, optimizer = self.accelerator, self._optimizer
+        with accelerator.accumulate(*self._trained):
+            yield
+            if accelerator.sync_gradients:
+                if self.steps_done == self.first_step:
+                    self._warn_of_untrained()
+                if self.args.max_grad_norm is not None:
+                    accelerator.clip_grad_norm_(list(self._parameters.values()), self.args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        self.checkpoint_due = self.evaluation_due = False
+        if len(self._losses) == self.args.gradient_accumulation_steps:
+            self._end_step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a batch's loss, a number, and a note of it for the log."""
+        self.accelerator.backward(loss)
+        self._losses.append(loss.detach())
+
+    def _warn_of_untrained(self) -> None:
+        silent = without_gradient(self._parameters)
+        if silent:
+            more = ", ..." if len(silent) > SHOWN else ""
+            self.logger.warning(
+                "%d of %d trained parameters have no gradient: the loss does not depend on them, and they stay as "
+                "they are (%s%s).", len(silent), len(self._parameters), ", ".join(silent[:SHOWN]), more,
+            )  # fmt: skip
+
+    def _end_step(self) -> None:
+        """Decides, for all processes alike, what is due after this step."""
+        assert self._progress is not None
+        progress, accelerator = self._progress, self.accelerator
+        self.steps_done = step = self.steps_done + 1
+        factor = self._schedule(step - 1)
+        progress.add(step, self._losses, {name: rate * factor for name, rate in self._rates.items()})
+        self._losses = []
+        last = step == self.args.max_train_steps
+        self.checkpoint_due = last or step % self.args.checkpointing_steps == 0
+        self.evaluation_due = not last and self._evaluates_after(step)
+        # All processes must ask for the others' losses and signals at the same steps.
+        alone = accelerator.num_processes == 1
+        signalled = alone and self._interrupt.signal_number is not None
+        if self.checkpoint_due or self.evaluation_due or step % progress.every == 0 or signalled:
+            signal_number = progress.flush(self._interrupt.signal_number)
+            if signal_number and not last:
+                self._signal_number = signal_number
+                self.checkpoint_due, self.evaluation_due = True, False
+
+    def save_checkpoint(self, save: Callable[[Path], Any]) -> None:
+        """Writes `checkpoint-N`, whole or not at all, and removes old ones; the main process does.
+
+        Args:
+            save: writes what is trained into the folder that it gets.
+        """
+        if not self.is_main:
+            return
+        first = self.resumed.state["position"] if self.resumed else 0
+        state = {
+            "step": self.steps_done,
+            "position": first + (self.steps_done - self.first_step) * self.examples_per_step,
+            "seed": self.seed,
+            "settings": provenance.public_settings(vars(self.args)),
+        }
+        with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:
+            save(folder)
+            checkpoints.save_training_state(
+                folder, self._optimizer.optimizer, self._parameters, state, self.accelerator.scaler
+            )
+        checkpoints.prune_checkpoints(self.output_dir, self.args.checkpoints_total_limit, newest=self.steps_done)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Metrics of the model as it is now: to the terminal, `metrics.jsonl` and the trackers."""
+        self.logger.info("Evaluation: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if self.is_main:
+            if self._metrics_log is None:
+                self._metrics_log = self._continued_log(METRICS_NAME)
+            # A finished run may be finished again.
+            if self.steps_done not in [row["step"] for row in read_log(self._metrics_log.path)]:
+                self._metrics_log.append([{"step": self.steps_done, **metrics}])
+        self.accelerator.log(metrics, step=self.steps_done)
+
+    # The end
+
+    def header(self, **known: str) -> dict[str, str]:
+        """Strings for the header of the trained weights' file: how they came about, and what is `known` besides."""
+        return provenance.adapter_metadata(vars(self.args), self.command, self.steps_done, **known)
+
+    def finish(self, save: Callable[[Path], Any], card: dict[str, Any]) -> None:
+        """The trained weights, the plot of the loss and the model card in the output folder; the main process writes.
+
+        Args:
+            save: writes what is trained into the folder that it gets.
+            card: arguments of `write_model_card` that only the script knows.
+        """
+        if not self.is_main:
+            return
+        save(self.output_dir)
+        self.logger.info("The trained weights are in %s.", self.output_dir)
+        write_model_card(
+            self.output_dir,
+            title=self.repo_id or self.output_dir.resolve().name,
+            command=self.command,
+            loss_plot=plot_losses(self.output_dir),
+            **card,
+        )
+
+    def upload(self) -> None:
+        """Sends the output folder to the hub where `--push_to_hub` was given."""
+        if self.repo_id is not None:
+            hub.upload(self.repo_id, self.output_dir, self.args.hub_token)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._interrupt.restore()
+        self._batches = None  # ends the loader's workers
+        if self._progress is not None:
+            self._progress.close()
+        if error is None or self._signal_number:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.end_training()
+        elif self._reading:
+            # The other processes may wait for this one: it must not wait for them.
+            self.logger.error("The run failed after step %d. Examples read last: %s.", self.steps_done, self._reading)
+
+
+def seed_dropout(accelerator: Accelerator, seed: int, micro_step: int) -> None:
+    """Torch's own generator serves dropout only; seeded by place, it needs no state in checkpoints.
+
+    Args:
+        accelerator: the run's; each process has a place of its own.
+        seed: the run's.
+        micro_step: batches that this process has seen.
+    """
+    place = micro_step * accelerator.num_processes + accelerator.process_index
+    torch.manual_seed(int(random_at(seed, place, Purpose.STEP).integers(2**63)))

@@ -1,83 +1,11 @@
 #!/usr/bin/env python
-"""The studio in the browser: teach a model a subject, watch it learn, compare, download.
+"""The studio in the browser, from a checkout: the same as `apt-diffusion studio`.
 
-    python app.py                                                         # offline, with the embedded model
-    python app.py --model stable-diffusion-v1-5/stable-diffusion-v1-5     # a hub id, or a folder
-
-Needs `pip install -e ".[demo]"`; see docs/studio.md.
+python app.py
+python app.py --help
 """
 
-import argparse
-import logging
-import os
-import signal
-import sys
-import tempfile
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="miniature", help="folder or hub id of a Stable Diffusion (default: the embedded one)")
-    add(
-        "--adapters",
-        type=Path,
-        default=ROOT / "out" / "studio",
-        metavar="DIR",
-        help="folder of adapters that everybody sees; visitors' own work is kept in a hidden folder inside it "
-        "(default: out/studio)",
-    )
-    add(
-        "--listen",
-        nargs="?",
-        const="0.0.0.0",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="let other computers in; without an address: on all of this computer's (default: this computer only)",
-    )
-    add("--port", type=int, default=7860, help="default: %(default)s")
-    add("--share", action="store_true", help="open a public tunnel through gradio.live: everybody who has the link")
-    add("--queue-size", type=int, default=32, help="requests that may wait for the model (default: %(default)s)")
-    add("--max-train-steps", type=int, default=2000, help="steps that a visitor may train (default: %(default)s)")
-    args = parser.parse_args(argv)
-    for flag, value in (("--queue-size", args.queue_size), ("--max-train-steps", args.max_train_steps)):
-        if value < 1:
-            parser.error(f"{flag} must be at least 1, got {value}")
-    if Path(args.model).expanduser().is_dir():
-        args.model = str(Path(args.model).expanduser().resolve())  # the trainer works in another folder
-    return args
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is removed, too
-    with tempfile.TemporaryDirectory(prefix="apt-studio-", ignore_cleanup_errors=True) as folder:
-        # Before Gradio is imported: no statistics sent anywhere, and its copies of pictures where only we can read.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/shown"}
-        try:
-            from apt_diffusion.studio.pages.site import build_site, serve
-        except ModuleNotFoundError as error:
-            sys.exit(f'{error.name} is not installed: `pip install -e ".[demo]"`.')
-        from apt_diffusion.studio.studio import Studio
-
-        script = ROOT / "train" / "train_apt_sd.py"
-        try:
-            studio = Studio(args.model, args.adapters, script, args.max_train_steps)
-        except (OSError, ValueError) as error:
-            sys.exit(f"{args.model} cannot be used as a Stable Diffusion: {error}")
-        site = build_site(studio, args.queue_size)
-        try:
-            serve(site, args.share, server_name=args.listen, server_port=args.port)
-        except OSError:
-            sys.exit(
-                f"The studio cannot listen on {args.listen}, port {args.port}: another program uses it, or it is no "
-                "address of this computer. Choose another one with --port or --listen."
-            )
-
+from apt_diffusion.studio.command import main
 
 if __name__ == "__main__":
     main()

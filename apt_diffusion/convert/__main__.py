@@ -17,10 +17,9 @@ import sys
 from .conversion import TASKS, convert
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m apt_diffusion.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None, prog: str = "python -m apt_diffusion.convert") -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="the official file")
     parser.add_argument("output", nargs="?", help="a new folder")
     parser.add_argument("--task", choices=TASKS, help="which class of model (default: that of the checkpoint's head)")

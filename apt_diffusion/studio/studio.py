@@ -17,7 +17,7 @@ class Studio:
     Args:
         model: `"miniature"`, a folder or a hub id.
         adapters: the folder of adapters, where visitors' work is kept, too.
-        script: `train/train_apt_sd.py`.
+        script: the trainer, `train_apt_sd.py`.
         max_train_steps: what a visitor may ask for.
     """
 

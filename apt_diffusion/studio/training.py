@@ -11,7 +11,6 @@ All that is known of a job is on disk, so that it is found again after either wa
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ import psutil
 from ..io.files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.loss_log import LOG_NAME, read_log
+from ..training.scripts import environment
 from .library import VISITORS, Library
 from .uploads import keep_pictures
 
@@ -90,7 +90,7 @@ class Trainings:
     """The visitors' training jobs: at most one of each visitor at a time.
 
     Args:
-        script: `train/train_apt_sd.py` of a checkout, whose root is the trainer's working folder.
+        script: the trainer, `train_apt_sd.py`; it runs in the server's working folder.
         model: the base model, as the trainer takes it.
         library: where finished adapters go.
         defaults: further flags of the trainer that suit the model.
@@ -127,10 +127,7 @@ class Trainings:
         if lesson.steps > self.max_steps:
             raise ValueError(f"This studio trains for at most {self.max_steps} steps, not {lesson.steps}.")
         if not self.script.is_file():
-            raise ValueError(
-                f"The trainer is not here: {self.script}. Training in the studio needs a checkout of apt-diffusion, "
-                "where `train/` lies beside `app.py`."
-            )
+            raise ValueError(f"The trainer is not here any more: {self.script}. Install apt-diffusion again.")
         if lesson.class_prompt and self.class_pictures is not None:
             self.class_pictures()  # may take a while the first time: not with the lock held
         with self._lock:
@@ -271,8 +268,7 @@ class Trainings:
         with (folder / "log.txt").open("a") as log:
             child = subprocess.Popen(
                 self.command(visitor, name, lesson),
-                cwd=self.script.parents[1],
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env=environment() | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -292,7 +288,7 @@ class Trainings:
         self._children[child.pid] = child
 
     def command(self, visitor: str, name: str, lesson: Lesson) -> list[str]:
-        """The trainer's command line; paths are relative to the checkout where they can be."""
+        """The trainer's command line; paths are relative to the working folder where they can be."""
         folder = self._folder(visitor, name)
         flags: dict[str, Any] = {
             "pretrained_model_name_or_path": self.model,
@@ -326,8 +322,10 @@ class Trainings:
             words += [f"--{flag}"] if value is True else [f"--{flag}={value}"]  # "=": a prompt may start with dashes
         return words
 
-    def _shown(self, path: Path) -> str:
-        root = self.script.parents[1]
+    @staticmethod
+    def _shown(path: Path) -> str:
+        """The path as the trainer is given it, which its model card repeats."""
+        root = Path.cwd()
         return str(path.relative_to(root) if path.is_relative_to(root) else path)
 
     def _process(self, job: dict) -> psutil.Process | None:

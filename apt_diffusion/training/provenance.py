@@ -7,13 +7,15 @@ import shlex
 import sys
 from typing import Any
 
+from .scripts import shown
+
 SECRETS = ("hub_token",)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
 def command_line(script: str, argv: list[str] | None) -> str:
-    """The command as a shell takes it; the value of a secret becomes `***`."""
-    words = [script, *(sys.argv[1:] if argv is None else argv)]
+    """The command as a shell takes it; the value of a secret becomes `***`, a script's path that of a checkout."""
+    words = [*shown(script), *(sys.argv[1:] if argv is None else argv)]
     hidden = []
     for index, word in enumerate(words):
         flag, equals, _ = word.partition("=")

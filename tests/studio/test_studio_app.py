@@ -7,9 +7,8 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-from support.studio_helpers import ROOT
 
-from apt_diffusion.studio import uploads
+from apt_diffusion.studio import command, uploads
 from apt_diffusion.studio.doors import Doors
 from apt_diffusion.studio.visitors import COOKIE, VisitorCookie, visitor_of
 
@@ -56,27 +55,23 @@ def test_a_new_browser_gets_a_cookie_that_scripts_cannot_read():
 
 
 def test_flags_are_checked_and_paths_made_absolute(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import app
-
-    args = app.parse_args([])
+    args = command.parse_args([])
     assert (args.model, args.listen, args.port, args.share) == ("miniature", "127.0.0.1", 7860, False)
-    assert app.parse_args(["--listen"]).listen == "0.0.0.0"
+    assert command.parse_args(["--listen"]).listen == "0.0.0.0"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
-    assert app.parse_args(["--model", "model"]).model == str(tmp_path / "model")
+    assert command.parse_args(["--model", "model"]).model == str(tmp_path / "model")
     for wrong in (["--queue-size", "0"], ["--max-train-steps", "-1"], ["--port", "x"]):
         with pytest.raises(SystemExit):
-            app.parse_args(wrong)
+            command.parse_args(wrong)
     assert "must be at least 1" in capsys.readouterr().err
 
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Runs `app.py` with these flags as far as the call to Gradio's `launch`; returns what that was given."""
+    """Runs the command with these flags as far as the call to Gradio's `launch`; returns what that was given."""
     import gradio
 
-    monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr("apt_diffusion.studio.studio.Studio", lambda *args: None)
     with gradio.Blocks() as site:
         gradio.HTML("a page")
@@ -94,12 +89,10 @@ def started(tmp_path, monkeypatch):
             return launch(self, **settings)
 
         monkeypatch.setattr(gradio.Blocks, "launch", noted)
-        import app
-
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        app.main(["--adapters", str(tmp_path), "--port", str(port), *flags])
+        command.main(["--adapters", str(tmp_path), "--port", str(port), *flags])
         return given
 
     return start

@@ -137,7 +137,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_kept(trainings, tm
         trainings.resume(ANNA)
     assert trainings.status(ANNA) is None
     trainings.script = tmp_path / "train" / "train_apt_sd.py"
-    with pytest.raises(ValueError, match="needs a checkout"):
+    with pytest.raises(ValueError, match="not here any more"):
         trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph"))
 
 

@@ -1,6 +1,7 @@
 """`apt-diffusion generate`: pictures of a prompt, with a diffusion model and any number of adapters."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
     if not 0 <= args.seed < 2**63 - args.num_images:
         raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {args.seed}.")
+    for text in args.adapter:
+        if not math.isfinite(parse_adapter(text)[1]):
+            raise ValueError(f"The weight of an adapter must be a finite number, got {text}.")
     for prompt in args.prompts:
         if not prompt.strip():
             raise ValueError("A prompt is empty: write what the pictures shall show.")

@@ -4,35 +4,35 @@
     accelerate launch train/train_apt_sd.py --pretrained_model_name_or_path miniature \\
         --instance_data_dir examples/subject --instance_prompt "a sks glyph" --output_dir out --max_train_steps 200
 
-Here are the loop, the loss, and what is saved. Arguments, set-up and what is particular to Stable Diffusion stand in
-the modules beside this one. The command line is that of diffusers' `train_dreambooth_lora.py` and more; see
-docs/training.md.
+The command line is that of diffusers' `train_dreambooth_lora.py` and more; see docs/training.md.
 """
 
-import logging
-import sys
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
-from apt_diffusion.data.dreambooth import Batch
-from apt_diffusion.data.pictures import read_picture
-from apt_diffusion.training import checkpoints, hub, provenance
+from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
+from apt_diffusion.data.pictures import check_picture, find_pictures, read_picture
+from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
-from apt_diffusion.training.interrupt import Interrupt
-from apt_diffusion.training.loss_log import plot_losses
-from apt_diffusion.training.model_card import write_model_card
-from apt_diffusion.training.optimizer import set_learning_rates
-from apt_diffusion.training.run import seed_dropout, start_progress
-from apt_diffusion.training.text_to_image.arguments import build_parser, parse_args
-from apt_diffusion.training.text_to_image.setup import Run, Trainer, check, load
+from apt_diffusion.training.optimizer import make_adamw, make_schedule
+from apt_diffusion.training.session import Session
+from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
+from apt_diffusion.training.text_to_image.bases import open_base
+from apt_diffusion.training.text_to_image.checks import check_fit, trained_parts
+from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures, find_class_pictures
+from apt_diffusion.training.text_to_image.latents import encode_views
+from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
+from apt_diffusion.training.text_to_image.prompts import Prompts
+from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 from apt_diffusion.training.trackers import log_images
 
-logger = logging.getLogger("train_apt_sd")
-
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARD_SETTINGS = ("num_prompts", "rank", "resolution", "train_batch_size", "max_train_steps", "learning_rate")
 USAGE = """
 from apt_diffusion import {pipeline}
@@ -43,115 +43,206 @@ image = pipe({prompt!r}).images[0]
 """
 
 
+@dataclass
+class Learner:
+    """What a training step computes with."""
+
+    base: StableDiffusionBase
+    objective: Objective
+    prompts: Prompts
+    unet: nn.Module
+    text_encoders: dict[str, nn.Module]  # none where their embeddings are kept
+    vae: nn.Module | None  # `None` where its latents are kept
+    adapted: dict[str, nn.Module]  # the parts with an adapter, as they were loaded
+    parameters: dict[str, nn.Parameter]  # the adapter's, by name
+    dtype: torch.dtype  # of the frozen weights
+
+    def train(self, mode: bool = True) -> None:
+        """Switches dropout on or off."""
+        for model in (self.unet, *self.text_encoders.values()):
+            model.train(mode)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trains. After Ctrl-C or SIGTERM: `SystemExit` with 130 or 143, once a checkpoint is written."""
     args = parse_args(argv)
-    run = check(args, provenance.command_line(sys.argv[0], argv))
-    trainer = load(run)
-    signal_number = train(run, trainer)
-    if run.accelerator.is_main_process and not signal_number:
-        finish(run, trainer)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
-    if signal_number:
-        raise SystemExit(128 + signal_number)  # what a shell reports of a process that the signal ended
+    with Session.start(args, "train_apt_sd", argv) as session:
+        # 1. Whatever can be wrong shows before weights are loaded.
+        instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
+        of_class = find_class_pictures(args)
+        for path in args.validation_images or ():
+            check_picture(Path(path), args.instance_prompt)
+        base = open_base(
+            args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
+        )
+        args.resolution = base.check_resolution(args.resolution)
+        objective = make_objective(base.scheduler(), args.snr_gamma)
+        named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class]]
+        named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation else []
+        prompts = Prompts(
+            [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
+            base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
+        )  # fmt: skip
+        check_fit(args, base)
+        session.open_output()
+
+        # 2. Pictures, and how they become samples.
+        of_class = complete_class_pictures(args, of_class, base, session.accelerator, session.seed)
+        session.logger.info("%d pictures of the subject, %d of its class.", len(instance), len(of_class))
+        data = DreamBoothData(
+            instance,
+            of_class,
+            Framing(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, base.stride),
+            base.latent_shape(args.resolution),
+            session.seed,
+            repeats=args.repeats,
+            noise_offset=args.noise_offset,
+            draw_timestep=objective.draw_timestep,
+        )
+        session.plan(data.epoch_length, evaluates_after=lambda step: samples_are_due(session, step))
+
+        # 3. The base model with its adapter, and what optimizes it.
+        learner = load(session, base, objective, prompts, data)
+        optimizer, rates = make_optimizer(session, learner.parameters)
+        schedule = make_schedule(
+            args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
+        )
+        models = {"unet": learner.unet} | learner.text_encoders
+        models = session.prepare(models, learner.parameters, optimizer, schedule, rates)
+        learner.unet = models.pop("unet")
+        learner.text_encoders = models
+
+        # 4. The loop.
+        def save(folder: Path) -> None:
+            known = {
+                "base_model": args.pretrained_model_name_or_path,
+                "instance_prompt": args.instance_prompt,
+            }
+            save_apt_weights(learner.adapted, folder, metadata=session.header(**known))
+
+        learner.train()
+        for batch in session.batches(session.loader(data, collate)):
+            with session.step():
+                session.backward(training_loss(args, learner, batch))
+            if session.checkpoint_due:
+                session.save_checkpoint(save)
+            if session.evaluation_due and session.is_main:
+                draw_samples(session, learner)
+
+        # 5. What the run leaves behind.
+        if session.is_main:
+            samples = draw_samples(session, learner)
+            session.finish(save, make_card(session, learner, len(instance), samples))
+            session.upload()
 
 
-def train(run: Run, trainer: Trainer) -> int:
-    """The loop. Returns the number of the signal that ended it early, or 0."""
-    args, accelerator, optimizer = run.args, run.accelerator, trainer.optimizer
-    parameters = list(trainer.parameters.values())
-    progress = start_progress(accelerator, "dreambooth-apt", args, run.resumed)
-    batches = iter(trainer.loader)
-    set_training_mode(trainer, True)
-    with Interrupt() as interrupt:
-        for step in range(run.first_step + 1, args.max_train_steps + 1):
-            rates = set_learning_rates(optimizer, trainer.schedule(step - 1))
-            losses = []
-            for micro_step in range(args.gradient_accumulation_steps):
-                batch = next(batches).to(accelerator.device)
-                seed_dropout(accelerator, run.seed, step * args.gradient_accumulation_steps + micro_step)
-                with accelerator.accumulate(*trainer.trained):
-                    loss = training_loss(run, trainer, batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.detach())
-            progress.add(step, losses, dict(zip(("lr", "text_encoder_lr"), rates, strict=False)))
+def load(
+    session: Session, base: StableDiffusionBase, objective: Objective, prompts: Prompts, data: DreamBoothData
+) -> Learner:
+    """The base model with its adapter. Modules needed only for precomputation are loaded, used and freed first."""
+    args, accelerator = session.args, session.accelerator
+    device, dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
 
-            last = step == args.max_train_steps
-            checkpoint_due = last or step % args.checkpointing_steps == 0
-            samples_due = not last and samples_are_due(run, step)
-            # All processes must ask for the others' losses and signals at the same steps.
-            alone = accelerator.num_processes == 1
-            signal_number = 0
-            if checkpoint_due or samples_due or step % progress.every == 0 or (alone and interrupt.signal_number):
-                signal_number = progress.flush(interrupt.signal_number)
-            if accelerator.is_main_process and (checkpoint_due or signal_number):
-                save_checkpoint(run, trainer, step)
-            if signal_number and not last:
-                logger.info("Signal %d at step %d: --resume_from_checkpoint latest goes on.", signal_number, step)
-                progress.close()
-                return signal_number
-            if accelerator.is_main_process and samples_due:
-                draw_samples(run, trainer, step)
-    progress.close()
-    return 0
+    text_encoders = {part: model.to(device) for part, model in base.text_encoders(dtype).items()}
+    prompts.to(device)
+    if args.cache_text_embeddings:
+        prompts.keep_embeddings(text_encoders)
+        text_encoders = {}
+
+    vae = base.vae().to(device)
+    if args.cache_latents:
+        positions = (position for batch in session.positions for position in batch)
+        data.cache = encode_views(base, vae, data, positions, accelerator.is_local_main_process)
+        vae = None
+
+    unet = base.unet(dtype).to(device)
+    models = {"unet": unet} | text_encoders
+    adapted = {part: models[part] for part in trained_parts(args, base)}
+    torch.manual_seed(session.seed)
+    parameters = attach_trainable(adapted, apt_config(args), session.resumed.folder if session.resumed else None)
+    for name in filter(base.idle, list(parameters)):
+        parameters.pop(name).requires_grad_(False)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+        if args.train_text_encoder:
+            for text_encoder in text_encoders.values():
+                text_encoder.gradient_checkpointing_enable()
+    return Learner(base, objective.to(device), prompts, unet, text_encoders, vae, adapted, parameters, dtype)
 
 
-def training_loss(run: Run, trainer: Trainer, batch: Batch) -> Tensor:
+def make_optimizer(
+    session: Session, parameters: dict[str, nn.Parameter]
+) -> tuple[torch.optim.Optimizer, dict[str, float]]:
+    """AdamW, with a learning rate of their own for text encoders; and the rates under the names that the log has."""
+    args = session.args
+    scale = session.examples_per_step if args.scale_lr else 1
+    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    rates = {"unet": args.learning_rate * scale, "text_encoder": text_encoder_lr * scale}
+    groups = {part: {n: p for n, p in parameters.items() if n.startswith(part)} for part in rates}
+    groups = {part: group for part, group in groups.items() if group}
+    optimizer = make_adamw(
+        [(group, rates[part]) for part, group in groups.items()],
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        epsilon=args.adam_epsilon,
+        use_8bit=args.use_8bit_adam,
+    )
+    return optimizer, dict(zip(("lr", "text_encoder_lr"), (rates[part] for part in groups), strict=False))
+
+
+def training_loss(args: argparse.Namespace, learner: Learner, batch: Batch) -> Tensor:
     """The denoising error of a batch, a number."""
-    args = run.args
-    distribution = batch.images if trainer.vae is None else run.base.latent_distribution(trainer.vae, batch.images)
+    base, objective = learner.base, learner.objective
+    distribution = batch.images if learner.vae is None else base.latent_distribution(learner.vae, batch.images)
     mean, std = distribution.unbind(1)  # (B, c, h, w)
     latents = mean + std * batch.posterior_noise
-    noisy = trainer.objective.noisy(latents, batch.noise, batch.timesteps)
-    embeddings = trainer.prompts(batch.prompts, trainer.text_encoders)
-    prediction = trainer.unet(
-        noisy.to(trainer.dtype),
-        batch.timesteps,
-        **run.base.conditions(embeddings, batch.time_ids, trainer.dtype),
-        class_labels=batch.timesteps if args.class_labels_conditioning == "timesteps" else None,
+    noisy, times = objective.model_inputs(latents, batch.noise, batch.timesteps)
+    embeddings = learner.prompts(batch.prompts, learner.text_encoders)
+    prediction = learner.unet(
+        noisy.to(learner.dtype),
+        times,
+        **base.conditions(embeddings, batch.time_ids, learner.dtype),
+        class_labels=times if args.class_labels_conditioning == "timesteps" else None,
         return_dict=False,
     )[0]
-    target = trainer.objective.target(latents, batch.noise, batch.timesteps)
+    target = objective.target(latents, batch.noise, batch.timesteps)
     prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    return trainer.objective.loss(prediction, target, batch.timesteps, prior_weight)
+    return objective.loss(prediction, target, batch.timesteps, prior_weight)
 
 
-def set_training_mode(trainer: Trainer, training: bool) -> None:
-    for model in (trainer.unet, *trainer.text_encoders.values()):
-        model.train(training)
-
-
-def samples_are_due(run: Run, step: int) -> bool:
+def samples_are_due(session: Session, step: int) -> bool:
     """Every `--validation_steps`, or as diffusers counts: after the first epoch and every `--validation_epochs`."""
-    if run.args.validation_prompt is None or run.args.num_validation_images == 0:
+    args = session.args
+    if args.validation_prompt is None or args.num_validation_images == 0:
         return False
-    if run.args.validation_steps is not None:
-        return step % run.args.validation_steps == 0
-    epoch, rest = divmod(step, run.steps_per_epoch)
-    return rest == 0 and (epoch - 1) % run.args.validation_epochs == 0
+    if args.validation_steps is not None:
+        return step % args.validation_steps == 0
+    epoch, rest = divmod(step, session.steps_per_epoch)
+    return rest == 0 and (epoch - 1) % args.validation_epochs == 0
 
 
-def draw_samples(run: Run, trainer: Trainer, step: int) -> list[Path]:
+def sample_prompt(args: argparse.Namespace) -> str:
+    """What samples show."""
+    return args.validation_prompt or args.instance_prompt
+
+
+def draw_samples(session: Session, learner: Learner) -> list[Path]:
     """Draws with the adapter as it is now: a labelled grid in `samples/`, and the images to the trackers."""
-    args = run.args
-    start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
-    count = len(start_images) if start_images else args.num_validation_images
+    args, step, prompt = session.args, session.steps_done, sample_prompt(session.args)
     if args.num_validation_images == 0:
         return []
-    seeds = [run.seed + index for index in range(count)]
-    set_training_mode(trainer, False)
+    start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
+    seeds = [session.seed + index for index in range(len(start_images or range(args.num_validation_images)))]
+    learner.train(False)
     # Only the main process draws, so the models must not look for the others.
-    unwrap = run.accelerator.unwrap_model
-    text_encoders = {part: unwrap(model) for part, model in trainer.text_encoders.items()}
+    unwrap = session.accelerator.unwrap_model
+    text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
     with torch.no_grad():
-        conditioning = tuple(trainer.prompts([prompt], text_encoders) for prompt in (run.sample_prompt, ""))
-    images = run.base.draw(
-        unwrap(trainer.unet),
+        conditioning = tuple(learner.prompts([text], text_encoders) for text in (prompt, ""))
+    images = learner.base.draw(
+        unwrap(learner.unet),
         conditioning,
         seeds,
         args.resolution,
@@ -159,74 +250,34 @@ def draw_samples(run: Run, trainer: Trainer, step: int) -> list[Path]:
         num_inference_steps=args.num_inference_steps,
         guidance_scale=args.guidance_scale,
     )
-    set_training_mode(trainer, True)
-    log_images(run.accelerator.trackers, "validation", images, run.sample_prompt, step)
+    learner.train()
+    log_images(session.accelerator.trackers, "validation", images, prompt, step)
     labels = [f"seed {seed}" for seed in seeds]
-    title = f"step {step}: {run.sample_prompt}"
-    return [save_grid(images, labels, title, run.output_dir / "samples" / f"step-{step:06d}.png")]
+    path = session.output_dir / "samples" / f"step-{step:06d}.png"
+    return [save_grid(images, labels, f"step {step}: {prompt}", path)]
 
 
-def metadata(run: Run, step: int) -> dict[str, str]:
-    """The header of the adapter's file."""
-    return provenance.adapter_metadata(
-        vars(run.args),
-        run.command,
-        step,
-        base_model=run.args.pretrained_model_name_or_path,
-        instance_prompt=run.args.instance_prompt,
-    )
-
-
-def save_checkpoint(run: Run, trainer: Trainer, step: int) -> None:
-    state = {
-        "step": step,
-        "position": run.first_position + (step - run.first_step) * run.positions_per_step,
-        "seed": run.seed,
-        "settings": provenance.public_settings(vars(run.args)),
-    }
-    with checkpoints.new_checkpoint(run.output_dir, step) as folder:
-        save_apt_weights(trainer.components, folder, metadata=metadata(run, step))
-        optimizer = trainer.optimizer.optimizer
-        checkpoints.save_training_state(folder, optimizer, trainer.parameters, state, run.accelerator.scaler)
-    checkpoints.prune_checkpoints(run.output_dir, run.args.checkpoints_total_limit, newest=step)
-
-
-def card_settings(run: Run) -> dict[str, Any]:
-    """What a reader wants to know: the sizes, and whatever differs from the defaults. The file's header has it all."""
+def make_card(session: Session, learner: Learner, num_pictures: int, samples: list[Path]) -> dict[str, Any]:
+    """What the model card says of this run: see `write_model_card`."""
+    args, base = session.args, learner.base
+    # The sizes, and whatever differs from the defaults; the file's header has all.
     default = build_parser().get_default
-    chosen = {key: value for key, value in vars(run.args).items() if value != default(key)}
-    return {key: getattr(run.args, key) for key in CARD_SETTINGS} | chosen | {"seed": run.seed}
-
-
-def finish(run: Run, trainer: Trainer) -> None:
-    """The adapter, its card, samples and loss plot; and all of them to the hub."""
-    args = run.args
-    step = max(run.first_step, args.max_train_steps)
-    save_apt_weights(trainer.components, run.output_dir, metadata=metadata(run, step))
-    logger.info("The adapter is in %s.", run.output_dir)
-    samples = draw_samples(run, trainer, step)
-    place = run.repo_id or args.output_dir
-    write_model_card(
-        run.output_dir,
-        title=run.repo_id or run.output_dir.resolve().name,
-        base_model=args.pretrained_model_name_or_path,
-        summary="An adapter for Stable Diffusion, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
-        f"{len(run.instance)} pictures for {step} steps. Adapted: {' and '.join(trainer.components)}.",
-        usage=USAGE.format(
-            pipeline=run.base.pipeline_class.__name__,
+    chosen = {key: value for key, value in vars(args).items() if value != default(key)}
+    return {
+        "base_model": args.pretrained_model_name_or_path,
+        "summary": "An adapter for Stable Diffusion, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
+        f"{num_pictures} pictures for {session.steps_done} steps. Adapted: {' and '.join(learner.adapted)}.",
+        "usage": USAGE.format(
+            pipeline=base.pipeline_class.__name__,
             base_model=args.pretrained_model_name_or_path,
-            place=place,
-            prompt=run.sample_prompt,
+            place=session.repo_id or args.output_dir,
+            prompt=sample_prompt(args),
         ),
-        tags=["text-to-image", "diffusers", run.base.tag, "apt", "approximated-prompt-tuning"],
-        settings=card_settings(run),
-        command=run.command,
-        prompt=args.instance_prompt,
-        images=samples,
-        loss_plot=plot_losses(run.output_dir),
-    )
-    if run.repo_id:
-        hub.upload(run.repo_id, run.output_dir, args.hub_token)
+        "tags": ["text-to-image", "diffusers", base.tag, "apt", "approximated-prompt-tuning"],
+        "settings": {key: getattr(args, key) for key in CARD_SETTINGS} | chosen | {"seed": session.seed},
+        "prompt": args.instance_prompt,
+        "images": samples,
+    }
 
 
 if __name__ == "__main__":

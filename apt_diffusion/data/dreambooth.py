@@ -4,6 +4,7 @@
 cut, flip, timestep and noise of a sample depend on the seed and the position alone, see `order`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -62,6 +63,11 @@ class Batch:
         return Batch(self.prompts, *(tensor.pin_memory() for tensor in tensors))
 
 
+def uniform_timestep(draws: np.random.Generator) -> int:
+    """One of 1000, all equally likely."""
+    return int(draws.integers(1000))
+
+
 class DreamBoothData(Dataset):
     """position -> `[sample]`, or with class pictures `[instance sample, class sample]`.
 
@@ -73,7 +79,7 @@ class DreamBoothData(Dataset):
         seed: every random choice follows from it.
         repeats: how often an epoch shows each instance picture.
         noise_offset: size of a random offset per sample and channel that is added to the noise.
-        num_timesteps: timesteps are drawn from 0 to this, exclusive.
+        draw_timestep: the timestep of a sample, from its random numbers.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class DreamBoothData(Dataset):
         seed: int,
         repeats: int = 1,
         noise_offset: float = 0.0,
-        num_timesteps: int = 1000,
+        draw_timestep: Callable[[np.random.Generator], int] = uniform_timestep,
     ) -> None:
         self.instance = instance
         self.class_pictures = class_pictures
@@ -93,7 +99,7 @@ class DreamBoothData(Dataset):
         self.latent_shape = latent_shape
         self.seed = seed
         self.noise_offset = noise_offset
-        self.num_timesteps = num_timesteps
+        self.draw_timestep = draw_timestep
         self.cache: LatentCache | None = None
         self.epoch_length = max(len(instance) * repeats, len(class_pictures))
 
@@ -102,7 +108,12 @@ class DreamBoothData(Dataset):
         """The distinct prompts."""
         return list(dict.fromkeys(picture.prompt for picture in [*self.instance, *self.class_pictures]))
 
+    def describe(self, position: int) -> str:
+        """The files whose pictures stand at this position."""
+        return " and ".join(str(picture.path) for picture, _ in self._choice(position))
+
     def views_at(self, position: int) -> list[View]:
+        """The squares that a training step at this position sees."""
         return [self._view(picture, self._draws(position, purpose)) for picture, purpose in self._choice(position)]
 
     def __getitem__(self, position: int) -> list[Sample]:
@@ -132,7 +143,7 @@ class DreamBoothData(Dataset):
     def _sample(self, picture: Picture, position: int, purpose: Purpose) -> Sample:
         draws = self._draws(position, purpose)
         view = self._view(picture, draws)  # first: `views_at` makes the same two draws
-        timestep = int(draws.integers(self.num_timesteps))
+        timestep = self.draw_timestep(draws)
         posterior_noise, noise = draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)

@@ -383,15 +383,15 @@ def test_base_weights_do_not_move(go, tiny_sd_path, monkeypatch):
     import train_apt_sd
 
     seen = {}
-    original = train_apt_sd.finish
+    original = train_apt_sd.make_card
 
-    def finish(run, trainer):
-        unet = trainer.components["unet"]
+    def make_card(session, learner, *rest):
+        unet = learner.adapted["unet"]
         seen.update({name: value.clone() for name, value in unet.state_dict().items() if ".apt" not in name})
         assert all(p.requires_grad == (".apt" in name) for name, p in unet.named_parameters())
-        original(run, trainer)
+        return original(session, learner, *rest)
 
-    monkeypatch.setattr(train_apt_sd, "finish", finish)
+    monkeypatch.setattr(train_apt_sd, "make_card", make_card)
     go(learning_rate=1.0)
     from diffusers import UNet2DConditionModel
 
@@ -468,14 +468,14 @@ def test_frozen_parts_are_let_go_after_caching(go, monkeypatch):
 
     watch("vae")
     watch("text_encoder")
-    original = train_apt_sd.train
+    original = train_apt_sd.training_loss
 
-    def loop(run, trainer):
+    def loss(*args):
         gc.collect()
         assert alive["vae"]() is None and alive["text_encoder"]() is None
-        return original(run, trainer)
+        return original(*args)
 
-    monkeypatch.setattr(train_apt_sd, "train", loop)
+    monkeypatch.setattr(train_apt_sd, "training_loss", loss)
     go()
 
 

@@ -35,7 +35,7 @@ def go(tiny_sdxl_path, pictures, tmp_path):
 
 @pytest.fixture
 def base(tiny_sdxl_path):
-    from apt_diffusion.training.text_to_image.stable_diffusion_xl import open_base
+    from apt_diffusion.training.text_to_image.bases import open_base
 
     return open_base(str(tiny_sdxl_path))
 
@@ -82,11 +82,11 @@ def test_time_ids_say_where_the_cut_lies(width, height, draws):
 
 
 def test_conditions_are_those_of_the_pipeline(base, stock):
-    from apt_diffusion.training.text_to_image.stable_diffusion import Prompts
+    from apt_diffusion.training.text_to_image.prompts import Prompts
 
     prompts = ["a sks glyph", "a much longer prompt than the other one", ""]
     text_encoders = base.text_encoders(torch.float32)
-    told = Prompts(prompts, base, text_encoders, base.tokenizers(), None, False)
+    told = Prompts([("", prompt) for prompt in prompts], base)
     expected, _, pooled, _ = stock.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
     for kept in (False, True):
         if kept:

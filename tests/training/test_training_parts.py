@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from apt_diffusion.training import checkpoints, hub, model_card, provenance
-from apt_diffusion.training.diffusion import Objective
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.interrupt import Interrupt
 from apt_diffusion.training.loss_log import LOG_NAME, LossLog, plot_losses, read_log
 from apt_diffusion.training.optimizer import make_adamw, make_schedule, set_learning_rates
 from apt_diffusion.training.progress import Progress
+from apt_diffusion.training.text_to_image.objectives import DiffusionObjective
 from apt_diffusion.training.trackers import log_images
 
 # Checkpoints
@@ -228,15 +228,16 @@ def test_noisy_latents_and_targets_are_those_of_diffusers(schedule):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 4, 4, 8, 8)
     timesteps = torch.tensor([0, 10, 500, 999])
-    objective = Objective(schedule.alphas_cumprod, "v_prediction")
+    objective = DiffusionObjective(schedule.alphas_cumprod, "v_prediction")
     expected = schedule.add_noise(latents, noise, timesteps)
-    assert torch.allclose(objective.noisy(latents, noise, timesteps), expected, atol=1e-6)
+    noisy, times = objective.model_inputs(latents, noise, timesteps)
+    assert torch.allclose(noisy, expected, atol=1e-6) and torch.equal(times, timesteps)
     velocity = schedule.get_velocity(latents, noise, timesteps)
     assert torch.allclose(objective.target(latents, noise, timesteps), velocity, atol=1e-6)
-    assert Objective(schedule.alphas_cumprod, "epsilon").target(latents, noise, timesteps) is noise
-    assert Objective(schedule.alphas_cumprod, "sample").target(latents, noise, timesteps) is latents
+    assert DiffusionObjective(schedule.alphas_cumprod, "epsilon").target(latents, noise, timesteps) is noise
+    assert DiffusionObjective(schedule.alphas_cumprod, "sample").target(latents, noise, timesteps) is latents
     with pytest.raises(ValueError, match="'score'"):
-        Objective(schedule.alphas_cumprod, "score")
+        DiffusionObjective(schedule.alphas_cumprod, "score")
 
 
 def test_min_snr_weights_are_those_of_diffusers(schedule):
@@ -246,10 +247,10 @@ def test_min_snr_weights_are_those_of_diffusers(schedule):
     snr = compute_snr(schedule, timesteps).double()
     clipped = snr.clamp(max=5.0)
     for prediction_type, expected in (("epsilon", clipped / snr), ("v_prediction", clipped / (snr + 1))):
-        objective = Objective(schedule.alphas_cumprod, prediction_type, snr_gamma=5.0)
+        objective = DiffusionObjective(schedule.alphas_cumprod, prediction_type, snr_gamma=5.0)
         assert torch.allclose(objective.weights[timesteps].double(), expected, rtol=1e-4)
     dark = torch.cat([schedule.alphas_cumprod, torch.zeros(1)])  # zero terminal SNR
-    weights = {p: Objective(dark, p, 5.0).weights for p in ("epsilon", "v_prediction", "sample")}
+    weights = {p: DiffusionObjective(dark, p, 5.0).weights for p in ("epsilon", "v_prediction", "sample")}
     assert all(torch.isfinite(w).all() for w in weights.values())
     assert (weights["epsilon"][-1], weights["v_prediction"][-1], weights["sample"][-1]) == (1, 0, 0)
 
@@ -259,11 +260,11 @@ def test_the_loss_weighs_timesteps_and_the_class(schedule):
     prediction, target = torch.randn(2, 4, 2, 3, 3)
     timesteps = torch.tensor([10, 900, 10, 900])
     errors = ((prediction - target) ** 2).mean((1, 2, 3))
-    plain = Objective(schedule.alphas_cumprod, "epsilon")
+    plain = DiffusionObjective(schedule.alphas_cumprod, "epsilon")
     assert torch.allclose(plain.loss(prediction, target, timesteps), ((prediction - target) ** 2).mean())
     with_class = errors[:2].mean() + 0.3 * errors[2:].mean()
     assert torch.allclose(plain.loss(prediction, target, timesteps, prior_weight=0.3), with_class)
-    weighted = Objective(schedule.alphas_cumprod, "epsilon", 5.0)
+    weighted = DiffusionObjective(schedule.alphas_cumprod, "epsilon", 5.0)
     expected = (errors * weighted.weights[timesteps]).mean()
     assert torch.allclose(weighted.loss(prediction, target, timesteps), expected)
 

@@ -21,12 +21,24 @@ def find_class_pictures(args: Any) -> list[Picture]:
     return find_pictures(args.class_data_dir, args.class_prompt, args.caption_column)[: args.num_class_images]
 
 
-def draw_missing_class_pictures(
-    args: Any, present: int, base: StableDiffusionBase, accelerator: Accelerator, seed: int
-) -> None:
-    """Fills the folder up to `--num_class_images`; the processes share the work. Picture i depends on seed and i."""
+def complete_class_pictures(
+    args: Any, present: list[Picture], base: StableDiffusionBase, accelerator: Accelerator, seed: int
+) -> list[Picture]:
+    """Fills the folder up to `--num_class_images`; the processes share the work. Picture i depends on seed and i.
+
+    Args:
+        args: the script's flags.
+        present: pictures that are there already.
+        base: draws the others.
+        accelerator, seed: the run's.
+
+    Returns:
+        All pictures of the class.
+    """
+    if not args.with_prior_preservation:
+        return []
     accelerator.wait_for_everyone()  # all have counted
-    missing = list(range(present, args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
+    missing = list(range(len(present), args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
     folder = Path(args.class_data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if missing:
@@ -47,3 +59,4 @@ def draw_missing_class_pictures(
                 image.save(folder / f".{name}", format="PNG")
                 (folder / f".{name}").rename(folder / name)  # a kill leaves no half picture
     accelerator.wait_for_everyone()
+    return present if len(present) == args.num_class_images else find_class_pictures(args)

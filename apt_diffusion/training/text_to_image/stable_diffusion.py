@@ -1,10 +1,11 @@
-"""All that the trainer must know of Stable Diffusion: its parts, its latents, how prompts condition its UNet."""
+"""Stable Diffusion as the trainer uses it: its parts, its latents, how prompts condition its UNet."""
 
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.schedulers import SchedulerMixin
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 from ... import StableDiffusionAPTImg2ImgPipeline, StableDiffusionAPTPipeline
 from ...miniature import resolve_model
 
-# What text encoders take, and what becomes of it: tensors by their argument names, the first axis is the prompts'.
+# Text-encoder inputs and outputs by argument name; axis 0 indexes prompts.
 Tokens = dict[str, Tensor]
 Embeddings = dict[str, Tensor]
 
@@ -64,13 +65,17 @@ class StableDiffusionBase:
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         return self.latent_channels, resolution // self.stride, resolution // self.stride
 
-    def noise_schedule(self) -> DDPMScheduler:
-        return DDPMScheduler.from_pretrained(self.path, subfolder="scheduler", revision=self.revision)
+    def scheduler(self) -> Any:
+        """The scheduler that the model itself names, with its own class's defaults: for training and for samples.
 
-    def sampler(self) -> Any:
-        """The scheduler that the model itself names: samples look as they will in use."""
+        Raises:
+            ValueError: for a class that diffusers does not have.
+        """
         config = DDPMScheduler.load_config(self.path, subfolder="scheduler", revision=self.revision)
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        scheduler_class = getattr(diffusers, config["_class_name"], None)
+        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+            raise ValueError(f"The base model's scheduler is {config['_class_name']}, which diffusers does not have.")
+        return scheduler_class.from_config(config)
 
     def skeletons(self) -> dict[str, nn.Module]:
         """UNet and text encoders without weights, from their configurations: to see whether settings fit them."""
@@ -86,7 +91,13 @@ class StableDiffusionBase:
         own = CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer", revision=self.revision)
         return {"text_encoder": own}
 
+    def longest_texts(self) -> dict[str, int]:
+        """How many tokens each text encoder reads."""
+        skeletons = self.skeletons()
+        return {part: skeletons[part].config.max_position_embeddings for part in self.text_parts}
+
     def text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """The frozen text encoders by part."""
         return {"text_encoder": self.text_encoder(dtype)}
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
@@ -124,7 +135,7 @@ class StableDiffusionBase:
             text_encoder=None,
             tokenizer=None,
             unet=unet,
-            scheduler=self.sampler(),
+            scheduler=self.scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -179,61 +190,3 @@ class StableDiffusionBase:
                     **settings,
                 ).images
         return images
-
-
-class Prompts:
-    """Prompts as embeddings: those that were kept, or the text encoders' as they are now where they learn.
-
-    Args:
-        prompts: all that will be asked for.
-        base: the base model.
-        text_encoders: its own, on their device.
-        tokenizers: one for each.
-        max_length: tokens per prompt; the tokenizer's maximum if `None`.
-        use_attention_mask: hide padding from the text encoders.
-    """
-
-    def __init__(
-        self,
-        prompts: list[str],
-        base: StableDiffusionBase,
-        text_encoders: dict[str, nn.Module],
-        tokenizers: dict[str, Any],
-        max_length: int | None,
-        use_attention_mask: bool,
-    ) -> None:
-        distinct = list(dict.fromkeys(prompts))
-        self.base = base
-        self.rows = {prompt: row for row, prompt in enumerate(distinct)}
-        self.tokens: dict[str, Tokens] = {}  # by text encoder; each tensor (n, L)
-        for part, text_encoder in text_encoders.items():
-            longest = min(tokenizers[part].model_max_length, text_encoder.config.max_position_embeddings)
-            tokens = tokenizers[part](
-                distinct, truncation=True, padding="max_length", max_length=max_length or longest, return_tensors="pt"
-            ).to(text_encoder.device)
-            mask = {"attention_mask": tokens.attention_mask} if use_attention_mask else {}
-            self.tokens[part] = {"input_ids": tokens.input_ids} | mask
-            self.device = text_encoder.device
-        self.embeddings: Embeddings | None = None
-
-    @torch.no_grad()
-    def keep_embeddings(self, text_encoders: dict[str, nn.Module]) -> None:
-        """Encodes all prompts, one by one so that none depends on the others: the text encoders can go."""
-        for text_encoder in text_encoders.values():
-            text_encoder.eval()
-        each = [self._encode(row[None], text_encoders) for row in torch.arange(len(self.rows), device=self.device)]
-        self.embeddings = {name: torch.cat([one[name] for one in each]) for name in each[0]}
-
-    def __call__(self, prompts: list[str], text_encoders: dict[str, nn.Module]) -> Embeddings:
-        """The kept embeddings, or those of `text_encoders`, which read each distinct prompt once."""
-        rows = torch.tensor([self.rows[prompt] for prompt in prompts], device=self.device)
-        if self.embeddings is not None:
-            return {name: embedding[rows] for name, embedding in self.embeddings.items()}
-        distinct, places = rows.unique(return_inverse=True)
-        return {name: embedding[places] for name, embedding in self._encode(distinct, text_encoders).items()}
-
-    def _encode(self, rows: Tensor, text_encoders: dict[str, nn.Module]) -> Embeddings:
-        tokens = {
-            part: {name: tensor[rows] for name, tensor in of_part.items()} for part, of_part in self.tokens.items()
-        }
-        return self.base.embed(text_encoders, tokens)

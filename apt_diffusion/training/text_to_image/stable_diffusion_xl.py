@@ -10,17 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ... import StableDiffusionXLAPTPipeline
-from ...miniature import resolve_model
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
-
-
-def open_base(
-    name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
-) -> StableDiffusionBase:
-    """The base model of this name; it is an SDXL where its UNet asks for pooled text and sizes."""
-    unet = UNet2DConditionModel.load_config(resolve_model(name_or_path), subfolder="unet", revision=revision)
-    kind = StableDiffusionXLBase if unet.get("addition_embed_type") == "text_time" else StableDiffusionBase
-    return kind(name_or_path, revision, variant, vae)
 
 
 class StableDiffusionXLBase(StableDiffusionBase):
@@ -92,7 +82,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
             tokenizer=None,
             tokenizer_2=None,
             unet=unet,
-            scheduler=self.sampler(),
+            scheduler=self.scheduler(),
             add_watermarker=False,
         )
 

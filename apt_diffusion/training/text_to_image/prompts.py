@@ -1,0 +1,77 @@
+"""The prompts of a run as embeddings: computed once and kept, or anew in every step where text encoders learn."""
+
+import torch
+from torch import Tensor, nn
+
+from ...data.text_length import warn_of_cut_texts
+from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
+
+
+class Prompts:
+    """Tokenizes all prompts of a run at once, and warns of those that the text encoders cannot read whole.
+
+    Args:
+        prompts: where each prompt stands (a file, a flag), and the prompt.
+        base: the base model.
+        tokenizer_name: hub id or folder of another tokenizer than its own.
+        max_length: tokens per prompt; as many as the text encoder reads if `None`.
+        use_attention_mask: hide padding from the text encoders.
+
+    Raises:
+        ValueError: for a `max_length` that a text encoder cannot read.
+    """
+
+    def __init__(
+        self,
+        prompts: list[tuple[str, str]],
+        base: StableDiffusionBase,
+        tokenizer_name: str | None = None,
+        max_length: int | None = None,
+        use_attention_mask: bool = False,
+    ) -> None:
+        distinct = list(dict.fromkeys(prompt for _, prompt in prompts))
+        self.base = base
+        self.rows = {prompt: row for row, prompt in enumerate(distinct)}
+        self.tokens: dict[str, Tokens] = {}  # by text encoder; each tensor (n, L)
+        longest = base.longest_texts()
+        for part, tokenizer in base.tokenizers(tokenizer_name).items():
+            if max_length is not None and max_length > longest[part]:
+                raise ValueError(
+                    f"--tokenizer_max_length {max_length}: this text encoder reads at most {longest[part]} tokens."
+                )
+            length = max_length or min(tokenizer.model_max_length, longest[part])
+            if not self.tokens:  # text encoders of one model read equally much
+                warn_of_cut_texts(prompts, tokenizer, length, "Shorten them, the trigger word first.")
+            tokens = tokenizer(distinct, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+            mask = {"attention_mask": tokens.attention_mask} if use_attention_mask else {}
+            self.tokens[part] = {"input_ids": tokens.input_ids} | mask
+        self.embeddings: Embeddings | None = None
+
+    def to(self, device: torch.device) -> "Prompts":
+        """Moves the tokens to the text encoders' device."""
+        self.tokens = {part: {k: tensor.to(device) for k, tensor in own.items()} for part, own in self.tokens.items()}
+        return self
+
+    @torch.no_grad()
+    def keep_embeddings(self, text_encoders: dict[str, nn.Module]) -> None:
+        """Encodes all prompts, one by one so that none depends on the others: the text encoders can go."""
+        for text_encoder in text_encoders.values():
+            text_encoder.eval()
+        each = [self._encode(torch.tensor([row]), text_encoders) for row in range(len(self.rows))]
+        self.embeddings = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+
+    def __call__(self, prompts: list[str], text_encoders: dict[str, nn.Module]) -> Embeddings:
+        """The kept embeddings, or those of `text_encoders`, which read each distinct prompt once."""
+        rows = torch.tensor([self.rows[prompt] for prompt in prompts])
+        if self.embeddings is not None:
+            return {name: embedding[rows.to(embedding.device)] for name, embedding in self.embeddings.items()}
+        distinct, places = rows.unique(return_inverse=True)
+        encoded = self._encode(distinct, text_encoders)
+        return {name: embedding[places.to(embedding.device)] for name, embedding in encoded.items()}
+
+    def _encode(self, rows: Tensor, text_encoders: dict[str, nn.Module]) -> Embeddings:
+        tokens = {
+            part: {name: tensor[rows.to(tensor.device)] for name, tensor in own.items()}
+            for part, own in self.tokens.items()
+        }
+        return self.base.embed(text_encoders, tokens)

@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 # demo's training up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint types
+.PHONY: demo test lint types docs
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py
@@ -23,6 +23,11 @@ lint: $(VENV)/ready
 
 types: $(VENV)/ready
 	$(RUN) -m mypy
+
+docs: $(VENV)/ready
+	$(RUN) -m pip install --quiet -e ".[docs]" -c constraints.txt
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "The site is in out/site: open out/site/index.html"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

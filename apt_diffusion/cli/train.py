@@ -54,7 +54,8 @@ def split(words: list[str]) -> tuple[list[str], str | None, list[str]]:
 
 def taken(words: list[str]) -> tuple[list[str], list[str]]:
     """Splits what follows the trainer's name into flags of `accelerate launch` and all others."""
-    launch, rest = [], []
+    launch: list[str] = []
+    rest: list[str] = []
     index = 0
     while index < len(words):
         name, equals, _ = words[index].partition("=")

@@ -129,7 +129,9 @@ def matching_items(count: int, seed: int = 1) -> MatchingItems:
     scenes = similar_scenes(GROUP * count * 2, generator)
     drawn = to_images(render(scenes, generator))
     pictures = [read_picture(scenes, index) for index in range(len(scenes))]
-    right, wrong, texts = [], [], []
+    right: list[Image.Image] = []
+    wrong: list[Image.Image] = []
+    texts: list[str] = []
     for start in range(0, len(pictures), GROUP):
         text, claim = describe(pictures[start], rng)
         misfits = [start + member for member in range(1, GROUP) if not claim.holds(pictures[start + member])]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.dreambooth import DreamBoothData, Framing
+from ..data.dreambooth import DreamBoothData, Framing, View
 from ..data.pictures import find_pictures
 from .uploads import keep_pictures
 
@@ -32,7 +32,7 @@ def as_trained(
         instance = find_pictures(folder, "")
         framing = Framing(size, stride=stride)
         data = DreamBoothData(instance, instance[:1] * class_count, framing, (1, 1, 1), seed)
-        views = {}
+        views: dict[Path, View] = {}
         for position in range(data.epoch_length):
             view = data.views_at(position)[0]
             views.setdefault(view.path, view)

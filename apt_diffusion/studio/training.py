@@ -167,7 +167,7 @@ class Trainings:
         with self._lock:
             job = self._latest(visitor)
             process = None if job is None else self._process(job)
-            if process is None:
+            if job is None or process is None:
                 raise ValueError("There is no training to stop.")
             self._write(job | {"cancelled": True})
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -72,9 +72,9 @@ class Reader:
             finally:
                 remove_apt(model)
         grid = _grid(inputs["pixel_values"], model.config)
-        values = [_top(answers, scores) for scores in (unadapted, asked)]
         gates = image_map(record, adapter.kind, grid, order[0] if order else None)
-        return Reading(*values, overlay(_as_seen(picture, adapter.kind, inputs), stretched(gates).numpy()))
+        seen = overlay(_as_seen(picture, adapter.kind, inputs), stretched(gates).numpy())
+        return Reading(_top(answers, unadapted), _top(answers, asked), seen)
 
     def classify(
         self,

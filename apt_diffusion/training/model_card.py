@@ -1,6 +1,7 @@
 """README.md beside an adapter: what it is, how to use it, how it was made. Also a valid model card for the hub."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def write_model_card(
     settings: dict[str, Any],
     command: str,
     prompt: str | None = None,
-    images: list[Path] = (),
+    images: Sequence[Path] = (),
     loss_plot: Path | None = None,
     metrics: dict[str, float] | None = None,
     metrics_plot: Path | None = None,

@@ -133,7 +133,7 @@ def write_nlvr2(folder: Path, sizes: Sizes, seed: int) -> Iterator[int]:
                 for number, label in enumerate(order):
                     pair = pairs[0] if label else pairs[1]
                     set_id = len(lines) // 2
-                    line = {
+                    line: dict[str, str | int] = {
                         "sentence": statement.text,
                         "identifier": f"{name}-{set_id}-{number}-0",
                         "label": str(label),

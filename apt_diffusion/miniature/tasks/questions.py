@@ -90,13 +90,14 @@ def _relation(picture: Picture, rng: Random) -> tuple[str, str, str] | None:
         return None
     named = _unique(picture, "color", "shape")
     if rng.random() < 0.3:
-        first = rng.choice(named)
-        relation = picture.relation_of(first[0], 1 - first[0])
+        index, phrase = rng.choice(named)
+        relation = picture.relation_of(index, 1 - index)
         if relation in DIRECTIONS:
-            return f"on which side is the {first[1].words}?", DIRECTIONS[relation], "on which side"
+            return f"on which side is the {phrase.words}?", DIRECTIONS[relation], "on which side"
     first = rng.randrange(2)
     phrases = [Phrase(thing.color, thing.shape) for thing in picture.things]
     relation = picture.relation_of(first, 1 - first)
+    assert relation is not None  # of two things
     if rng.random() < 0.5:
         relation = rng.choice([INVERSE[relation], INVERSE[relation], *(r for r in RELATIONS if r != relation)])
     claim = Claim((phrases[first], phrases[1 - first]), relation)

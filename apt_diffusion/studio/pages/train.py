@@ -187,7 +187,7 @@ class TrainPage:
         status = self.studio.trainings.status(visitor)
         choices = self.generate.choices(visitor)
         update: dict[Any, Any] = {}
-        now = {"choices": choices}
+        now: dict[str, Any] = {"choices": choices}
         if choices != shown.get("choices"):
             update[self.generate.adapters] = gr.Dropdown(choices=choices)
         if status is None:

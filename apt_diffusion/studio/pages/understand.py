@@ -208,7 +208,7 @@ class UnderstandPage:
         if adapter is None:
             raise ValueError("This adapter is not there any more: choose another one.")
         reading = self.studio.reader.ask(_picture(path), question or "", adapter)
-        best = max(reading.with_adapter, key=reading.with_adapter.get)
+        best = most_probable(reading.with_adapter or {})
         return {
             self.answers: reading.with_adapter, self.answers_off: reading.without, self.ask_map: reading.gates,
             self.ask_status: progress(f"The answer: {best}."),
@@ -227,7 +227,7 @@ class UnderstandPage:
         return {
             self.classes: reading.without, self.class_map: gr.Image(reading.gates, visible=adapter is not None),
             self.classes_with: gr.Label(reading.with_adapter, visible=adapter is not None),
-            self.class_status: progress(f"Compared {how}: {max(said, key=said.get)}."),
+            self.class_status: progress(f"Compared {how}: {most_probable(said)}."),
         }  # fmt: skip
 
     def _on_watch(self, prompt: str, key: str | None, seed: float, request: gr.Request) -> Iterator[dict]:
@@ -273,6 +273,11 @@ def _map(elem_id: str, visible: bool = True) -> gr.Image:
         label="Where the adapter acts", interactive=False, format="png", height=280, elem_id=elem_id,
         elem_classes="apt-small", buttons=["download", "fullscreen"], visible=visible,
     )  # fmt: skip
+
+
+def most_probable(probabilities: dict[str, float]) -> str:
+    """The label with the largest probability."""
+    return max(probabilities, key=lambda label: probabilities[label])
 
 
 def _picture(path: str | None) -> Image.Image:

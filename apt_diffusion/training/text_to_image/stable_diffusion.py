@@ -27,7 +27,7 @@ class StableDiffusionBase:
         vae: hub id or folder of another VAE, for the same latents.
     """
 
-    text_parts = ("text_encoder",)
+    text_parts: tuple[str, ...] = ("text_encoder",)
     largest_default_resolution = 512  # the default of diffusers' trainer; the model's own size where that is smaller
     pipeline_class = StableDiffusionAPTPipeline
     image_to_image_class = StableDiffusionAPTImg2ImgPipeline
@@ -42,10 +42,10 @@ class StableDiffusionBase:
         self.other_vae = vae
         unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=revision)
         config_of = {"subfolder": "vae", "revision": revision} if vae is None else {}
-        vae = AutoencoderKL.load_config(vae or self.path, **config_of)
-        self.latent_channels = vae["latent_channels"]
-        self.scaling_factor = vae["scaling_factor"]
-        self.stride = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels per latent cell
+        vae_config = AutoencoderKL.load_config(vae or self.path, **config_of)
+        self.latent_channels: int = vae_config["latent_channels"]
+        self.scaling_factor: float = vae_config["scaling_factor"]
+        self.stride = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent cell
         self.native_resolution = unet["sample_size"] * self.stride
         if unet["in_channels"] != self.latent_channels or unet["out_channels"] != self.latent_channels:
             raise ValueError(
@@ -72,8 +72,9 @@ class StableDiffusionBase:
             ValueError: for a class that diffusers does not have.
         """
         config = DDPMScheduler.load_config(self.path, subfolder="scheduler", revision=self.revision)
-        scheduler_class = getattr(diffusers, config["_class_name"], None)
-        if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)):
+        scheduler_class: Any = getattr(diffusers, config["_class_name"], None)
+        is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
+        if not is_scheduler:
             raise ValueError(f"The base model's scheduler is {config['_class_name']}, which diffusers does not have.")
         return scheduler_class.from_config(config)
 

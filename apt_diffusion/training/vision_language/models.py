@@ -89,6 +89,7 @@ def _start_classifier_token(meter: MeterModel) -> None:
         return
     meter.text_model.eval()
     first = torch.tensor([[meter.config.text_config.bos_token_id]])
+    assert meter.classifier_token is not None  # METER's models have one
     meter.classifier_token.copy_(meter.text_model.embeddings(first))
 
 

@@ -25,6 +25,7 @@ _MODULES = {
         "set_apt_adapters",
         "set_apt_scale",
     ],
+    "baselines": ["register_method"],
     "io.weights": ["enable_apt_hotswap", "load_apt_weights", "save_apt_weights"],
     "serving.store": ["AdapterStore"],
     "pipelines.mixin": ["APTLoaderMixin"],

@@ -5,17 +5,16 @@ Symbols: m modules, N tokens, d width, p prompts, r rank, b bottleneck. One mult
 norm 5 per element, everything else elementwise and softmax nothing: the convention of these tables.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-METHODS = ("apt", "deep_prompt", "shallow_prompt", "lora", "adapter", "scaled_pa")
+from .baselines import Costs, get_method, method_names
 
 
-class Costs(NamedTuple):
-    """What a method adds to the frozen model."""
-
-    parameters: int
-    macs: int  # per forward pass of one sample; keys of `apt` are made once for all samples of a batch
+def methods_with_costs() -> tuple[str, ...]:
+    """Names of the registered methods that bring a closed form."""
+    return tuple(name for name in method_names() if get_method(name).has_costs)
 
 
 def count_costs(
@@ -24,50 +23,46 @@ def count_costs(
     hidden_size: int,
     num_tokens: int | Sequence[int],
     num_modules: int,
-    num_prompts: int = 200,
-    rank: int = 4,
-    bottleneck: int = 96,
+    num_prompts: int | None = None,
+    rank: int | None = None,
+    bottleneck: int | None = None,
     merged: bool = True,
+    **settings: Any,
 ) -> Costs:
-    """Parameters and multiply-accumulates that a method adds.
+    """Parameters and multiply-accumulates that a method adds, by its closed form (`Method.costs`).
 
     - `apt`: m (pd + 2dr + 1); Σ 2pdN for affinities and values, and 2pdr per module for the keys.
     - `deep_prompt` in every layer's keys, values and queries (ViLT): m pd; Σ (3pd² + 2Npd).
     - `shallow_prompt`, p tokens carried through m whole transformer layers: pd; Σ (12pd² + 2d((N + p)² - N²)).
     - `lora` on query and value: 4mdr; nothing once merged, else Σ 4drN.
     - `adapter`, a bottleneck per module: m (2db + b + d); Σ 2dbN.
-    - `scaled_pa`, the same beside the module after a layer norm: m (2db + b + d + 2d); Σ (2dbN + 5dN).
+    - `scaled_pa`, the same in parallel to the module after a layer norm: m (2db + b + d + 2d); Σ (2dbN + 5dN).
 
     Args:
-        method: one of `METHODS`.
+        method: the name of a registered method that brings a closed form.
         hidden_size: d.
         num_tokens: N at every module, or one number per module where they differ (METER's two towers).
         num_modules: m.
-        num_prompts, rank, bottleneck: p, r, b.
+        num_prompts, rank, bottleneck: p, r, b; the method's defaults (200, 4, 96) if `None`. A method leaves out those
+            that it does not have, so that the same arguments serve for all.
         merged: whether LoRA's matrices are added to the weights.
+        settings: of a method that has others.
 
     Raises:
-        ValueError: for an unknown method, or a list of tokens that does not have one number per module.
+        ValueError: for a method that is unknown or has no closed form, a setting that it does not have, or a list of
+            tokens that does not have one number per module.
     """
-    m, d, p, r, b = num_modules, hidden_size, num_prompts, rank, bottleneck
-    tokens = [num_tokens] * m if isinstance(num_tokens, int) else list(num_tokens)
-    if len(tokens) != m:
-        raise ValueError(f"num_tokens has {len(tokens)} numbers for {m} modules.")
-    total = sum(tokens)
-    match method:
-        case "apt":
-            return Costs(m * (p * d + 2 * d * r + 1), 2 * p * d * total + m * 2 * p * d * r)
-        case "deep_prompt":
-            return Costs(m * p * d, m * 3 * p * d**2 + 2 * p * d * total)
-        case "shallow_prompt":
-            return Costs(p * d, m * 12 * p * d**2 + sum(2 * d * ((n + p) ** 2 - n**2) for n in tokens))
-        case "lora":
-            return Costs(m * 4 * d * r, 0 if merged else 4 * d * r * total)
-        case "adapter":
-            return Costs(m * (2 * d * b + b + d), 2 * d * b * total)
-        case "scaled_pa":
-            return Costs(m * (2 * d * b + b + 3 * d), (2 * d * b + 5 * d) * total)
-    raise ValueError(f"Unknown method {method!r}, expected one of {METHODS}.")
+    tokens = [num_tokens] * num_modules if isinstance(num_tokens, int) else list(num_tokens)
+    if len(tokens) != num_modules:
+        raise ValueError(f"num_tokens has {len(tokens)} numbers for {num_modules} modules.")
+    found = get_method(method)
+    known = inspect.signature(found.costs).parameters
+    unknown = sorted(set(settings) - set(known))
+    if unknown and found.has_costs:
+        raise ValueError(f"What {method!r} costs does not depend on {', '.join(unknown)}.")
+    shared = {"num_prompts": num_prompts, "rank": rank, "bottleneck": bottleneck, "merged": merged}
+    given = {name: value for name, value in shared.items() if name in known and value is not None}
+    return found.costs(hidden_size, tokens, **given, **settings)
 
 
 def measure_macs(run: Callable[[], Any]) -> int:
@@ -149,6 +144,7 @@ def published_tables() -> list[Cell]:
 
 
 def format_published_tables() -> str:
+    """Both tables as Markdown."""
     lines = [
         "| model | method | formula (parameters; MAC) | parameters | published (M) | GMAC | published | note |",
         "|---" * 8 + "|",

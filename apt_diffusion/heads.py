@@ -59,12 +59,13 @@ class Heads:
 
 
 def head_tensors(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str, Tensor]:
-    """Parameters and buffers of what `modules_to_save` names, by full name: modules, or parameters themselves."""
-    parameters = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if matches(name, modules_to_save) and not {"apt", "apt_context"} & set(name.split("."))
-    }
+    """Parameters and buffers of what `modules_to_save` names, by full name: modules, or parameters themselves.
+
+    The full name of a parameter means this parameter alone, not others whose names end like it.
+    """
+    own = {name: p for name, p in model.named_parameters() if not {"apt", "apt_context"} & set(name.split("."))}
+    suffixes = tuple(name for name in modules_to_save if name not in own)
+    parameters = {name: p for name, p in own.items() if name in modules_to_save or matches(name, suffixes)}
     modules = tuple(name for name in modules_to_save if not any(matches(found, (name,)) for found in parameters))
     tensors = {}
     for prefix, module in (find_modules(model, modules, "modules_to_save") if modules else {}).items():

@@ -14,7 +14,7 @@ from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import ApproximatedPrompt, APTConfig, add_apt, prepared_apt
-from apt_diffusion.baselines.attach import MethodConfig, add_method
+from apt_diffusion.baselines import MethodConfig, add_method
 from apt_diffusion.costs import count_costs
 from apt_diffusion.models.vilt import use_sdpa
 

@@ -5,8 +5,8 @@
     python benchmarks/methods.py --tasks vqa --models vilt --methods apt lora --seeds 0 1 2
 
 Within a task all methods get the same steps, batches, order of examples and schedule, and of each method's learning
-rates (`RATES`) the one that does best on the validation split with the first seed. Finished runs are kept in
---output_dir, so that a comparison that was stopped goes on, and more methods and seeds can be added.
+rates (`Method.learning_rates`) the one that does best on the validation split with the first seed. Finished runs are
+kept in --output_dir, so that a comparison that was stopped goes on, and more methods and seeds can be added.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from typing import Any
 from accelerate.state import AcceleratorState, GradientState
 from tqdm import tqdm
 
-from apt_diffusion.baselines.attach import METHODS
+from apt_diffusion.baselines import get_method, method_names
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -100,12 +100,6 @@ TASKS = {
         script="clip",
     ),
 }
-RATES = dict.fromkeys(METHODS, (5e-4, 1e-3, 2e-3)) | {"full": (1e-4, 5e-4)}
-RATES |= dict.fromkeys(("shallow_prompt", "deep_prompt"), (1e-3, 2e-3))  # slow, and best with the highest
-NAMES = {
-    "classifier_only": "classifier only", "shallow_prompt": "shallow prompts", "deep_prompt": "deep prompts",
-    "lora": "LoRA", "adapter": "adapter", "scaled_pa": "scaled parallel adapter", "apt": "APT", "full": "full tuning",
-}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -113,7 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/methods", help="data, runs, table, plot")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--models", nargs="+", default=["vilt", "meter", "clip"], choices=["vilt", "meter", "clip"])
-    parser.add_argument("--methods", nargs="+", default=list(NAMES), choices=list(NAMES))
+    parser.add_argument("--methods", nargs="+", default=list(method_names()), choices=method_names())
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--learning_rates", nargs="+", type=float, help="in place of each method's own")
     return parser.parse_args(argv)
@@ -148,7 +142,7 @@ def run(job: Job, output_dir: Path) -> dict[str, Any]:
                 task.seed_flag: job.seed,
             }
         )
-        if job.model == "meter" and job.method != "full":
+        if job.model == "meter" and not get_method(job.method).trains_base:
             flags["cache_encoder_outputs"] = output_dir / "encoder-outputs"
         words = [word for name, value in flags.items() for word in words_of(name, value)]
         AcceleratorState._reset_state(reset_partial_state=True)  # of the run before, in this same process
@@ -188,7 +182,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per finished run with the chosen learning rate."""
     output_dir, rows = Path(args.output_dir), []
     for task, model, method in tqdm(list(all_jobs(args)), desc="methods"):
-        rates = args.learning_rates or RATES[method]
+        rates = args.learning_rates or get_method(method).learning_rates
         first = {rate: run(Job(task, model, method, rate, args.seeds[0]), output_dir) for rate in rates}
         best = max(rates, key=lambda rate: first[rate]["metrics"][TASKS[task].chosen_by])
         for seed in args.seeds:
@@ -222,7 +216,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
         own = [row["parameters"] for row in rows if row["method"] == method]
         sizes = f"{min(own):,}" if min(own) == max(own) else f"{min(own):,} to {max(own):,}"
         shown = [spread(cells[column], best[column]) if column in cells else "" for column in columns]
-        lines.append(f"| {NAMES[method]} | {sizes} | {' | '.join(shown)} |")
+        lines.append(f"| {get_method(method).label} | {sizes} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -241,12 +235,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         methods = [method for method in table if column in table[method]]
         colors = ["tab:orange" if method == "apt" else "tab:blue" for method in methods]
-        axes.barh(
-            [NAMES[m] for m in methods], [100 * mean(table[m][column]) for m in methods], color=colors, alpha=0.6
-        )
+        labels = [get_method(method).label for method in methods]
+        axes.barh(labels, [100 * mean(table[method][column]) for method in methods], color=colors, alpha=0.6)
         for method in methods:
             values = [100 * value for value in table[method][column]]
-            axes.plot(values, [NAMES[method]] * len(values), "k.", markersize=4)
+            axes.plot(values, [get_method(method).label] * len(values), "k.", markersize=4)
         every = [100 * value for method in methods for value in table[method][column]]
         axes.set(title=column, xlim=(max(0, min(every) - 8), min(100, max(every) + 4)))
         axes.invert_yaxis()

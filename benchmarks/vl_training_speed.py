@@ -16,7 +16,7 @@ from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import add_apt, freeze_base
-from apt_diffusion.baselines.attach import MethodConfig, add_method, freeze_for_method
+from apt_diffusion.baselines import MethodConfig, add_method, freeze_for_method
 
 WORDS, PATCHES, METER_SIZE = 40, 201, 288
 

@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from apt_diffusion.baselines import method_in
 from apt_diffusion.data.classification import (
     Item,
     Labelled,
@@ -34,7 +35,7 @@ from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
-from apt_diffusion.training.methods import find_trained, method_in
+from apt_diffusion.training.methods import find_trained
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 from apt_diffusion.training.vision_language.clip_arguments import RECIPES, make_optimizer, parse_args
 from apt_diffusion.training.vision_language.predict import predict

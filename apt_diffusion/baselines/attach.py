@@ -1,317 +1,277 @@
 """Attaching one of the compared methods to a model, and freezing, saving, loading and removing it.
 
-One method at a time: this is for comparisons. APT itself is attached with `add_apt`, of which `add_method` is a
-front for `method="apt"`, so that one loop can run them all.
+One method at a time: this is for comparisons. APT has a front door and a file format of its own, `add_apt` and
+`save_apt_weights`; the functions here take a model with APT, and APT's files, too, so that one loop can run them all.
 """
 
+import contextlib
+import dataclasses
 import json
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..attach import adapter_parameters, add_apt, remove_apt, state_of
+from ..attach import add_apt, freeze_base, get_list_apt_adapters, state_of
 from ..config import APTConfig
-from ..io.files import write_safetensors
-from .modules import Bottleneck, MeterShallowPrompt, Prefix
-from .sites import Family, family_of, trained_beside
+from ..heads import head_tensors
+from ..io.files import WEIGHTS_NAME, resolve_adapter_file, write_safetensors
+from ..io.former import METHOD_HEADER, method_in_header
+from ..io.weights import load_apt_weights, save_apt_weights
+from .apt import ADAPTER
+from .families import trained_beside
+from .registry import Method, MethodConfig, get_method
 
-METHODS = ("apt", "shallow_prompt", "deep_prompt", "adapter", "scaled_pa", "lora", "full", "classifier_only")
-CHILD = "compared_method"
-FILE_KIND = "apt_diffusion_method"
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """A method and its size; the defaults are those of the published tables.
-
-    Args:
-        method: one of `METHODS`.
-        num_prompts: of `apt`, `shallow_prompt`, `deep_prompt`.
-        rank: of `apt` and `lora`.
-        bottleneck: of `adapter` and `scaled_pa`.
-        trained: name suffixes of modules and parameters that are trained beside the method; the family's heads if
-            `None`.
-    """
-
-    method: str
-    num_prompts: int = 200
-    rank: int = 4
-    bottleneck: int = 96
-    trained: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"Unknown method {self.method!r}, expected one of {METHODS}.")
-        for name in ("num_prompts", "rank", "bottleneck"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+METHOD_WEIGHTS_NAME = "pytorch_method_weights.safetensors"
+# Headers of version 0.1 name these for every method, whether it has them or not.
+_FORMER_SETTINGS = ("num_prompts", "rank", "bottleneck")
 
 
-def add_method(model: nn.Module, config: MethodConfig) -> list[str]:
-    """Attaches a method to a ViLT, METER or CLIP model; freezes nothing.
+def add_method(model: nn.Module, config: MethodConfig | APTConfig) -> list[str]:
+    """Attaches a method to a model; freezes nothing.
+
+    An `APTConfig` goes to `add_apt`, with the heads of the model's family as `modules_to_save` where it names none:
+    they are trained with every method.
 
     Returns:
         Names of the modules that it acts on; none for `full` and `classifier_only`.
 
     Raises:
-        ValueError: where a method is attached already, or for a model of another family.
+        ValueError: where a method is attached already, or for a model that the method is not made for.
     """
-    family = family_of(model)
-    if getattr(model, "method_config", None) is not None:
-        raise ValueError(f"{model.method_config.method!r} is attached already: call remove_method first.")
-    if state_of(model).configs:
-        raise ValueError("APT is attached already: call remove_apt first.")
-    match config.method:
-        case "apt":
-            names = add_apt(model, APTConfig(num_prompts=config.num_prompts, rank=config.rank))
-        case "adapter":
-            names = _add_adapters(model, family, config.bottleneck)
-        case "scaled_pa":
-            names = _add_parallel_adapters(model, family, config.bottleneck)
-        case "deep_prompt":
-            names = _add_deep_prompts(model, family, config.num_prompts)
-        case "shallow_prompt":
-            names = _add_shallow_prompts(model, family, config.num_prompts)
-        case "lora":
-            names = _add_lora(model, family, config.rank)
-        case _:
-            names = []
+    attached = method_of(model)
+    if attached is not None:
+        remedy = "remove_apt" if attached == "apt" else "remove_method"
+        raise ValueError(f"{attached!r} is attached already: call {remedy} first.")
+    if isinstance(config, APTConfig):
+        return add_apt(model, with_heads(model, config))
+    method = get_method(config.method)
+    method.check_model(model)
+    with _undone_on_error(model, method):
+        names = method.attach(model, **config.settings)
     model.method_config = config
     return names
 
 
+def with_heads(model: nn.Module, config: APTConfig) -> APTConfig:
+    """`config`, with what the released code trains with every method as `modules_to_save` if that is `None`."""
+    if config.modules_to_save is not None:
+        return config
+    places = trained_beside(model)
+    parameters = tuple(name for name, _ in model.named_parameters() if _is_inside(name, places))
+    if places and not set(head_tensors(model, places)) <= set(parameters):
+        places = parameters  # as suffixes, the modules' names would reach into a frozen encoder
+    return dataclasses.replace(config, modules_to_save=places or None)
+
+
+def method_of(model: nn.Module) -> str | None:
+    """The name of the method that is attached; `None` for a base model."""
+    if get_list_apt_adapters(model):
+        return "apt"
+    config = getattr(model, "method_config", None)
+    return config.method if config is not None else None
+
+
 def freeze_for_method(model: nn.Module) -> tuple[int, int]:
-    """Only the method's own parameters, and what is trained beside it, stay trainable; `full` trains everything.
+    """Only the method's own parameters, and the heads trained with it, stay trainable; `full` trains everything.
 
     Returns:
         `(trainable, total)` numbers of parameters.
     """
-    config = _config(model)
-    model.requires_grad_(config.method == "full")
-    for _, parameter in method_parameters(model):
-        parameter.requires_grad_(True)
-    for _, parameter in _beside(model, config):
+    method = _attached(model)
+    if method.name == "apt":
+        return freeze_base(model)
+    model.requires_grad_(method.trains_base)
+    for _, parameter in (*method.parameters(model), *_heads(model)):
         parameter.requires_grad_(True)
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def method_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that the method added."""
-    config = _config(model)
-    if config.method == "apt":
-        own = {id(parameter) for parameter in adapter_parameters(model)}
-        return [(name, p) for name, p in model.named_parameters() if id(p) in own]
-    marks = (f"{CHILD}.", "lora_")
-    return [(name, p) for name, p in model.named_parameters() if any(mark in name for mark in marks)]
+    """Full names and values of the parameters that the method added, without the heads."""
+    return _attached(model).parameters(model)
 
 
 def save_method(model: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """The trained parameters as one safetensors file, with the config, and `metadata`, in its header."""
-    config = _config(model)
-    tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _stored(model, config)}
-    header = {"format": "pt", FILE_KIND: json.dumps(asdict(config))}
-    return write_safetensors(tensors, Path(path), header | (metadata or {}))
+    """Writes the trained parameters as one safetensors file, with the config, and `metadata`, in its header.
 
+    APT is written by `save_apt_weights`, in its own format.
 
-def load_method(model: nn.Module, path: str | Path) -> MethodConfig:
-    """Attaches the method of a file and gives it its values; a file that does not fit leaves the model as it was.
+    Args:
+        model: a model with a method.
+        path: a folder (made if needed), or a file name that ends in `.safetensors`.
+        metadata: more strings for the header, such as `base_model`.
+
+    Returns:
+        The file.
 
     Raises:
-        ValueError: for another kind of file, or one made for another model.
+        ValueError: where no method is attached.
     """
-    tensors, metadata = read_file(Path(path))
-    if FILE_KIND not in metadata:
-        raise ValueError(f"{path} holds none of the compared methods: it was not written by save_method.")
-    try:
-        values = json.loads(metadata[FILE_KIND])
-        config = MethodConfig(**values | {"trained": None if values["trained"] is None else tuple(values["trained"])})
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} describes no method that this version knows: {error}") from error
+    if _attached(model).name == "apt":
+        return save_apt_weights(model, path, ADAPTER, metadata)
+    config: MethodConfig = model.method_config
+    tensors = {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _stored(model)}
+    header = {"format": "pt", METHOD_HEADER: json.dumps(config.to_dict())}
+    path = Path(path)
+    file = path if path.suffix == ".safetensors" else path / METHOD_WEIGHTS_NAME
+    return write_safetensors(tensors, file, header | (metadata or {}))
+
+
+def load_method(model: nn.Module, path: str | Path, **hub: Any) -> MethodConfig | APTConfig:
+    """Attaches the method of a file and gives it its values; a file that does not fit leaves the model as it was.
+
+    Args:
+        model: a model without a method.
+        path: a folder, a file, or a hub repository; of `save_method` or `save_apt_weights`.
+        hub: `revision`, `token`, `cache_dir`, ... as for `load_apt_weights`.
+
+    Returns:
+        What `add_method` was given, or would be given, for it.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        ValueError: for another kind of file, one made for another model, or a model that has a method already.
+    """
+    file = find_method_file(path, **hub)
+    attached = method_of(model)
+    if attached is not None:
+        raise ValueError(f"{attached!r} is attached already: remove it before {file} is loaded.")
+    metadata = read_header(file)
+    if method_in_header(str(file), metadata) == "apt":
+        load_apt_weights(model, file)
+        return state_of(model).configs[ADAPTER]
+    tensors = _read_tensors(file)
+    config = _read_config(file, metadata, tensors)
     add_method(model, config)
-    targets = dict(_stored(model, config))
-    wrong = {name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape}
-    if targets.keys() != tensors.keys() or wrong:
-        some = sorted(wrong | (targets.keys() ^ tensors.keys()))[:3]
-        remove_method(model)
-        raise ValueError(f"{path} does not fit {type(model).__name__}: {some} are missing, unexpected or mis-shaped.")
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(tensors[name])
+    method = get_method(config.method)
+    with _undone_on_error(model, method):
+        _write(model, file, tensors)
     return config
 
 
 def remove_method(model: nn.Module) -> None:
-    """Takes the method away; what was trained beside it keeps its values."""
-    config = _config(model)
-    if config.method == "apt":
-        remove_apt(model)
-    elif config.method == "lora":
-        _remove_lora(model)
-    for module in list(model.modules()):
-        child = module._modules.pop(CHILD, None)
-        if child is not None:
-            _remove_hooks(model, child)
-    del model.method_config
+    """Takes the method away. Heads trained with it keep their values; APT's come and go with the adapter."""
+    _attached(model).detach(model)
+    if hasattr(model, "method_config"):
+        del model.method_config
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file; `ValueError` where it is none."""
+def find_method_file(place: str | Path, **hub: Any) -> Path:
+    """The file that `save_method` wrote, whichever method it holds.
+
+    Args:
+        place: a folder, a file, or a hub repository.
+        hub: as for `load_apt_weights`.
+
+    Raises:
+        FileNotFoundError: naming both files that it may be.
+    """
+    try:
+        return resolve_adapter_file(place, WEIGHTS_NAME, **hub)
+    except FileNotFoundError:
+        try:
+            return resolve_adapter_file(place, METHOD_WEIGHTS_NAME, **hub)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} Nor is there a {WEIGHTS_NAME}.") from error
+
+
+def read_header(file: Path) -> dict[str, str]:
+    """The strings in a file's header (`base_model`, `training`, `answers`, ...); its tensors are not read."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with safe_open(file, framework="pt", device="cpu") as content:
+            return content.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def _config(model: nn.Module) -> MethodConfig:
-    config = getattr(model, "method_config", None)
-    if config is None:
+def method_in(file: Path) -> str:
+    """The name of the method that a file holds; `ValueError` where its header cannot be used."""
+    return method_in_header(str(file), read_header(file))
+
+
+def _attached(model: nn.Module) -> Method:
+    name = method_of(model)
+    if name is None:
         raise ValueError("No method is attached to this model: call add_method first.")
-    return config
+    return get_method(name)
 
 
-def _beside(model: nn.Module, config: MethodConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """What is trained beside the method: parameters in modules of these names, or of these names themselves."""
-    beside = trained_beside(model)
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module, method: Method) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        method.detach(model)
+        if hasattr(model, "method_config"):
+            del model.method_config
+        raise
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that are trained with the method: in the modules that its config names, or of these names."""
+    trained = model.method_config.trained
+    beside = trained_beside(model) if trained is None else ()
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if config.trained is None:
-            chosen = any(name == place or name.startswith(f"{place}.") for place in beside)
-        else:
-            chosen = bool(set(parts) & set(config.trained))
-        if chosen:
+        if _is_inside(name, beside) or set(name.split(".")) & set(trained or ()):
             yield name, parameter
 
 
-def _stored(model: nn.Module, config: MethodConfig) -> list[tuple[str, nn.Parameter]]:
-    if config.method == "full":
+def _is_inside(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def _stored(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    method = _attached(model)
+    if method.trains_base:
         return list(model.named_parameters())
-    return list(dict(method_parameters(model) + list(_beside(model, config))).items())
+    return list(dict([*method.parameters(model), *_heads(model)]).items())
 
 
-def _layers(model: nn.Module, family: Family) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if re.fullmatch(family.layers, name)]
+def _read_config(file: Path, metadata: dict[str, str], tensors: dict[str, Tensor]) -> MethodConfig:
+    """Of the header; its sizes are compared with the tensors, which bounds what attaching the method can take."""
+    name = method_in_header(str(file), metadata)
+    try:
+        values = json.loads(metadata[METHOD_HEADER])
+        own = get_method(name).defaults()
+        settings = {
+            key: value for key, value in values.items()
+            if key not in ("method", "trained") and (key in own or key not in _FORMER_SETTINGS)
+        }  # fmt: skip
+        config = MethodConfig(name, trained=values.get("trained"), **settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} describes no method that this version knows: {error}") from error
+    dimensions = {size for tensor in tensors.values() for size in tensor.shape}
+    for setting in get_method(name).settings:
+        if setting.is_size and config.settings[setting.name] not in dimensions:
+            raise ValueError(
+                f"{file} is damaged: its header says {setting.name}={config.settings[setting.name]}, but none of its "
+                "tensors has such a dimension."
+            )
+    return config
 
 
-def _width(linear: nn.Module) -> int:
-    return linear.in_features
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
 
 
-def _like(new: nn.Module, beside: nn.Module) -> nn.Module:
-    weight = next(beside.parameters())
-    return new.to(weight.device, weight.dtype)
-
-
-def _add_adapters(model: nn.Module, family: Family, bottleneck: int) -> list[str]:
-    names = []
-    for name, layer in _layers(model, family):
-        for output in family.outputs:
-            linear = layer.get_submodule(output)
-            adapter = _like(Bottleneck(linear.out_features, bottleneck), linear)
-            linear.add_module(CHILD, adapter)
-            linear.register_forward_hook(adapter.after)
-            names.append(f"{name}.{output}")
-    return names
-
-
-def _add_parallel_adapters(model: nn.Module, family: Family, bottleneck: int) -> list[str]:
-    names = []
-    for name, layer in _layers(model, family):
-        for branch in family.parallel:
-            attention = layer.get_submodule(branch.attention)
-            width = _width(layer.get_submodule(branch.key))
-            adapter = _like(Bottleneck(width, bottleneck, scaled=True), attention)
-            attention.add_module(CHILD, adapter)
-            if branch.later_norm is None:
-                attention.register_forward_hook(adapter.beside, with_kwargs=True)
-            else:
-                attention.register_forward_pre_hook(adapter.remember, with_kwargs=True)
-                layer.get_submodule(branch.later_norm).register_forward_hook(adapter.after_norm)
-            names.append(f"{name}.{branch.attention}")
-    return names
-
-
-def _add_deep_prompts(model: nn.Module, family: Family, num_prompts: int) -> list[str]:
-    names = []
-    for name, layer in _layers(model, family):
-        for branch in family.prompted:
-            norm = layer.get_submodule(branch.prompt_norm) if branch.prompt_norm else None
-            width = _width(layer.get_submodule(branch.key))
-            _add_prefix(layer.get_submodule(branch.attention), Prefix(num_prompts, width, norm), branch.reads_others)
-            names.append(f"{name}.{branch.attention}")
-    return names
-
-
-def _add_shallow_prompts(model: nn.Module, family: Family, num_prompts: int) -> list[str]:
-    layers = _layers(model, family)
-    if family.encoders is None:
-        return _add_meter_shallow_prompt(model, layers, num_prompts)
-    encoders = {name: module for name, module in model.named_modules() if re.fullmatch(family.encoders, name)}
-    for name, encoder in encoders.items():
-        first = next(layer for layer_name, layer in layers if layer_name.startswith(f"{name}."))
-        width = _width(first.get_submodule(family.prompted[0].key))
-        _add_prefix(encoder, Prefix(num_prompts, width))
-    return list(encoders)
-
-
-def _add_prefix(module: nn.Module, prefix: Prefix, reads_others: bool = False) -> None:
-    module.add_module(CHILD, _like(prefix, module))
-    module.register_forward_pre_hook(prefix.enter, with_kwargs=True)
-    if not reads_others:  # else the prompts were never among the module's own tokens
-        module.register_forward_hook(prefix.leave)
-
-
-def _add_meter_shallow_prompt(model: nn.Module, layers: list[tuple[str, nn.Module]], num_prompts: int) -> list[str]:
-    stacks = {kind: [layer for name, layer in layers if f"_{kind}_" in name] for kind in ("text", "image")}
-    prompt = _like(MeterShallowPrompt(num_prompts, stacks["text"][0].attention.hidden_size), stacks["text"][0])
-    model.add_module(CHILD, prompt)
-    stacks["text"][0].register_forward_pre_hook(prompt.enter_text)
-    stacks["image"][0].register_forward_pre_hook(prompt.enter_image)
-    for stack in stacks.values():
-        for layer in stack:
-            layer.register_forward_pre_hook(prompt.open_masks)
-        stack[-1].register_forward_hook(prompt.leave)
-    return [name for name, _ in layers]
-
-
-def _add_lora(model: nn.Module, family: Family, rank: int) -> list[str]:
-    """PEFT's, with its scale at 1 as in the released code."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = [f"{name}.{path}" for name, _ in _layers(model, family) for path in family.lora]
-    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), model)
-    for parameter in model.parameters():  # PEFT has frozen the base, which is for `freeze_for_method` to do
-        parameter.requires_grad_(id(parameter) not in frozen)
-    return names
-
-
-def _remove_lora(model: nn.Module) -> None:
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
-def _remove_hooks(model: nn.Module, owner: nn.Module) -> None:
-    """All hooks of `owner`; by owner, not by handle, which a deep copy does not have."""
-    for module in model.modules():
-        for hooks, extras in (
-            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
-            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
-        ):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
-                del hooks[key]
-                for extra in extras:
-                    extra.pop(key, None)
+def _write(model: nn.Module, file: Path, tensors: dict[str, Tensor]) -> None:
+    """Everything is checked before the first value is written."""
+    targets = dict(_stored(model))
+    wrong = {name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape}
+    if targets.keys() != tensors.keys() or wrong:
+        some = sorted(wrong | (targets.keys() ^ tensors.keys()))[:3]
+        raise ValueError(f"{file} does not fit {type(model).__name__}: {some} are missing, unexpected or mis-shaped.")
+    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
+    if broken:
+        raise ValueError(f"{file} is damaged: {broken[:3]} hold values that are not finite numbers.")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])

@@ -1,4 +1,4 @@
-"""What the compared methods add to a model: a bottleneck, or prompts as tokens.
+"""Modules that several of the compared methods add to a model: a bottleneck, and prompts as tokens.
 
 Each module brings its own hooks. They are bound methods: deep copies and pickles of a model carry hooks that belong to
 the copy. Axes: B batch, N tokens, p prompts, d width, b bottleneck.
@@ -8,8 +8,9 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .registry import add_child
 
 
 def make_prompts(num_prompts: int, hidden_size: int) -> nn.Parameter:
@@ -26,6 +27,7 @@ class Bottleneck(nn.Module):
     """
 
     def __init__(self, hidden_size: int, bottleneck: int, scaled: bool = False) -> None:
+        """Weights from N(0, 0.02²), biases 0, as in the released code."""
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size) if scaled else nn.Identity()
         self.down = nn.Linear(hidden_size, bottleneck)
@@ -37,6 +39,7 @@ class Bottleneck(nn.Module):
         self._input: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(B, N, d) -> (B, N, d)`: what is added to the output."""
         return self.scale * self.up(self.down(self.norm(hidden_states)).relu())
 
     def after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
@@ -68,6 +71,7 @@ class Prefix(nn.Module):
     """
 
     def __init__(self, num_prompts: int, hidden_size: int, norm: nn.Module | None = None) -> None:
+        """`norm` is a layer norm of the base model, `None` where prompts go through none."""
         super().__init__()
         self.prompts = make_prompts(num_prompts, hidden_size)
         self._norm = (norm,)  # in a tuple: it is the base model's, not a child of this module
@@ -96,37 +100,12 @@ class Prefix(nn.Module):
         return output
 
 
-class MeterShallowPrompt(nn.Module):
-    """Shallow prompts of METER's two stacks: after the tokens, so that the poolers read what they always read."""
-
-    def __init__(self, num_prompts: int, hidden_size: int) -> None:
-        super().__init__()
-        self.text_prompts = make_prompts(num_prompts, hidden_size)
-        self.image_prompts = make_prompts(num_prompts, hidden_size)
-
-    def enter_text(self, layer: nn.Module, args: tuple) -> tuple:
-        """Forward pre-hook of the first text layer."""
-        return (self._append(args[0], self.text_prompts), self._append(args[1], self.image_prompts), *args[2:])
-
-    def enter_image(self, layer: nn.Module, args: tuple) -> tuple:
-        """Forward pre-hook of the first image layer."""
-        return (self._append(args[0], self.image_prompts), self._append(args[1], self.text_prompts), *args[2:])
-
-    def open_masks(self, layer: nn.Module, args: tuple) -> tuple:
-        """Forward pre-hook of every layer, after the two above."""
-        masks = [None if mask is None else self._open(mask) for mask in args[2:4]]
-        return (*args[:2], *masks, *args[4:])
-
-    def leave(self, layer: nn.Module, args: tuple, output: tuple) -> tuple:
-        """Forward hook of the last layers."""
-        return (output[0][:, : -len(self.text_prompts)], *output[1:])
-
-    @staticmethod
-    def _append(states: Tensor, prompts: Tensor) -> Tensor:
-        return torch.cat([states, prompts.to(states.dtype).expand(len(states), -1, -1)], 1)
-
-    def _open(self, mask: Tensor) -> Tensor:
-        return F.pad(mask.float(), (0, len(self.text_prompts)), value=1.0).bool()
+def add_prefix(module: nn.Module, prefix: Prefix, reads_others: bool = False) -> None:
+    """Puts prompts before the tokens of an attention or encoder; `reads_others`: before the states that it reads."""
+    add_child(module, prefix)
+    module.register_forward_pre_hook(prefix.enter, with_kwargs=True)
+    if not reads_others:  # else the prompts were never among the module's own tokens
+        module.register_forward_hook(prefix.leave)
 
 
 def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..costs import METHODS, count_costs, format_published_tables
+from ..costs import count_costs, format_published_tables, methods_with_costs
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -13,7 +13,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "forward pass of one sample. Without flags: the two published tables, cell by cell.",
         epilog=f"example: {prog} --method apt --hidden_size 768 --num_tokens 241 --num_modules 12",
     )
-    parser.add_argument("--method", choices=METHODS, help="count this one")
+    parser.add_argument("--method", choices=methods_with_costs(), help="count this one")
     parser.add_argument("--hidden_size", type=int, metavar="D", help="width of the adapted modules")
     parser.add_argument("--num_tokens", type=int, metavar="N", help="tokens at each of them")
     parser.add_argument("--num_modules", type=int, metavar="M", help="how many there are")

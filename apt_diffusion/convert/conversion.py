@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import add_apt, named_cores
-from ..baselines.sites import trained_beside
+from ..baselines.families import trained_beside
 from ..config import APTConfig
 from ..io.weights import save_apt_weights
 from ..models.retrieval import MATCHING_HEAD_NAME

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import APTConfig
+from .former import current_header, current_names, method_in_header
 
 WEIGHTS_NAME = "pytorch_apt_weights.safetensors"
 
@@ -50,13 +51,14 @@ def read_adapter_file(file: Path) -> AdapterFile:
         with safe_open(file, framework="pt", device="cpu") as content:
             metadata = content.metadata() or {}
             keys = list(content.keys())
-            _check_is_apt(str(file), keys)
-            return AdapterFile(str(file), {key: content.get_tensor(key) for key in keys}, metadata)
+            _check_is_apt(str(file), keys, metadata)
+            tensors = current_names({key: content.get_tensor(key) for key in keys})
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} cannot be read as safetensors ({error}): it is cut off, damaged or of another format. Copy or "
             "download it again; pickled files (.bin, .pt, .ckpt) are never loaded."
         ) from error
+    return AdapterFile(str(file), tensors, current_header(str(file), tensors, metadata))
 
 
 def read_adapter_dict(tensors: dict[str, Tensor]) -> AdapterFile:
@@ -64,11 +66,16 @@ def read_adapter_dict(tensors: dict[str, Tensor]) -> AdapterFile:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise TypeError(f"An adapter is a dict of tensors by name, got {key!r}: {type(value).__name__}.")
-    _check_is_apt("the given dict", list(tensors))
-    return AdapterFile("the given dict", dict(tensors), {})
+    _check_is_apt("the given dict", list(tensors), {})
+    return AdapterFile("the given dict", current_names(tensors), {})
 
 
-def _check_is_apt(name: str, keys: list[str]) -> None:
+def _check_is_apt(name: str, keys: list[str], metadata: dict[str, str]) -> None:
+    method = method_in_header(name, metadata)
+    if method != "apt":
+        raise ValueError(
+            f"{name} holds the method {method!r}, not APT: load it with `apt_diffusion.baselines.load_method`."
+        )
     if any(".apt." in key or ".apt_context." in key for key in keys):
         return
     if any("lora" in key.lower() for key in keys):

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..costs import Costs, count_costs
+from ..baselines import get_method
+from ..costs import Costs, count_costs, methods_with_costs
 
 # Attention modules of one kind: width, how many, tokens at each.
 Group = tuple[int, int, int]
@@ -17,18 +18,18 @@ class Model:
         tokens: what the slider says at first.
         tokens_mean: what is counted.
         groups: number of tokens -> its adapted attention modules.
-        adapters: bottleneck adapters per attention module, as the paper's tables count them.
+        branches: branches per attention module, as the paper's tables count adapters.
     """
 
     tokens: int
     tokens_mean: str
     groups: Callable[[int], list[Group]]
-    adapters: float = 1.0
+    branches: float = 1.0
 
 
 MODELS = {
-    "ViLT-B/32": Model(241, "words, patches and [CLS]", lambda n: [(768, 12, n)], adapters=2),
-    "METER": Model(577, "image tokens; beside them 40 words", lambda n: [(768, 12, 40), (768, 12, n)], adapters=1.5),
+    "ViLT-B/32": Model(241, "words, patches and [CLS]", lambda n: [(768, 12, n)], branches=2),
+    "METER": Model(577, "image tokens; beside them 40 words", lambda n: [(768, 12, 40), (768, 12, n)], branches=1.5),
     "CLIP ViT-B/16": Model(197, "image tokens; beside them 77 words", lambda n: [(768, 12, n), (512, 12, 77)]),
     "Stable Diffusion 1.5": Model(
         4096,
@@ -36,13 +37,16 @@ MODELS = {
         lambda n: [(320, 5, n), (640, 5, n // 4), (1280, 5, n // 16), (1280, 1, n // 64)],
     ),
 }
-METHODS = {
-    "APT": "apt",
-    "Deep prompts": "deep_prompt",
-    "LoRA (merged)": "lora",
-    "Adapters": "adapter",
-    "Scaled parallel adapters": "scaled_pa",
-}
+
+
+def compared_methods() -> dict[str, str]:
+    """`{label: name}` of the registered methods that have a closed form for attention modules; APT first."""
+    names = [name for name in methods_with_costs() if get_method(name).costs_per != "layer"]
+    found = {}
+    for name in sorted(names, key=lambda name: name != "apt"):
+        label, note = get_method(name).label, get_method(name).costs_note
+        found[label[:1].upper() + label[1:] + (f" ({note})" if note else "")] = name
+    return found
 
 
 def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[str, Costs]:
@@ -60,7 +64,7 @@ def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[st
                 method,
                 hidden_size=width,
                 num_tokens=max(1, tokens),
-                num_modules=round(modules * chosen.adapters) if method == "adapter" else modules,
+                num_modules=round(modules * chosen.branches) if get_method(method).costs_per == "branch" else modules,
                 num_prompts=num_prompts,
                 rank=rank,
             )
@@ -68,7 +72,7 @@ def compare(model: str, num_prompts: int, rank: int, num_tokens: int) -> dict[st
         ]
         return Costs(sum(part.parameters for part in parts), sum(part.macs for part in parts))
 
-    return {label: costs(method) for label, method in METHODS.items()}
+    return {label: costs(method) for label, method in compared_methods().items()}
 
 
 def saving(table: dict[str, Costs]) -> str:

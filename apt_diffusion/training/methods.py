@@ -1,53 +1,91 @@
-"""APT and the methods it is compared with behind one face: attached to be trained, saved, loaded."""
+"""A method of the comparison in a trainer: its flags, attached to be trained, saved, loaded."""
 
-import dataclasses
+import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..architectures import resolve_config
-from ..attach import add_apt, freeze_base, state_of
-from ..baselines.attach import (
-    FILE_KIND,
+from ..attach import state_of
+from ..baselines import (
     MethodConfig,
+    Setting,
     add_method,
+    find_method_file,
     freeze_for_method,
+    get_method,
     load_method,
-    read_file,
+    method_names,
+    method_of,
+    read_header,
     save_method,
+    with_heads,
 )
-from ..baselines.sites import trained_beside
 from ..config import APTConfig
-from ..io.files import WEIGHTS_NAME, resolve_adapter_file
-from ..io.weights import load_apt_weights, save_apt_weights
 
 logger = logging.getLogger(__name__)
 
-METHOD_WEIGHTS_NAME = "pytorch_method_weights.safetensors"
+
+def add_method_flags(add: Callable[..., Any]) -> None:
+    """`--method`, with every registered method, and one flag per setting of them all.
+
+    Args:
+        add: `add_argument` of a parser or group.
+    """
+    add("--method", choices=method_names(), default="apt", help="What is trained together with heads and poolers.")
+    for name, users in _settings().items():
+        first = next(iter(users.values()))
+        add(
+            f"--{name}",
+            type=_parser_of(first),
+            help=" ".join(dict.fromkeys(setting.help for setting in users.values()))
+            + f" Of {', '.join(users)}."
+            + ("" if first.default is None else f" (default: {', '.join(_defaults(users))})"),
+        )
+
+
+def settle_method_flags(args: argparse.Namespace) -> None:
+    """Gives the settings of `--method` that were not given their defaults; warns of those that it does not have.
+
+    Raises:
+        ValueError: for a value that a setting cannot have.
+    """
+    own = get_method(args.method).defaults()
+    idle = [f"--{name}" for name in _settings() if name not in own and getattr(args, name) is not None]
+    if idle:
+        logger.warning("%s: without effect, because --method %s has no such setting.", ", ".join(idle), args.method)
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    method_config(args)
+
+
+def method_config(args: argparse.Namespace) -> APTConfig | MethodConfig:
+    """What the flags of `add_method_flags` ask for."""
+    method = get_method(args.method)
+    return method.config(**{name: getattr(args, name) for name in method.defaults()})
 
 
 def attach_method(model: nn.Module, config: APTConfig | MethodConfig) -> None:
-    """Attaches APT or another method and freezes the rest, but for what the released code trains beside every method.
+    """Attaches APT or another method and freezes the rest, except the heads that are trained with every method.
 
     Args:
         model: ViLT, METER or CLIP, in float32.
-        config: whose class says which.
+        config: `APTConfig` for APT, `MethodConfig` for the others.
     """
-    is_apt = isinstance(config, APTConfig)
-    places = add_apt(model, _with_heads(model, config)) if is_apt else add_method(model, config)
-    trainable, total = _freeze(model)
+    places = add_method(model, config)
+    trainable, total = freeze_for_method(model)
     where = f" at {len(places)} places" if places else ""
     logger.info("%s%s: %s of %s parameters are trained.", method_of(model), where, f"{trainable:,}", f"{total:,}")
 
 
 def save_trained(model: nn.Module, folder: str | Path, metadata: dict[str, str]) -> Path:
     """The method's parameters and the heads as one file in `folder`, with `metadata` in its header."""
-    if method_of(model) == "apt":
-        return save_apt_weights(model, folder, metadata=metadata)
-    return save_method(model, Path(folder) / METHOD_WEIGHTS_NAME, metadata)
+    return save_method(model, folder, metadata)
 
 
 def load_trained(model: nn.Module, place: str | Path, **hub: Any) -> None:
@@ -61,22 +99,18 @@ def load_trained(model: nn.Module, place: str | Path, **hub: Any) -> None:
     Raises:
         FileNotFoundError, ValueError: where there is no such file, or it does not fit; the model stays as it was.
     """
-    file = find_trained(place, **hub)
-    if FILE_KIND in read_header(file):
-        load_method(model, file)
-    else:
-        load_apt_weights(model, file)
-    _freeze(model)
+    load_method(model, place, **hub)
+    freeze_for_method(model)
 
 
 def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place: str | Path) -> None:
-    """`ValueError` where the method that was loaded from `place` is not the one that this run asks for."""
+    """`ValueError` where the method that was loaded from `place` is not the one that this run's flags name."""
     if isinstance(config, APTConfig):
-        new = {"method": "apt", **_with_heads(model, resolve_config(model, config)).to_dict()}
+        new = {"method": "apt", **resolve_config(model, with_heads(model, config)).to_dict()}
     else:
-        new = dataclasses.asdict(config)
-    old = {"method": method_of(model)}
-    old |= state_of(model).configs["default"].to_dict() if old["method"] == "apt" else vars(model.method_config)
+        new = config.to_dict()
+    old: dict[str, Any] = {"method": method_of(model)}
+    old |= state_of(model).configs["default"].to_dict() if old["method"] == "apt" else model.method_config.to_dict()
     differing = [
         f"{name} {old.get(name)} there, {value} here" for name, value in new.items() if old.get(name) != value
     ]
@@ -84,34 +118,9 @@ def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place:
         raise ValueError(f"{place} was trained with other settings: {'; '.join(differing)}.")
 
 
-def method_of(model: nn.Module) -> str | None:
-    """The name of the method that is attached; `None` for a base model."""
-    if "default" in state_of(model).configs:
-        return "apt"
-    config = getattr(model, "method_config", None)
-    return config.method if config is not None else None
-
-
 def find_trained(place: str | Path, **hub: Any) -> Path:
     """The file of `save_trained`, whichever method it holds."""
-    try:
-        return resolve_adapter_file(place, WEIGHTS_NAME, **hub)
-    except FileNotFoundError:
-        try:
-            return resolve_adapter_file(place, METHOD_WEIGHTS_NAME, **hub)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error} Nor is there a {WEIGHTS_NAME}.") from error
-
-
-def read_header(file: Path) -> dict[str, str]:
-    """The strings in a file's header: `base_model`, `training`, `answers`, ..."""
-    return read_file(file)[1]
-
-
-def method_in(file: Path) -> str:
-    """Which method a file of `save_trained` holds."""
-    header = read_header(file)
-    return json.loads(header[FILE_KIND])["method"] if FILE_KIND in header else "apt"
+    return find_method_file(place, **hub)
 
 
 def answers_of(file: Path) -> list[str] | None:
@@ -121,12 +130,38 @@ def answers_of(file: Path) -> list[str] | None:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by full name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _with_heads(model: nn.Module, config: APTConfig) -> APTConfig:
-    return dataclasses.replace(config, modules_to_save=trained_beside(model) or None)
+def _settings() -> dict[str, dict[str, Setting[Any]]]:
+    """`{name of a setting: {name of a method that has it: the setting}}`."""
+    found: dict[str, dict[str, Setting[Any]]] = {}
+    for method in method_names():
+        for setting in get_method(method).settings:
+            found.setdefault(setting.name, {})[method] = setting
+    return found
 
 
-def _freeze(model: nn.Module) -> tuple[int, int]:
-    return freeze_base(model) if method_of(model) == "apt" else freeze_for_method(model)
+def _defaults(users: dict[str, Setting[Any]]) -> list[str]:
+    values = {setting.default for setting in users.values()}
+    if len(values) == 1:
+        return [str(value) for value in values]
+    return [f"{setting.default} for {method}" for method, setting in users.items()]
+
+
+def _parser_of(setting: Setting[Any]) -> Callable[[str], Any]:
+    """Reads a value from a command line; argparse shows the reason where it cannot be."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = _TRUTH[text.lower()] if setting.type is bool else setting.type(text)
+            setting.check(value)
+        except (ValueError, KeyError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return parse
+
+
+_TRUTH = {"true": True, "false": False}

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 from support.families import FAMILIES
+from support.method_helpers import config_of
 
 import apt_diffusion as apt
 from apt_diffusion.attach import cores_of
-from apt_diffusion.baselines.attach import MethodConfig, add_method
+from apt_diffusion.baselines import add_method
 from apt_diffusion.baselines.modules import Bottleneck
 from apt_diffusion.costs import METER, VILT, count_costs, measure_macs, published_tables
 
@@ -78,9 +79,6 @@ def test_unmerged_lora_costs_what_torch_counts():
     assert sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) == costs.parameters
 
 
-METHOD_SIZES = {"num_prompts": 5, "rank": 3, "bottleneck": 7}
-
-
 @pytest.mark.parametrize("method", ["adapter", "scaled_pa"])
 @pytest.mark.parametrize("family", ["vilt", "meter", "clip"])
 def test_bottlenecks_cost_what_torch_counts(family, method):
@@ -88,7 +86,7 @@ def test_bottlenecks_cost_what_torch_counts(family, method):
     family = FAMILIES[family]
     model = family.make().eval()
     base = measure_macs(lambda: family.run(model))
-    add_method(model, MethodConfig(method, **METHOD_SIZES))
+    add_method(model, config_of(method))
     measured = measure_macs(lambda: family.run(model)) - base
     tokens: list[int] = []
     for module in model.modules():
@@ -109,7 +107,7 @@ def vilt_encoder_macs(method):
     )
     model, states = ViltModel(config).eval(), torch.randn(1, 10, 32)
     base = measure_macs(lambda: model.encoder(states))
-    add_method(model, MethodConfig(method, **METHOD_SIZES))
+    add_method(model, config_of(method))
     return measure_macs(lambda: model.encoder(states)) - base
 
 
@@ -126,7 +124,7 @@ def test_deep_prompts_of_meter_are_keys_and_values_only():
     family = FAMILIES["meter"]
     model = family.make().eval()
     base = measure_macs(lambda: family.run(model))
-    add_method(model, MethodConfig("deep_prompt", **METHOD_SIZES))
+    add_method(model, config_of("deep_prompt"))
     measured = measure_macs(lambda: family.run(model)) - base
     tokens = [5, 5, 5, 5]  # T and I of the tiny model, in two layers of two stacks; two samples
     assert measured == 2 * sum(2 * 5 * 32**2 + 2 * 5 * 32 * n for n in tokens)

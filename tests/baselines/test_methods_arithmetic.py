@@ -11,12 +11,11 @@ import pytest
 import torch
 from conftest import make_meter, meter_inputs
 from support.families import make_clip, make_vilt
+from support.method_helpers import METHODS, SIZES, config_of, stored_config
 from support.methods_reference import Reference
 from torch import Tensor, nn
 
-from apt_diffusion.baselines.attach import (
-    METHODS,
-    MethodConfig,
+from apt_diffusion.baselines import (
     add_method,
     freeze_for_method,
     load_method,
@@ -26,8 +25,7 @@ from apt_diffusion.baselines.attach import (
 from apt_diffusion.models.clip_classifier import LinearClassifier
 from apt_diffusion.models.vilt import use_sdpa
 
-P, R, B = 5, 3, 7  # prompts, rank, bottleneck
-SIZES = {"num_prompts": P, "rank": R, "bottleneck": B}
+P, R, B = SIZES.values()  # prompts, rank, bottleneck
 COMPARED = ("classifier_only", "shallow_prompt", "deep_prompt", "adapter", "scaled_pa", "lora")
 PAIRS = [(family, method) for family in ("vilt", "meter", "clip") for method in COMPARED]
 PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -101,7 +99,7 @@ class Case:
             keep(real=torch.tensor([[True] * 5 + [False], [True] * 6]))
             self.model.text_model.embeddings.register_forward_hook(lambda m, a, out: keep(words=out))
             self.model.vision_model.pre_layrnorm.register_forward_hook(lambda m, a, out: keep(image=out))
-        add_method(self.model, MethodConfig(self.method, **SIZES))
+        add_method(self.model, config_of(self.method))
         shake_method(self.model)
 
     def outputs(self) -> list[Tensor]:
@@ -214,7 +212,7 @@ BESIDE = {"vilt": D * D + D + 2 * D, "meter": 2 * (D * D + D) + 2 * D, "clip": 0
 def test_trainable_parameters_are_the_closed_form(family, method):
     model = make(family)
     base = sum(p.numel() for p in model.parameters())
-    add_method(model, MethodConfig(method, **SIZES))
+    add_method(model, config_of(method))
     trainable, total = freeze_for_method(model)
     added = 0 if method == "full" else CLOSED_FORMS[family][method]
     assert total == base + added
@@ -235,10 +233,11 @@ def test_a_saved_method_gives_a_fresh_model_the_same_outputs(family, method, tmp
         return model
 
     model, other = fresh(), fresh()
-    add_method(model, MethodConfig(method, **SIZES))
+    add_method(model, config_of(method))
     freeze_for_method(model)
     shake((p for p in model.parameters() if p.requires_grad), seed=5)
-    assert load_method(other, save_method(model, tmp_path / "method.safetensors")) == MethodConfig(method, **SIZES)
+    loaded = load_method(other, save_method(model, tmp_path / "method.safetensors"))
+    assert loaded == stored_config(fresh(), method)
     with torch.no_grad():
         outputs = [MODELS[family][1](m) for m in (model, other, fresh())]
     assert all(torch.equal(a, b) for a, b in zip(*outputs[:2], strict=True))

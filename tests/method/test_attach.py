@@ -9,7 +9,7 @@ from conftest import make_text_encoder, make_unet, meter_config, meter_inputs, r
 from support.families import FAMILIES, SMALL, make_vilt, text_output, unet_output
 
 import apt_diffusion as apt
-from apt_diffusion.baselines.sites import trained_beside
+from apt_diffusion.baselines.families import trained_beside
 from apt_diffusion.heads import head_tensors
 
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tokenizer, randomize
 from support.families import make_clip
+from support.method_helpers import METHODS, config_of
 
 from apt_diffusion import APTConfig, add_apt, disable_apt, enable_apt, freeze_base, remove_apt, set_apt_scale
-from apt_diffusion.baselines.attach import METHODS, MethodConfig, add_method, freeze_for_method, remove_method
+from apt_diffusion.baselines import MethodConfig, add_method, freeze_for_method, remove_method
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
 
 NAMES = ["red_circle", "blue square", "star", "green heart", "moon"]
@@ -268,7 +269,7 @@ def test_every_method_learns(classifier, method):
     torch.manual_seed(1)
     if method == "classifier_only":
         add_linear_classifier(classifier)
-    add_method(classifier.model, MethodConfig(method, num_prompts=4, rank=2, bottleneck=4))
+    add_method(classifier.model, config_of(method, num_prompts=4, rank=2, bottleneck=4))
     trainable, _ = freeze_for_method(classifier.model)
     labels = torch.tensor([0, 3, 4])
     loss = F.cross_entropy(classifier(pixels()), labels)

@@ -5,13 +5,13 @@ import pickle
 
 import pytest
 import torch
-from baselines.test_methods import ADDING, SIZES, shake
 from conftest import make_meter, randomize
 from support.families import SMALL, make_vilt, snapshot, vilt_output
+from support.method_helpers import ADDING, config_of, shake
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 import apt_diffusion as apt
-from apt_diffusion.baselines.attach import MethodConfig, add_method, remove_method
+from apt_diffusion.baselines import add_method, remove_method
 from apt_diffusion.models.vilt import ViltSdpaSelfAttention, add_classifier_token, use_sdpa
 
 
@@ -108,7 +108,7 @@ def test_with_the_compared_methods(model, method):
     outputs = []
     for variant in (model, fused):
         torch.manual_seed(1)
-        add_method(variant, MethodConfig(method, **SIZES))
+        add_method(variant, config_of(method))
         shake(variant)
         with torch.no_grad():
             outputs.append(run(variant).pooler_output)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from support.families import make_clip
+from support.method_helpers import METHODS
 from support.vl_helpers import COLORS, assert_same_weights, picture, results, rows, train, weights
 
-from apt_diffusion.baselines.attach import METHODS
 from apt_diffusion.data.classification import few_shot, read_data_set
 from apt_diffusion.data.crops import ClipPictures
 

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.method_helpers import METHODS
 from support.vl_helpers import COLORS, MODELS, assert_same_weights, picture, results, rows, train, weights
-
-from apt_diffusion.baselines.attach import METHODS
 
 METRICS = [f"{way}_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)]
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance
+from support.method_helpers import METHODS
 from support.vl_helpers import TRAIN, assert_same_weights, picture, results, rows, train, weights, words
 
-from apt_diffusion.baselines.attach import METHODS
 from apt_diffusion.data.augmentation import OPERATIONS, rand_augment
 from apt_diffusion.data.order import Purpose, random_at
 from apt_diffusion.training import checkpoints
@@ -321,7 +321,7 @@ def test_rates_and_weight_decay_by_name(tiny_vl, vqa_dir, tmp_path):
 
 
 def test_frozen_encoders_have_no_dropout_and_everything_else_does(tiny_vl):
-    from apt_diffusion.baselines.attach import MethodConfig, add_method, freeze_for_method
+    from apt_diffusion.baselines import MethodConfig, add_method, freeze_for_method
     from apt_diffusion.models.meter import MeterForQuestionAnswering
     from apt_diffusion.training.vision_language.trainer import set_training_mode
 

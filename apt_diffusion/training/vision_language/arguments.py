@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ... import APTConfig
-from ...baselines.attach import METHODS, MethodConfig
+from ...baselines import get_method
+from ..methods import add_method_flags, settle_method_flags
 
 SOURCE = "APT's released code, https://github.com/DoubtedSteam/APT (config.py and the scripts beside it)"
 
@@ -38,7 +38,7 @@ class Recipe:
         if args.cache_encoder_outputs and config.model_type != "meter":
             raise ValueError("--cache_encoder_outputs is for METER: ViLT has no encoders whose outputs could be kept.")
         defaults = {
-            "learning_rate": self.full_learning_rate if args.method == "full" else self.learning_rate,
+            "learning_rate": self.full_learning_rate if get_method(args.method).trains_base else self.learning_rate,
             "head_lr_multiplier": self.head_lr_multiplier,
             "cross_modal_lr_multiplier": self.cross_modal_lr_multiplier,
             "max_text_length": self.max_text_length,
@@ -134,22 +134,7 @@ def _fusion_model_flags(add) -> None:
 
 
 def _method_flags(add) -> None:
-    add("--method", choices=METHODS, default="apt", help="What is trained beside heads and poolers.")
-    add(
-        "--num_prompts",
-        type=positive_int,
-        default=APTConfig.num_prompts,
-        help="Prompts of apt, deep_prompt and shallow_prompt; 200 in the paper's tables.",
-    )
-    add("--rank", type=positive_int, default=4, help="Rank of apt and lora; 4 in the paper's tables.")
-    add(
-        "--bottleneck", type=positive_int, default=96, help="Width of adapter and scaled_pa; 96 in the paper's tables."
-    )
-    add(
-        "--init",
-        choices=["paper", "released", "identity"],
-        help="How APT's prompts start. 'released' is what the released code really does; 'paper' if not set.",
-    )
+    add_method_flags(add)
     add(
         "--freeze_scale",
         action="store_true",
@@ -276,7 +261,7 @@ def check_common(args: argparse.Namespace) -> None:
         raise ValueError("--resume_from_checkpoint goes on with its checkpoint's weights: leave --adapter out.")
     if args.method != "apt" and (args.init or args.freeze_scale):
         raise ValueError(f"--init and --freeze_scale are APT's; this run has --method {args.method}.")
-    method_config(args)
+    settle_method_flags(args)
 
 
 def check_seed(flag: str, seed: int | None) -> None:
@@ -295,12 +280,6 @@ def check_shared(args: argparse.Namespace) -> None:
     if args.cache_encoder_outputs:
         if args.augment:
             raise ValueError("--cache_encoder_outputs needs pictures that stay the same: leave --augment out.")
-        if args.method == "full":
-            raise ValueError("--cache_encoder_outputs needs frozen encoders: --method full trains them.")
+        if get_method(args.method).trains_base:
+            raise ValueError(f"--cache_encoder_outputs needs frozen encoders: --method {args.method} trains them.")
     args.augment = args.augment is not False and not args.cache_encoder_outputs
-
-
-def method_config(args: argparse.Namespace) -> APTConfig | MethodConfig:
-    if args.method == "apt":
-        return APTConfig(num_prompts=args.num_prompts, rank=args.rank, init=args.init)
-    return MethodConfig(args.method, args.num_prompts, args.rank, args.bottleneck)

@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING
 
+from ...baselines import get_method, method_of
 from .. import provenance
 from ..loss_log import plot_losses
-from ..methods import METHOD_WEIGHTS_NAME, method_of, save_trained, trained_parameters
+from ..methods import save_trained, trained_parameters
 from ..metrics import RESULTS_NAME, plot_metrics, write_json
 from ..model_card import write_model_card
 
 if TYPE_CHECKING:
     from .trainer import Run, Task
 
-CARD_SETTINGS = ("method", "num_prompts", "rank", "train_batch_size", "max_train_steps", "learning_rate")
+CARD_SETTINGS = ("train_batch_size", "max_train_steps", "learning_rate")  # after the method and its own settings
 
 
 def metadata(run: "Run", task: "Task", step: int) -> dict[str, str]:
@@ -45,7 +46,8 @@ def finish(run: "Run", task: "Task", metrics: dict[str, float], step: int) -> No
     """The trained weights, their card and plots."""
     args = run.args
     save_trained(task.model, run.output_dir, metadata(run, task, step))
-    chosen = {key: getattr(args, key) for key in CARD_SETTINGS} | provenance.public_settings(vars(args))
+    names = ("method", *get_method(args.method).defaults(), *CARD_SETTINGS)
+    chosen = {name: getattr(args, name) for name in names} | provenance.public_settings(vars(args))
     write_model_card(
         run.output_dir,
         title=run.repo_id or run.output_dir.resolve().name,
@@ -63,12 +65,5 @@ def finish(run: "Run", task: "Task", metrics: dict[str, float], step: int) -> No
 
 def loading_code(method: str) -> dict[str, str]:
     """Two lines for a card: the import, and the call with `{place!r}`."""
-    if method == "apt":
-        return {
-            "import_line": "from apt_diffusion import load_apt_weights",
-            "load": "load_apt_weights(model, {place!r})",
-        }
-    return {
-        "import_line": "from apt_diffusion.baselines.attach import load_method",
-        "load": f'load_method(model, "{METHOD_WEIGHTS_NAME}")  # beside this file',
-    }
+    module, name = ("", "load_apt_weights") if method == "apt" else (".baselines", "load_method")
+    return {"import_line": f"from apt_diffusion{module} import {name}", "load": f"{name}(model, {{place!r}})"}

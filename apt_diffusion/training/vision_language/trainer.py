@@ -29,11 +29,18 @@ from ..checkpoints import Checkpoint
 from ..interrupt import Interrupt
 from ..loading import make_loader
 from ..loss_log import LossLog, read_log
-from ..methods import attach_method, check_same_method, load_trained, save_trained, trained_parameters  # fmt: skip
+from ..methods import (
+    attach_method,
+    check_same_method,
+    load_trained,
+    method_config,
+    save_trained,
+    trained_parameters,
+)
 from ..metrics import METRICS_NAME
 from ..optimizer import make_adamw, make_schedule, set_learning_rates
 from ..run import agree_on_seed, find_resumed, make_accelerator, report_changes, seed_dropout, start_progress
-from .arguments import Recipe, method_config
+from .arguments import Recipe
 from .predict import to_device
 from .results import finish, metadata, write_results
 

@@ -1,5 +1,7 @@
-"""Where the compared methods attach: one row per family, names relative to a transformer layer."""
+"""Where the compared methods attach: one row per family of models, names relative to a transformer layer."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +18,10 @@ class Branch:
     reads_others: bool = False  # whether its keys and values are other states than its own
     prompt_norm: str | None = None  # the layer's norm before this attention, which prompts go through, too
     later_norm: str | None = None  # a norm after the residual, behind which METER adds its parallel adapter
+
+    def width(self, layer: nn.Module) -> int:
+        """The width d of the attention's tokens in a `layer`."""
+        return layer.get_submodule(self.key).in_features
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,10 @@ FAMILIES = (
 
 
 def trained_beside(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the modules and parameters that the released code trains beside every method."""
-    family = family_of(model)
+    """Full names of the modules and parameters that the released code trains with every method; none elsewhere."""
+    family = next((row for row in FAMILIES if _is_of(model, row)), None)
+    if family is None:
+        return ()
     names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
     return tuple(
         name for name in names if name.rpartition(".")[2] in family.trained and not matches(name, family.frozen)
@@ -86,9 +94,18 @@ def trained_beside(model: nn.Module) -> tuple[str, ...]:
 
 def family_of(model: nn.Module) -> Family:
     """The model's row; `ValueError` where it has none."""
-    names = {cls.__name__ for cls in type(model).__mro__}
     for family in FAMILIES:
-        if family.model_class in names:
+        if _is_of(model, family):
             return family
     known = ", ".join(family.model_class.removesuffix("PreTrainedModel") for family in FAMILIES)
     raise ValueError(f"The compared methods are made for {known}, not for {type(model).__name__}.")
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`(full name, module)` of each transformer layer that the model's family names."""
+    pattern = family_of(model).layers
+    return ((name, module) for name, module in model.named_modules() if re.fullmatch(pattern, name))
+
+
+def _is_of(model: nn.Module, family: Family) -> bool:
+    return family.model_class in {cls.__name__ for cls in type(model).__mro__}

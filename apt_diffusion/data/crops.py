@@ -77,16 +77,17 @@ def random_resized_crop(
         scale: the rectangle's share of the picture's area.
         ratio: its width by its height, uniform in the logarithm.
     """
-    box = _random_box(*image.size, draws, scale, ratio)
+    box = random_box(*image.size, draws, scale, ratio)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
-def _random_box(
+def random_box(
     width: int, height: int, draws: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a crop, as in torchvision: ten draws, then the largest middle box."""
     for _ in range(10):
         area = width * height * draws.uniform(*scale)
-        shape = math.exp(draws.uniform(*map(math.log, ratio)))
+        shape = math.exp(draws.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draws.integers(width - w + 1)), int(draws.integers(height - h + 1))

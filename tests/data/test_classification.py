@@ -238,7 +238,7 @@ def test_pictures_of_tests_are_the_processors_and_training_mirrors_half():
 def test_crops_are_those_of_random_resized_crop():
     """Area uniform in (0.08, 1), shape uniform in the logarithm, always within; a mirrored half."""
     draws = np.random.default_rng(0)
-    boxes = np.array([crops._random_box(300, 200, draws, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
+    boxes = np.array([crops.random_box(300, 200, draws, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
     left, top, right, bottom = boxes.T
     assert left.min() >= 0 and top.min() >= 0 and right.max() <= 300 and bottom.max() <= 200
     area, shape = (right - left) * (bottom - top) / 60_000, (right - left) / (bottom - top)
@@ -253,8 +253,8 @@ def test_crops_are_those_of_random_resized_crop():
 def test_a_crop_resizes_its_box_and_a_long_picture_gives_its_middle():
     ramp = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8), (100, 1))).convert("RGB")
     draws = np.random.default_rng(3)
-    left, _, right, _ = crops._random_box(200, 100, np.random.default_rng(3), (0.08, 1.0), (3 / 4, 4 / 3))
+    left, _, right, _ = crops.random_box(200, 100, np.random.default_rng(3), (0.08, 1.0), (3 / 4, 4 / 3))
     square = np.asarray(crops.random_resized_crop(ramp, 16, draws))[8, :, 0]
     assert square[0] == pytest.approx(left + (right - left) / 32, abs=1.5)
     assert square[-1] == pytest.approx(right - (right - left) / 32, abs=1.5)
-    assert crops._random_box(1000, 10, draws, (0.5, 1.0), (3 / 4, 4 / 3)) == (493, 0, 506, 10)
+    assert crops.random_box(1000, 10, draws, (0.5, 1.0), (3 / 4, 4 / 3)) == (493, 0, 506, 10)

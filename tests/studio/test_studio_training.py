@@ -8,12 +8,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.studio_helpers import ANNA, BERT, SCRIPT, cut_off, picture
 
 from apt_diffusion import StableDiffusionAPTPipeline
 from apt_diffusion.studio.library import Library
-from apt_diffusion.studio.training import Lesson, Trainings
+from apt_diffusion.studio.training import JOB_NAME, Lesson, Trainings
 
 
 @pytest.fixture
@@ -31,6 +32,16 @@ def wait_for(trainings, condition, seconds: float = 240):
             return status
         time.sleep(0.2)
     raise AssertionError(f"still {status.state} at step {status.step}: {status.problem}")
+
+
+def job_file(trainings):
+    """What is known of the visitor's only job, on disk."""
+    (file,) = (trainings.library.visitor_folder(ANNA) / "trainings").glob(f"*/{JOB_NAME}")
+    return file
+
+
+def process_of(trainings):
+    return psutil.Process(json.loads(job_file(trainings).read_text())["pid"])
 
 
 def test_a_training_outlives_its_server_is_stopped_resumed_and_finishes(trainings, tmp_path, tiny_sd_path):
@@ -52,8 +63,9 @@ def test_a_training_outlives_its_server_is_stopped_resumed_and_finishes(training
     kept = trainings.library.get(ANNA, "own/my-dog")
     assert json.loads(kept.metadata["training"])["step"] == status.step
 
-    job = trainings._latest(ANNA)
-    trainings._write(job | {"lesson": job["lesson"] | {"steps": status.step + 2}})
+    job = json.loads(job_file(trainings).read_text())
+    job["lesson"]["steps"] = status.step + 2
+    job_file(trainings).write_text(json.dumps(job))
     again.resume(ANNA)
     done = wait_for(again, lambda status: status.is_over)
     assert (done.state, done.step) == ("finished", status.step + 2), done.problem
@@ -71,7 +83,7 @@ def test_a_trainer_that_fails_or_is_killed_says_so(trainings, tmp_path):
     assert status.state == "failed" and "must be at least 1, got 0" in status.problem
     trainings.defaults["rank"] = 4
     trainings.start(ANNA, [picture(tmp_path / "a.png")], [], Lesson("x", "a sks glyph", steps=5))
-    trainings._process(trainings._latest(ANNA)).send_signal(signal.SIGKILL)
+    process_of(trainings).send_signal(signal.SIGKILL)
     status = wait_for(trainings, lambda status: status.is_over)
     assert status.state == "failed" and "killed" in status.problem
     assert trainings.status(ANNA).name == "x"  # the first x never became an adapter
@@ -81,18 +93,23 @@ def test_a_full_disk_is_said_without_a_path_and_leaves_no_process(trainings, tmp
     good = picture(tmp_path / "a.png")
     launched = []
     popen = subprocess.Popen
-    monkeypatch.setattr("subprocess.Popen", lambda *args, **kw: launched.append(popen(*args, **kw)) or launched[-1])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(job):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def launch(*args, **settings):
+        launched.append(popen(*args, **settings))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # from here on nothing can be written
+        return launched[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainings, "_write", full)
-        with pytest.raises(OSError, match="No space"):
-            trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5))
+        patch.setattr("subprocess.Popen", launch)
+        try:
+            with pytest.raises(OSError) as error:
+                trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
     assert launched[0].returncode is not None and trainings.status(ANNA) is None  # nothing runs on unknown
 
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # room for the job, not for an adapter
         trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=2))
@@ -106,12 +123,12 @@ def test_a_full_disk_is_said_without_a_path_and_leaves_no_process(trainings, tmp
 def test_a_refused_training_leaves_the_stopped_one_alone(trainings, tmp_path):
     good = picture(tmp_path / "a.png")
     trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5_000))
-    trainings._process(trainings._latest(ANNA)).kill()
+    process_of(trainings).kill()
     wait_for(trainings, lambda status: status.is_over)
     with pytest.raises(ValueError, match="damaged"):
         trainings.start(ANNA, [cut_off(tmp_path / "b.png")], [], Lesson("y", "a sks glyph"))
     assert trainings.status(ANNA).name == "x"
-    assert [path.name for path in (trainings._folder(ANNA, "x") / "pictures").iterdir()] == ["picture-01.png"]
+    assert [path.name for path in (job_file(trainings).parent / "pictures").iterdir()] == ["picture-01.png"]
 
 
 def test_trainings_of_all_visitors_together_are_limited(trainings, tmp_path, monkeypatch):
@@ -121,7 +138,7 @@ def test_trainings_of_all_visitors_together_are_limited(trainings, tmp_path, mon
     with pytest.raises(ValueError, match="1 trainings are running here, as many as there may be"):
         trainings.start(BERT, [good], [], Lesson("x", "a sks glyph"))
     assert trainings.status(BERT) is None
-    trainings._process(trainings._latest(ANNA)).kill()
+    process_of(trainings).kill()
     wait_for(trainings, lambda status: status.is_over)
 
 

@@ -8,8 +8,10 @@ import torch
 from conftest import randomize
 from PIL import Image
 from support.studio_helpers import ANNA, copy_adapter, make_adapter, picture
+from transformers import CLIPModel
 
 from apt_diffusion import APTConfig, add_apt, load_apt_weights, save_apt_weights, set_apt_adapters
+from apt_diffusion.data.processors import load_processor
 from apt_diffusion.io.files import read_adapter_file, write_safetensors
 from apt_diffusion.miniature import vision_language
 from apt_diffusion.studio.gates import mean_map, overlay, recorded_gates
@@ -52,8 +54,6 @@ def library(models, tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.3)
         header = {"base_model": str(models / kind), "answers": json.dumps(ANSWERS)}
         save_apt_weights(model, library.folder / kind, metadata=header)
-    from transformers import CLIPModel
-
     clip = CLIPModel.from_pretrained(models / "clip", dtype=torch.float32)
     add_apt(clip, APTConfig(num_prompts=5))
     randomize(clip)
@@ -145,8 +145,6 @@ def test_drawing_is_watched_per_latent_position_and_step(tiny_sd_path, tmp_path)
 
 @pytest.mark.parametrize("kind", ["vilt", "meter"])
 def test_answers_are_the_models_own_with_and_without_apt(models, library, photo, kind):
-    from apt_diffusion.data.processors import load_processor
-
     reader = Reader()
     adapter = library.get(ANNA, f"public/{kind}", kind)
     reading = reader.ask(photo, "what color is the circle?", adapter)
@@ -166,9 +164,9 @@ def test_answers_are_the_models_own_with_and_without_apt(models, library, photo,
 
 
 @pytest.mark.parametrize("kind", ["vilt", "meter"])
-def test_the_map_shows_each_patch_in_its_place(library, kind):
+def test_the_map_shows_each_patch_in_its_place(models, library, kind):
     adapter = library.get(ANNA, f"public/{kind}", kind)
-    model, processor = Reader()._question_answerer(adapter, len(ANSWERS))
+    model, processor = answerer(kind, models / kind), load_processor(kind, models / kind)
     load_apt_weights(model, adapter.file)
     if kind == "vilt":
         model.vilt.embeddings.position_embeddings.data.zero_()
@@ -215,10 +213,6 @@ LABELS = ["red circle", "blue star", "moon"]
 
 
 def test_zero_shot_probabilities_are_those_of_clip(models, library, photo, monkeypatch):
-    from transformers import CLIPModel
-
-    from apt_diffusion.data.processors import load_processor
-
     monkeypatch.setattr("apt_diffusion.studio.understanding.EMBEDDED_CLIP", str(models / "clip"))
     adapter = library.get(ANNA, "public/clip", "clip")
     reading = Reader().classify(photo, LABELS, adapter=adapter)
@@ -242,7 +236,7 @@ def test_few_shots_compare_with_the_mean_example(models, photo, tmp_path, monkey
     shots = [(photo, "same"), (others[0], "other"), (others[1], "other")]
     reader = Reader()
     said = reader.classify(photo, ["same", "other"], shots).without
-    model, processor = reader._clip(str(models / "clip"))
+    model, processor = CLIPModel.from_pretrained(models / "clip").eval(), load_processor("clip", models / "clip")
     with torch.no_grad():
         pixels = processor.image_processor([photo, *others[:2]], return_tensors="pt")["pixel_values"]
         same, *rest = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)

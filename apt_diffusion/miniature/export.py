@@ -37,6 +37,7 @@ def export_pipeline(folder: str | Path, vae: nn.Module, text_encoder: nn.Module,
 
 
 def build_pipeline(vae: nn.Module, text_encoder: nn.Module, unet: nn.Module) -> Any:
+    """The parts as a `StableDiffusionPipeline`, with the embedded tokenizer and scheduler."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline(

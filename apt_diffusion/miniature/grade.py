@@ -62,11 +62,13 @@ class Grader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(128, size) for name, size in ATTRIBUTES.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Logits `(B, classes)` of every attribute, from pictures `(B, 3, 64, 64)` in [-1, 1]."""
         features = self.trunk(pictures)
         return {name: head(features) for name, head in self.heads.items()}
 
 
 def load_grader(file: Path = GRADER_FILE) -> Grader:
+    """The trained classifier of the drawn world, frozen and on the CPU."""
     from safetensors.torch import load_file
 
     grader = Grader()

@@ -69,6 +69,7 @@ def bpe(letters: list[str], merges: list[tuple[str, str]]) -> list[str]:
 
 
 def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
+    """An untrained text encoder for the embedded Stable Diffusion."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -86,6 +87,7 @@ def make_text_encoder(tokenizer: "CLIPTokenizer") -> "CLIPTextModel":
 
 
 def make_autoencoder() -> "AutoencoderKL":
+    """An untrained VAE for the embedded Stable Diffusion."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -100,6 +102,7 @@ def make_autoencoder() -> "AutoencoderKL":
 
 
 def make_unet() -> "UNet2DConditionModel":
+    """An untrained UNet for the embedded Stable Diffusion."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
+    """The optimizer, for matrices and convolution kernels."""
+
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update from the gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -37,6 +37,7 @@ WORDS = tuple(dict.fromkeys((*COLORS, *SHAPES, *PLURAL.values(), *PATTERNS, *" "
 
 
 def make_clip_tokenizer() -> "CLIPTokenizer":
+    """Words of the drawn world as CLIP tokens."""
     return make_tokenizer(WORDS)
 
 
@@ -63,6 +64,7 @@ def make_roberta_tokenizer() -> "RobertaTokenizer":
 
 
 def make_clip_image_processor() -> Any:
+    """Pictures as squares of the embedded models' size, with CLIP's normalisation."""
     from transformers import CLIPImageProcessorPil
 
     size = {"height": SIZE, "width": SIZE}
@@ -70,12 +72,14 @@ def make_clip_image_processor() -> Any:
 
 
 def make_clip_processor() -> "CLIPProcessor":
+    """Processor of the embedded CLIP."""
     from transformers import CLIPProcessor
 
     return CLIPProcessor(make_clip_image_processor(), make_clip_tokenizer())
 
 
 def make_vilt_processor() -> "ViltProcessor":
+    """Processor of the embedded ViLT."""
     from transformers import ViltImageProcessorPil, ViltProcessor
 
     image_processor = ViltImageProcessorPil(size={"shortest_edge": SIZE}, size_divisor=PATCH)
@@ -83,6 +87,7 @@ def make_vilt_processor() -> "ViltProcessor":
 
 
 def make_meter_processor() -> "MeterProcessor":
+    """Processor of the embedded METER."""
     from ..models.meter import MeterProcessor
 
     return MeterProcessor(make_clip_image_processor(), make_roberta_tokenizer())
@@ -96,6 +101,7 @@ VISION_LAYERS = 5
 
 
 def make_clip() -> "CLIPModel":
+    """An untrained embedded CLIP."""
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = make_clip_tokenizer()
@@ -109,6 +115,7 @@ def make_clip() -> "CLIPModel":
 
 
 def make_vilt() -> "Vilt":
+    """An untrained embedded ViLT, with its head for image-text matching."""
     from transformers import ViltConfig, ViltForImageAndTextRetrieval
 
     tokenizer = make_bert_tokenizer()
@@ -150,10 +157,12 @@ class WordHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, states: Tensor, embeddings: nn.Embedding) -> Tensor:
+        """Logits `(..., vocabulary)` from states `(..., width)` and the model's word embeddings."""
         return F.linear(self.norm(F.gelu(self.dense(states))), embeddings.weight, self.bias)
 
 
 def make_word_head(model: nn.Module) -> WordHead:
+    """An untrained head for masked words, of this model's widths."""
     embeddings = model.get_input_embeddings()
     return WordHead(embeddings.embedding_dim, embeddings.num_embeddings)
 
@@ -202,6 +211,7 @@ def export(name: str, folder: str | Path, model: nn.Module, word_head: WordHead 
 
 
 def load_word_head(folder: str | Path, model: nn.Module) -> WordHead:
+    """The head for masked words that was kept in a model's folder."""
     from safetensors.torch import load_file
 
     head = make_word_head(model)

@@ -61,6 +61,7 @@ class Scenes:
 
     @property
     def has_two(self) -> Tensor:
+        """`(B,)`: whether the scene has a second thing."""
         return self.layout >= 2
 
 
@@ -125,6 +126,7 @@ def render(scenes: Scenes, generator: torch.Generator) -> Tensor:
 
 
 def jitter_colors(rgb: Tensor, generator: torch.Generator) -> Tensor:
+    """Colours in [0, 1] with some noise: no two reds are alike."""
     return (rgb + COLOR_JITTER * torch.randn(rgb.shape, generator=generator)).clamp(0, 1)
 
 

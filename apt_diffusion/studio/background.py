@@ -20,6 +20,7 @@ class Watcher:
         self.is_stopped = threading.Event()
 
     def emit(self, value: object) -> None:
+        """Hands a value to who iterates; raises `Stopped` where nobody does any more."""
         if self.is_stopped.is_set():
             raise Stopped
         self.queue.put(("value", value))

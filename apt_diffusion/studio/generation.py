@@ -97,17 +97,21 @@ class Painter:
 
     @property
     def is_miniature(self) -> bool:
+        """Whether this is the embedded model."""
         return self.model == "miniature"
 
     @property
     def default_steps(self) -> int:
+        """Denoising steps that suit the model."""
         return 15 if self.is_miniature else 25
 
     @property
     def default_guidance(self) -> float:
+        """The guidance scale that suits the model."""
         return 3.0 if self.is_miniature else 7.5
 
     def check_size(self, order: Order) -> None:
+        """`ValueError` for a width or height that the model cannot draw."""
         for name, value in (("width", order.width), ("height", order.height)):
             if value % 8 or not 8 <= value <= 2 * self.size:
                 raise ValueError(f"The {name} must be a multiple of 8, at most {2 * self.size}; {value} is not.")
@@ -195,6 +199,7 @@ class Painter:
 
 
 def seeds(order: Order, sweep: bool) -> list[int]:
+    """The seed of each picture; a sweep over strengths draws the first one only."""
     return order.seeds[:1] if sweep else order.seeds
 
 

@@ -57,10 +57,12 @@ class Adapter:
 
     @property
     def is_own(self) -> bool:
+        """Whether it is the visitor's, not a published one."""
         return self.key.startswith("own/")
 
     @property
     def label(self) -> str:
+        """The name in lists, with its kind."""
         kind = {"own": " (yours)", "example": " (example)", "public": ""}
         return self.name + kind[self.key.split("/")[0]]
 
@@ -96,6 +98,7 @@ class Adapter:
 
 
 def download_name(name: str) -> str:
+    """The name of the file that a visitor downloads."""
     return f"{name}.safetensors"
 
 
@@ -118,11 +121,13 @@ class Library:
         ]
 
     def visitor_folder(self, visitor: str) -> Path:
+        """Where all work of a visitor is; `ValueError` for what is no visitor's identity."""
         if not re.fullmatch(r"[0-9a-f]{32}", visitor):
             raise ValueError("This is no visitor of the studio.")
         return self.folder / VISITORS / visitor
 
     def own_folder(self, visitor: str) -> Path:
+        """Where the visitor's adapters are."""
         return self.visitor_folder(visitor) / "adapters"
 
     def visible(self, visitor: str, kind: str = "stable_diffusion") -> list[Adapter]:

@@ -83,6 +83,7 @@ class Status:
 
     @property
     def is_over(self) -> bool:
+        """Whether the process has ended."""
         return self.state in ("stopped", "failed", "finished")
 
 

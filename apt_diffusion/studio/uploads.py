@@ -45,6 +45,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def check_count(count: int) -> None:
+    """`ValueError` for too many pictures, or none."""
     if not 1 <= count <= MAX_PICTURES:
         raise ValueError(f"Give from 1 to {MAX_PICTURES} pictures, not {count}. Between 3 and 10 work best.")
 

@@ -29,6 +29,7 @@ ITEMS = {"vqa": "pictures", "nlvr2": "statements", "retrieval": "pictures", "cla
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags of the command."""
     parser = argparse.ArgumentParser(
         prog="python -m apt_diffusion.miniature.tasks",
         description=__doc__,
@@ -46,6 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: draws the task and writes it."""
     args = parse_args(argv)
     sizes = dict(zip(("train", "val", "test"), DEFAULTS[args.task], strict=True))
     sizes |= {split: value for split in sizes if (value := getattr(args, split)) is not None}

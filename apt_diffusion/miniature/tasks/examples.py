@@ -41,6 +41,7 @@ def examples() -> dict[str, list[Example]]:
 
 
 def side_by_side(left: Image.Image, right: Image.Image, gap: int = 6) -> Image.Image:
+    """Two pictures as one, with a white gap of so many pixels."""
     sheet = Image.new("RGB", (left.width + gap + right.width, left.height), "white")
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + gap, 0))
@@ -48,6 +49,7 @@ def side_by_side(left: Image.Image, right: Image.Image, gap: int = 6) -> Image.I
 
 
 def save_examples(file: Path) -> None:
+    """Some items of every task as one picture."""
     from matplotlib.figure import Figure
 
     rows = examples()

@@ -61,11 +61,13 @@ def write(
 
 
 def save_json(values: Any, file: Path) -> None:
+    """Writes JSON, and the folder for it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values))
 
 
 def save_jpeg(image: Image.Image, file: Path) -> None:
+    """Writes a JPEG in high quality."""
     image.save(file, quality=95, subsampling=0)  # full colour resolution: colours are what is asked for
 
 

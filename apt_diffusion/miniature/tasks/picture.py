@@ -41,6 +41,7 @@ class Picture:
         return self.relation if (first, second) == (0, 1) else INVERSE[self.relation]
 
     def count(self, phrase: "Phrase") -> int:
+        """How many things of the picture the phrase fits."""
         return sum(map(phrase.fits, self.things))
 
 
@@ -70,17 +71,21 @@ class Phrase:
 
     @property
     def words(self) -> str:
+        """`large red circle`; what is not named is left out, and any shape is a `shape`."""
         return " ".join(filter(None, (self.size, self.color, self.shape or "shape")))
 
     @property
     def plural(self) -> str:
+        """`red circles`."""
         return " ".join(filter(None, (self.color, PLURAL[self.shape] if self.shape else "shapes")))
 
     @property
     def with_article(self) -> str:
+        """`an orange star`."""
         return f"{'an' if self.words[0] in 'aeiou' else 'a'} {self.words}"
 
     def fits(self, thing: Thing) -> bool:
+        """Whether the thing has every property that the phrase names."""
         wanted = ((self.color, thing.color), (self.shape, thing.shape), (self.size, thing.size))
         return all(want is None or want == have for want, have in wanted)
 
@@ -99,6 +104,7 @@ class Claim:
     number: int | None = None
 
     def holds(self, picture: Picture) -> bool:
+        """Whether the claim is true of the picture."""
         if self.pattern is not None and self.pattern != picture.pattern:
             return False
         if self.ground is not None and set(self.ground) != set(picture.ground):

@@ -41,6 +41,7 @@ class CostPage:
                 )
 
     def connect(self, page: gr.Blocks) -> None:
+        """Connects what visitors do with what the page shows."""
         inputs = [self.model, self.prompts, self.rank, self.tokens]
         outputs = [self.status, self.macs, self.parameters]
         self.model.change(self._on_model, self.model, self.tokens, **AT_ONCE)

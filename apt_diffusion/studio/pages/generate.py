@@ -136,6 +136,7 @@ class GeneratePage:
         self.publish.click(told(self.status)(self._on_publish), self.adapters, [self.status, self.adapters], **AT_ONCE)
 
     def connect(self, page: gr.Blocks) -> None:
+        """Connects what visitors do with what the page shows."""
         page.load(told(self.status)(self._on_load), None, [self.adapters, self.status], **AT_ONCE)
 
     def _on_load(self, request: gr.Request) -> dict:

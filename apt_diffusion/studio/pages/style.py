@@ -7,6 +7,7 @@ MONO = ("ui-monospace", "SFMono-Regular", "Consolas", "Liberation Mono", "monosp
 
 
 def theme() -> gr.themes.Base:
+    """Colours, sizes and fonts of all pages."""
     return gr.themes.Base(
         primary_hue="teal", secondary_hue="teal", neutral_hue="slate", radius_size="lg", font=SANS, font_mono=MONO
     ).set(

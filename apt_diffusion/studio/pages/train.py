@@ -110,6 +110,7 @@ class TrainPage:
         self.timer = gr.Timer(POLL_SECONDS, active=False)
 
     def connect(self, page: gr.Blocks, tabs: gr.Tabs, generate_tab: str) -> None:
+        """Connects what visitors do with what the page shows."""
         views = [
             self.status, self.losses, self.samples, self.result, self.card, self.download, self.start, self.cancel,
             self.resume, self.timer, self.shown, self.generate.adapters,

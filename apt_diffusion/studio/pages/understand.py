@@ -145,6 +145,7 @@ class UnderstandPage:
             gr.Markdown(text.format(folder=self.studio.library.folder.name), elem_classes="apt-card")
 
     def connect(self, page: gr.Blocks, tab: gr.Tab) -> None:
+        """Connects what visitors do with what the page shows."""
         lists = [self.answerer, self.namer, self.watched, self.ask_status]
         page.load(told(self.ask_status)(self._on_load), None, lists, **AT_ONCE)
         tab.select(told(self.ask_status)(self._on_select), None, lists, **AT_ONCE)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
-from apt_diffusion.data.pictures import check_picture, find_pictures, read_picture
+from apt_diffusion.data.pictures import check_picture, find_pictures
+from apt_diffusion.data.reading import read_picture
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.optimizer import make_adamw, make_schedule

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .classification_sets import DATA_SETS, PLAIN_TEMPLATE, DataSet
-from .pictures import is_picture
+from .reading import is_picture
 from .sources import (
     HubPicture,
     PictureSource,

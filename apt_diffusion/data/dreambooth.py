@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .order import Purpose, entry_at, random_at
-from .pictures import Picture, View, choose_view, cut, read_picture, resized, time_ids
+from .pictures import Picture, View, choose_view, cut, time_ids
+from .reading import read_picture
 
 # A view's latent distribution: mean and standard deviation, (2, c, h, w)
 LatentCache = dict[View, Tensor]
@@ -155,8 +156,8 @@ class DreamBoothData(Dataset):
         """Pixels `(3, size, size)` of several views; each picture is opened once."""
         found = {}
         for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
-            image = resized(read_picture(path), self.framing.size, self.framing.interpolation)
-            found |= {view: cut(image, view) for view in of_picture}
+            image = read_picture(path)
+            found |= {view: cut(image, view, self.framing.interpolation) for view in of_picture}
         return found
 
 

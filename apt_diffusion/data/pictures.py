@@ -1,4 +1,4 @@
-"""Pictures in a folder: found, captioned, checked, read as RGB, and cut to squares. PIL only."""
+"""Pictures in a folder: found, captioned, checked, and cut to squares."""
 
 import json
 import logging
@@ -11,9 +11,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .reading import is_picture, read_picture
+
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 CAPTIONS_FILE = "metadata.jsonl"
 
 INTERPOLATIONS = {
@@ -68,7 +69,7 @@ def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text")
     if ignored:
         logger.warning("Ignored in %s, as they are no pictures: %s", folder, ", ".join(ignored))
     if not paths:
-        raise ValueError(f"There are no pictures in {folder} (looked for {', '.join(sorted(PICTURE_SUFFIXES))}).")
+        raise ValueError(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).")
     captions = _captions_of(folder, {path.name for path in paths}, caption_column)
     return [check_picture(path, _sidecar(path) or captions.get(path.name) or prompt) for path in paths]
 
@@ -79,38 +80,16 @@ def has_pictures(folder: str | Path) -> bool:
     return folder.is_dir() and any(is_picture(path) for path in folder.iterdir())
 
 
-def read_picture(path: Path) -> Image.Image:
-    """A picture as RGB, upright, on white where it is transparent.
+def cut(image: Image.Image, view: View, interpolation: str = "lanczos") -> Tensor:
+    """The pixels of a view of a picture, `(3, size, size)` in [-1, 1].
 
-    Raises:
-        ValueError: where it cannot be read; the message names the file.
+    It is cut before it is scaled: the rest of a long picture costs nothing.
     """
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
-        raise ValueError(f"The picture {path} cannot be read: {error}. Repair it or take it out.") from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """The same of a picture that is open already."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits of grey: PIL would clip them, not scale them
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def resized(image: Image.Image, size: int, interpolation: str = "lanczos") -> Image.Image:
-    """The picture with its short side at `size`."""
-    return image.resize(_resized_size(*image.size, size), INTERPOLATIONS[interpolation])
-
-
-def cut(image: Image.Image, view: View) -> Tensor:
-    """The pixels of a view of a resized picture, `(3, size, size)` in [-1, 1]."""
-    square = image.crop((view.left, view.top, view.left + view.size, view.top + view.size))
+    width, height = scaled_size(*image.size, view.size)
+    across, down = image.width / width, image.height / height  # pixels of the picture per pixel of the view
+    box = (view.left * across, view.top * down, (view.left + view.size) * across, (view.top + view.size) * down)
+    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding
+    square = image.resize((view.size, view.size), INTERPOLATIONS[interpolation], box=box)
     if view.flipped:
         square = ImageOps.mirror(square)
     pixels = torch.from_numpy(np.array(square))  # (H, W, 3)
@@ -125,7 +104,7 @@ def choose_view(
     Random cuts start at places spread evenly over the long side, both ends included, at most `stride` pixels (one
     latent cell) apart: few enough that each can be encoded once and kept.
     """
-    width, height = _resized_size(picture.width, picture.height, size)
+    width, height = scaled_size(picture.width, picture.height, size)
     slack = max(width, height) - size
     places = math.ceil(slack / stride) + 1
     offset = round(slack / 2) if center_crop else round(int(draws[0] * places) * slack / max(places - 1, 1))
@@ -138,18 +117,15 @@ def time_ids(picture: Picture, view: View) -> tuple[int, int, int, int, int, int
 
     They are the picture's size, where the view begins in the resized (and mirrored) picture, and the view's size.
     """
-    width, _ = _resized_size(picture.width, picture.height, view.size)
+    width, _ = scaled_size(picture.width, picture.height, view.size)
     left = width - view.size - view.left if view.flipped else view.left
     return picture.height, picture.width, view.top, left, view.size, view.size
 
 
-def _resized_size(width: int, height: int, size: int) -> tuple[int, int]:
+def scaled_size(width: int, height: int, size: int) -> tuple[int, int]:
+    """A picture's width and height once its short side is scaled to `size`."""
     short = min(width, height)
     return max(size, width * size // short), max(size, height * size // short)
-
-
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def check_picture(path: Path, prompt: str) -> Picture:

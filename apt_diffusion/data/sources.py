@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import as_rgb, read_picture
+from .reading import as_rgb, check_size, read_picture
 
 SHOWN = 3  # how many examples a message names
 
@@ -29,10 +29,15 @@ PictureSource = Path | HubPicture
 
 
 def read_source(source: PictureSource) -> Image.Image:
-    """The picture as RGB, upright."""
+    """The picture as RGB, upright; `ValueError` with its name, or its row, where it cannot be read."""
     if isinstance(source, Path):
         return read_picture(source)
-    return as_rgb(source.rows[source.row][source.column])
+    try:
+        image = source.rows[source.row][source.column]
+        check_size(*image.size)
+        return as_rgb(image)
+    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
+        raise ValueError(f"The picture in row {source.row}, {source.column!r}, cannot be read: {error}") from error
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..data.pictures import read_picture
+from ..data.reading import read_picture
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PICTURES = 30

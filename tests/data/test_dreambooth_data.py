@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing, collate
 from apt_diffusion.data.order import Purpose, entry_at, micro_batches, random_at
-from apt_diffusion.data.pictures import Picture, View, choose_view, cut, find_pictures, read_picture, resized
+from apt_diffusion.data.pictures import INTERPOLATIONS, Picture, View, choose_view, cut, find_pictures, scaled_size
 
 LATENTS = (4, 8, 8)
 
@@ -27,43 +27,7 @@ def data_of(folder, seed=0, size=32, class_folder=None, noise=0.0, repeats=1, **
     return DreamBoothData(find_pictures(folder, "a sks glyph"), of_class, framing, LATENTS, seed, repeats, noise)
 
 
-# Reading
-
-
-def test_transparent_pixels_become_white(tmp_path):
-    half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    half.putpixel((1, 0), (0, 0, 0, 0))
-    half.save(tmp_path / "rgba.png")
-    half.quantize().save(tmp_path / "palette.png")
-    half.save(tmp_path / "lossless.webp", lossless=True)
-    Image.new("LA", (2, 1), (0, 0)).save(tmp_path / "grey.png")
-    for name in ("rgba.png", "palette.png", "lossless.webp"):
-        image = read_picture(tmp_path / name)
-        assert image.mode == "RGB" and np.asarray(image).tolist() == [[[255, 0, 0], [255, 255, 255]]], name
-    assert np.asarray(read_picture(tmp_path / "grey.png")).tolist() == [[[255] * 3] * 2]
-
-
-def test_a_palette_and_sixteen_bits_keep_their_colours(tmp_path):
-    save(tmp_path / "palette.png", "blue", mode="RGB")
-    Image.open(tmp_path / "palette.png").convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
-    assert Image.open(tmp_path / "palette.png").mode == "P"
-    assert read_picture(tmp_path / "palette.png").getpixel((5, 5)) == (0, 0, 255)
-    Image.fromarray(np.full((4, 4), 257 * 128, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_picture(tmp_path / "deep.png").getpixel((0, 0)) == (128, 128, 128)
-
-
-def test_exif_orientation_is_applied(tmp_path):
-    image = Image.new("RGB", (40, 20), "red")
-    image.paste("blue", (0, 0, 20, 20))  # blue left, red right
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a viewer turns it clockwise by 90 degrees
-    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    picture = find_pictures(tmp_path, "x")[0]
-    assert (picture.width, picture.height) == (20, 40)
-    upright = read_picture(picture.path)
-    assert upright.size == (20, 40)
-    top, bottom = upright.getpixel((10, 5)), upright.getpixel((10, 35))
-    assert top[2] > 200 and top[0] < 50 and bottom[0] > 200 and bottom[2] < 50
+# Finding
 
 
 def test_hidden_and_foreign_files_are_named_in_one_warning(tmp_path, caplog):
@@ -165,9 +129,39 @@ def test_a_view_holds_exactly_its_pixels(tmp_path):
     assert cut(image, view).min() >= -1 and cut(image, view).max() <= 1
 
 
+def test_a_long_picture_is_cut_before_it_is_scaled(tmp_path, monkeypatch):
+    """The whole of it, with its short side at 512, would have 13 million pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 500, 3), dtype=np.uint8)
+    sizes, resize = [], Image.Image.resize
+
+    def record(image, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(image, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    found = cut(Image.fromarray(pixels), View(tmp_path, 512, left=1024))
+    assert sizes == [(512, 512)]
+    whole = resize(Image.fromarray(pixels), scaled_size(500, 10, 512), Image.Resampling.LANCZOS)
+    expected = np.asarray(whole.crop((1024, 0, 1536, 512)))
+    assert np.allclose((found.permute(1, 2, 0).numpy() + 1) * 127.5, expected, atol=1.01)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "hamming"])
+def test_cutting_first_changes_no_pixel_by_more_than_rounding(tmp_path, interpolation):
+    draws = np.random.default_rng(0)
+    for _ in range(20):
+        width, height = draws.integers(20, 200, 2).tolist()
+        image = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        view = choose_view(Picture(tmp_path, "", width, height), 32, 8, False, False, (draws.random(), 0.9))
+        whole = image.resize(scaled_size(width, height, 32), INTERPOLATIONS[interpolation])
+        expected = np.asarray(whole.crop((view.left, view.top, view.left + 32, view.top + 32)))
+        found = (cut(image, view, interpolation).permute(1, 2, 0).numpy() + 1) * 127.5
+        assert np.abs(found - expected).max() < 1.01
+
+
 def test_the_short_side_is_resized_and_never_falls_short(tmp_path):
     for size, expected in (((100, 50), (64, 32)), ((50, 100), (32, 64)), ((7, 7), (32, 32)), ((101, 100), (32, 32))):
-        assert resized(Image.new("RGB", size), 32).size == expected
+        assert scaled_size(*size, 32) == expected
 
 
 def test_random_cuts_reach_both_ends_in_steps_of_at_most_one_latent_cell(tmp_path):
@@ -176,7 +170,7 @@ def test_random_cuts_reach_both_ends_in_steps_of_at_most_one_latent_cell(tmp_pat
         draws = np.linspace(0, 1, 1000, endpoint=False)
         views = [choose_view(picture, 32, 8, False, False, (u, 0.0)) for u in draws]
         offsets = sorted({max(view.left, view.top) for view in views})
-        slack = max(resized(Image.new("RGB", (width, height)), 32).size) - 32
+        slack = max(scaled_size(width, height, 32)) - 32
         assert offsets[0] == 0 and offsets[-1] == slack
         assert max(np.diff(offsets), default=0) <= 8
         assert all((view.left == 0) if height > width else (view.top == 0) for view in views)

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from support.training_helpers import assert_same_adapter, header, losses, tensors, train
 
 import apt_diffusion as apt
-from apt_diffusion.data.pictures import Picture, choose_view, cut, resized, time_ids
+from apt_diffusion.data.pictures import Picture, choose_view, cut, scaled_size, time_ids
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -71,8 +71,8 @@ def test_time_ids_say_where_the_cut_lies(width, height, draws):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     picture = Picture("a.png", "", width, height)
     view = choose_view(picture, 32, 8, center_crop=False, random_flip=True, draws=draws)
-    whole = resized(Image.fromarray(pixels), 32)
-    found = cut(whole, view)
+    found = cut(Image.fromarray(pixels), view)
+    whole = Image.fromarray(pixels).resize(scaled_size(width, height, 32), Image.Resampling.LANCZOS)
     if view.flipped:
         whole = ImageOps.mirror(whole)
     *size, top, left, target_height, target_width = time_ids(picture, view)

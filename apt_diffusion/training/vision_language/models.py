@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, ViltModel
 
 from ...data.image_text import Example, ModelInputs
 from ...data.processors import load_processor
-from ...data.sources import read_picture
+from ...data.reading import read_picture
 from ...models.meter import MeterModel
 from ...models.retrieval import load_matching_head, start_from_matching_head
 from ...models.vilt import add_classifier_token

@@ -1,0 +1,106 @@
+"""The one reader of pictures, for trainers, data sets and the studio: whatever PIL can read, as upright RGB.
+
+A stranger's file may cost no more than `MAX_PIXELS` to decode and, as every model scales a picture's short side to a
+fixed size, no more than `MAX_ASPECT` to scale: both are seen in its header.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest cameras have 100 million
+MAX_ASPECT = 50  # the long side by the short one
+
+# EPS is run by Ghostscript; PIL recognises the others and cannot decode them.
+NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG", "IPTC")
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+
+
+@functools.cache
+def readable_formats() -> dict[str, str]:
+    """`{file suffix: PIL's format}` of pictures that can be read here; HEIC is among them with `pillow-heif`."""
+    if importlib.util.find_spec("pillow_heif") is not None:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    return {
+        suffix: name
+        for suffix, name in Image.registered_extensions().items()
+        if name in Image.OPEN and name not in NOT_READ
+    }
+
+
+def is_picture(path: Path) -> bool:
+    """Whether this is a file, not hidden, with a suffix of a picture; HEIC counts even where it cannot be read."""
+    suffix = path.suffix.lower()
+    return (suffix in readable_formats() or suffix in HEIF_SUFFIXES) and path.name[0] != "." and path.is_file()
+
+
+def read_picture(path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> Image.Image:
+    """A picture as RGB, upright, on white where it is transparent; of an animation the first frame.
+
+    Args:
+        path: the file; its content decides, not its suffix.
+        max_pixels: a limit of the decoded size.
+        formats: PIL's names of those that are accepted; all of `readable_formats` if `None`.
+
+    Raises:
+        ValueError: where it cannot be read, or is too large or too narrow; the message names the file.
+    """
+    known = readable_formats()
+    if path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() not in known:
+        raise ValueError(f"The picture {path} is HEIC: `pip install pillow-heif`, or convert it to JPEG or PNG.")
+    try:
+        with Image.open(path, formats=sorted(set(known.values())) if formats is None else formats) as image:
+            check_size(*image.size, max_pixels)
+            return as_rgb(image)
+    except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
+        raise ValueError(f"The picture {path} cannot be read: {_text(error)}. Repair it or take it out.") from error
+
+
+def _text(error: Exception) -> str:
+    return str(error).rstrip(".")
+
+
+def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """`ValueError` for a picture that would take too much to decode or to scale."""
+    if width * height > max_pixels:
+        raise ValueError(
+            f"it has {width} x {height} pixels, more than {max_pixels / 10**6:g} million: make it smaller first."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(
+            f"it has {width} x {height} pixels, a long side of more than {MAX_ASPECT} times the short one: cut it."
+        )
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, upright, on white where it is transparent.
+
+    Raises:
+        ValueError: for numbers whose range says nothing of black and white.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_bytes(grey: np.ndarray) -> np.ndarray:
+    """Grey of 16 bits, or as numbers with a point, in eight bits; PIL would clip, not scale."""
+    lowest, highest = float(grey.min()), float(grey.max())
+    if not (lowest >= 0 and highest <= 65535):  # a NaN is neither
+        raise ValueError(
+            f"its values go from {lowest:g} to {highest:g}, so what is white? Save it with 8 bits, or from 0 to 1."
+        )
+    white = 65535
+    if grey.dtype.kind == "f":
+        white = next(limit for limit in (1, 255, 65535) if highest <= limit)
+    return (grey.astype(np.float64) * (255 / white)).round().astype(np.uint8)

@@ -6,14 +6,17 @@ Names are imported when they are first used: `import apt_diffusion` loads neithe
 import importlib
 from typing import Any
 
+from .old_names import install
 from .version import __version__
 
 _MODULES = {
     "config": ["APTConfig"],
     "equation": ["ApproximatedPrompt"],
     "processor": ["APTAttnProcessor", "APTProcessorCore"],
-    "attach": [
+    "architectures": ["Architecture", "Stream", "register_architecture"],
+    "api": [
         "add_apt",
+        "apt_call",
         "delete_apt_adapters",
         "disable_apt",
         "enable_apt",
@@ -24,9 +27,12 @@ _MODULES = {
         "remove_apt",
         "set_apt_adapters",
         "set_apt_scale",
+        "warn_untrained",
     ],
     "baselines": ["register_method"],
-    "io.weights": ["enable_apt_hotswap", "load_apt_weights", "save_apt_weights"],
+    "io.hotswap": ["enable_apt_hotswap"],
+    "io.load": ["load_apt_weights"],
+    "io.save": ["save_apt_weights"],
     "serving.store": ["AdapterStore"],
     "pipelines.mixin": ["APTLoaderMixin"],
     "models.meter": [
@@ -37,12 +43,24 @@ _MODULES = {
         "MeterModel",
         "MeterProcessor",
     ],
-    "pipelines.stable_diffusion_apt": ["StableDiffusionAPTPipeline"],
-    "pipelines.stable_diffusion_apt_img2img": ["StableDiffusionAPTImg2ImgPipeline"],
-    "pipelines.stable_diffusion_apt_inpaint": ["StableDiffusionAPTInpaintPipeline"],
-    "pipelines.stable_diffusion_xl_apt": ["StableDiffusionXLAPTPipeline"],
+    "pipelines.factory": ["apt_pipeline"],
+    "pipelines": [
+        "Flux2APTPipeline",
+        "FluxAPTPipeline",
+        "PixArtSigmaAPTPipeline",
+        "QwenImageAPTPipeline",
+        "SanaAPTPipeline",
+        "StableDiffusion3APTPipeline",
+        "StableDiffusionAPTImg2ImgPipeline",
+        "StableDiffusionAPTInpaintPipeline",
+        "StableDiffusionAPTPipeline",
+        "StableDiffusionXLAPTPipeline",
+        "ZImageAPTPipeline",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+install(__name__)
 
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 

@@ -1,49 +1,121 @@
-"""Where APT attaches: one row per architecture, and the answers that differ between attention classes.
+"""Where APT attaches, as data: one row per family of models, and the roles of a pipeline's components.
 
 Classes are recognised by name along the MRO, so that nothing here imports diffusers or transformers, and subclasses of
-a known model are known too.
+a known model are known, too. `register_architecture` adds a row from outside.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 
+from .config import STREAMS as STREAM_NAMES
 from .config import APTConfig
+
+# Roles of a pipeline's components. The denoisers draw the picture; an adapter is never put on text encoders alone
+# without being called for.
+DENOISERS = ("unet", "transformer", "transformer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+COMPONENTS = (*DENOISERS, *TEXT_ENCODERS)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of an attention module that APT can correct.
+
+    Args:
+        child: name of the child module that holds the adapters of this stream.
+        argument: the attention's parameter that is X.
+        position: the parameter that is X where the forward has none of that name; `None` refuses such a module.
+        output: which output is O, where a single tensor counts as the first; `None`: the argument itself is corrected
+            before the attention runs.
+    """
+
+    child: str
+    argument: str
+    position: int | None = None
+    output: int | None = 0
+
+
+STREAMS = {
+    "query": Stream("apt", "hidden_states", position=0),
+    "context": Stream("apt_context", "encoder_hidden_states", output=None),
+    "text": Stream("apt_text", "encoder_hidden_states", output=1),  # of joint attention
+}
+CHILDREN = tuple(stream.child for stream in STREAMS.values())
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family of models: the attention modules that APT corrects by default, and the default settings there."""
+    """A family of models: the attention modules that APT corrects by default, and the default settings there.
+
+    Args:
+        model_classes: names of the model's classes, or of their base classes.
+        target_modules: regular expression for the full names of the attention modules.
+        init, query_source, streams: defaults of `APTConfig`.
+        text_modules: regular expression for the modules whose attention is joint, with the text as second output;
+            `None`: those that have a projection for it, `to_add_out` or `to_out_t`.
+        idle_text: regular expression for modules whose text output nobody reads: the stream `"text"` leaves them out.
+        bindings: streams whose arguments are named or placed differently in this family, by stream name.
+    """
 
     model_classes: tuple[str, ...]
     target_modules: str
     init: str = "paper"
     query_source: str = "hidden_states"
     streams: tuple[str, ...] = ("query",)
+    text_modules: str | None = None
+    idle_text: str | None = None
+    bindings: Mapping[str, Stream] = field(default_factory=dict)
+
+    def stream(self, name: str) -> Stream:
+        """The stream as this family has it."""
+        return self.bindings.get(name, STREAMS[name])
 
 
-ARCHITECTURES = (
-    # Stable Diffusion: `identity`, so that adding an untrained adapter does not change one pixel. Who asks and what is
-    # corrected was chosen by measurement: docs/miniature.md.
+ARCHITECTURES = [
+    # Stable Diffusion: `identity`, so that adding an untrained adapter does not change one pixel. Who queries and what
+    # is corrected was chosen by measurement: docs/miniature.md.
     Architecture(("UNet2DConditionModel",), r".*\.attn2", init="identity"),
+    # AnimateDiff: the UNet's places, so that adapters of the UNet fit, without those of its motion modules.
+    Architecture(("UNetMotionModel",), r"(?!.*\bmotion_modules\.).*\.attn2", init="identity"),
     Architecture(("CLIPTextModel", "CLIPTextModelWithProjection"), r".*\.self_attn", init="identity"),
     Architecture(("CLIPPreTrainedModel",), r".*\.self_attn"),
     Architecture(("ViltPreTrainedModel",), r".*encoder\.layer\.\d+\.attention"),
     Architecture(("MeterPreTrainedModel",), r".*cross_modal_(text|image)_layers\.\d+\.(attention|crossattention)"),
-)
+]
 # Any other model: `target_modules` must be given, the rest is the paper's.
 UNKNOWN_ARCHITECTURE = Architecture((), "")
 
-# The attribute in which attention classes keep the width of their input, by preference.
-WIDTH_ATTRIBUTES = ("query_dim", "embed_dim", "hidden_size", "all_head_size")
+
+def register_architecture(row: Architecture) -> None:
+    """Makes APT know a family of models; for a class name that has a row already, the new one holds.
+
+    Raises:
+        ValueError: for a row without class names or places, or with unknown streams.
+    """
+    if not row.model_classes or not row.target_modules or isinstance(row.model_classes, str):
+        raise ValueError(f"An Architecture needs a tuple of class names, and target_modules; got {row}.")
+    unknown = {*row.streams, *row.bindings} - set(STREAMS)
+    if unknown:
+        raise ValueError(f"Unknown streams {sorted(unknown)} in {row}: there are {list(STREAMS)}.")
+    APTConfig(init=row.init, query_source=row.query_source, target_modules=row.target_modules)
+    ARCHITECTURES.insert(0, row)
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    names = {cls.__name__ for cls in type(model).__mro__}
-    return next((row for row in ARCHITECTURES if names & set(row.model_classes)), UNKNOWN_ARCHITECTURE)
+    """The row of the model's class, or of its nearest base class that has one."""
+    for cls in type(model).__mro__:
+        for row in ARCHITECTURES:
+            if cls.__name__ in row.model_classes:
+                return row
+    return UNKNOWN_ARCHITECTURE
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether APT has default places in this model."""
+    return architecture_of(model) is not UNKNOWN_ARCHITECTURE
 
 
 def resolve_config(model: nn.Module, config: APTConfig) -> APTConfig:
@@ -59,52 +131,4 @@ def resolve_config(model: nn.Module, config: APTConfig) -> APTConfig:
     return dataclasses.replace(config, **missing)
 
 
-def matches(name: str, patterns: str | tuple[str, ...]) -> bool:
-    """As in PEFT: one regular expression for the full name, or a list of whole-word suffixes."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
-
-
-def find_modules(model: nn.Module, patterns: str | tuple[str, ...], purpose: str) -> dict[str, nn.Module]:
-    """The modules that `patterns` name; `ValueError` where a pattern names none."""
-    found = {name: module for name, module in _own_modules(model) if matches(name, patterns)}
-    unused = [p for p in ([patterns] if isinstance(patterns, str) else patterns) if not _uses(p, patterns, found)]
-    if unused:
-        some = [name for name, _ in _own_modules(model) if "attn" in name or "attention" in name][:5]
-        raise ValueError(
-            f"{purpose}={unused} matches no module of {type(model).__name__}; its attention modules are e.g. {some}."
-        )
-    return found
-
-
-def _uses(pattern: str, patterns: str | tuple[str, ...], found: dict[str, nn.Module]) -> bool:
-    return bool(found) if isinstance(patterns, str) else any(matches(name, (pattern,)) for name in found)
-
-
-def _own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules without those that APT added."""
-    for name, module in model.named_modules():
-        if name and not {"apt", "apt_context"} & set(name.split(".")):
-            yield name, module
-
-
-def input_width(name: str, module: nn.Module) -> int:
-    """The width d of an attention module's input and output."""
-    for candidate in (module, getattr(module, "attention", None), getattr(module, "self", None)):
-        for attribute in WIDTH_ATTRIBUTES:
-            width = getattr(candidate, attribute, None)
-            if isinstance(width, int):
-                return width
-    linear = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
-    if linear is None or isinstance(module, nn.Linear):
-        raise ValueError(f"{name} ({type(module).__name__}) is not an attention module: its width cannot be told.")
-    return linear.in_features
-
-
-def context_width(name: str, module: nn.Module) -> int:
-    """The width of the encoder states that a cross-attention module reads."""
-    width = getattr(module, "cross_attention_dim", None)
-    if not isinstance(width, int) or getattr(module, "is_cross_attention", True) is False:
-        raise ValueError(f"{name} ({type(module).__name__}) reads no encoder states: stream 'context' needs them.")
-    return width
+assert tuple(STREAMS) == STREAM_NAMES  # the config checks names without importing torch

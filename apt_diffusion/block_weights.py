@@ -4,15 +4,12 @@
 A list names one number per transformer of the block, or one for all of them.
 """
 
-import logging
 import math
 import numbers
 import re
 from typing import Any
 
 from torch import nn
-
-logger = logging.getLogger(__name__)
 
 _UNET_PLACE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)(?=\.|$)")
 
@@ -37,7 +34,6 @@ def weight_of(value: Any, component: str, module_name: str, transformers: list[P
         ValueError: for a weight that is no finite number, a block that does not exist, or a list of a wrong length.
     """
     if isinstance(value, dict) and component:
-        _warn_unknown_components(value)
         value = value.get(component, 1.0)
     if not isinstance(value, dict):
         return check_number("An adapter weight", value)
@@ -69,13 +65,16 @@ def _weight_in_part(value: Any, part: str, block: str | None, attention: int, tr
 
 
 def check_number(what: str, value: object) -> float:
-    """`value` as a float; `ValueError` unless it is a finite number."""
+    """`value` as a Python float; `ValueError` unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{what} must be a finite number, got {value!r}.")
     return float(value)
 
 
-def _warn_unknown_components(value: dict[str, Any]) -> None:
-    unknown = set(value) - {"unet", "text_encoder", "text_encoder_2"}
-    if unknown:
-        logger.warning("Ignoring adapter weights of components that carry no adapters: %s.", sorted(unknown))
+def plain_weight(value: Any) -> Any:
+    """`value` with Python floats in place of all other numbers: it is stored as JSON. `ValueError` for no weight."""
+    if isinstance(value, dict):
+        return {str(key): plain_weight(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_weight(part) for part in value]
+    return check_number("An adapter weight", value)

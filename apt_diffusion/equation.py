@@ -24,6 +24,13 @@ class FoldedPrompt(NamedTuple):
     values: Tensor  # (..., p, d)
     scale: Tensor  # (1,), or (B, 1, 1) for one adapter per sample
 
+    def weighted(self, weight: float | Tensor) -> "FoldedPrompt":
+        """At strength λ, `Y_λ = O + λ (Y − O)`; one number, or a tensor `(B, 1, 1)` for one per sample."""
+        scale = 1 + weight * (self.scale - 1)
+        if isinstance(weight, Tensor):  # λ = 1 is the adapter as it is, to the last bit
+            scale = torch.where(weight == 1, self.scale, scale)
+        return FoldedPrompt(self.keys, weight * self.values, scale)
+
 
 def information_diffusion(
     query: Tensor, keys: Tensor, values: Tensor, activation: str = "relu", dropout: float = 0.0
@@ -74,9 +81,10 @@ class ApproximatedPrompt(nn.Module):
             p.to(dtype) for p in (self.prompts, self.low_rank_down, self.low_rank_up, self.log_scale)
         )
         scale = log_scale.exp()  # exp(s)
-        strength = weight * scale if self.gate is None else weight * scale * self.gate.to(dtype)
+        strength = scale if self.gate is None else scale * self.gate.to(dtype)
         keys = prompts + (prompts @ down.T) @ up.T  # K  (p, d)
-        return FoldedPrompt(keys, strength * prompts, 1 + weight * (scale - 1) if weight != 1 else scale)
+        folded = FoldedPrompt(keys, strength * prompts, scale)
+        return folded if weight == 1 else folded.weighted(weight)
 
     def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
         """`(O, X) -> Y`, all `(B, N, d)` in any floating dtype; computed in float32 or better (A enters squared)."""

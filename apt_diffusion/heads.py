@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .architectures import find_modules, matches
+from .architectures import CHILDREN
+from .places import find_modules, matches
 
 
 @dataclass
@@ -63,7 +64,7 @@ def head_tensors(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str
 
     The full name of a parameter means this parameter alone, not others whose names end like it.
     """
-    own = {name: p for name, p in model.named_parameters() if not {"apt", "apt_context"} & set(name.split("."))}
+    own = {name: p for name, p in model.named_parameters() if not set(CHILDREN) & set(name.split("."))}
     suffixes = tuple(name for name in modules_to_save if name not in own)
     parameters = {name: p for name, p in own.items() if name in modules_to_save or matches(name, suffixes)}
     modules = tuple(name for name in modules_to_save if not any(matches(found, (name,)) for found in parameters))

@@ -1,79 +1,100 @@
-"""A value that a module computes from constants, kept until something that it depends on changes.
+"""One "computed until an input changes": a value that is kept while what it was computed from stays the same.
 
-Asking whether something changed costs a millisecond, where the value may cost minutes: the text features of a
-classifier's classes are the case in point.
+The check costs microseconds per tensor, where the value may cost minutes: the prompts' keys in the denoising loop and
+the text features of a classifier's classes are kept this way.
 """
 
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .processor import APTProcessorCore
 
+class Memo:
+    """One value, with the tensors and plain settings that it was computed from.
 
-class ModuleCache:
-    """One value, and the state of the modules that it was computed in.
-
-    Seen are: parameters and buffers (replaced, moved, or changed in place), modules and hooks that come or go, what
-    switches APT (scale, weights, names, on and off) and PEFT's LoRA (scaling, names, on and off), autocast, and `key`.
-    Not seen: changes that hide from PyTorch's version counter, such as `parameter.data.add_(1)`; call `clear` then.
+    A tensor that was replaced, moved, or changed in place makes the value be computed anew. Changes that hide from
+    PyTorch's version counter, such as `parameter.data.add_(1)`, are not seen; call `clear` then.
     """
 
     def __init__(self) -> None:
-        self._state: list | None = None
-        self._value: Any = None
+        self._settings: Any = None
+        self._stamps: list[_Stamp] | None = None
+        self.value: Any = None
 
-    def get(self, modules: list[nn.Module], key: Hashable, compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave in the same state. It must not depend on randomness, and keep no graph."""
-        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    def get(self, compute: Callable[[], Any], tensors: list[Tensor], settings: Any) -> Any:
+        """`compute()`, or its result of before if neither `tensors` nor `settings` have changed since."""
         if any(tensor.is_inference() for tensor in tensors):
-            return compute()  # such tensors do not count their changes
-        state = [key, _autocast(tensors), *(_settings(m) for module in modules for m in module.modules())]
-        state += [_stamp(tensor) for tensor in tensors]
-        if state != self._state:
-            self._value, self._state = compute(), state
-        return self._value
+            return compute()  # inference tensors do not count their changes
+        if not self._holds(tensors, settings):
+            self.value = compute()
+            self._settings, self._stamps = settings, [_Stamp(tensor) for tensor in tensors]
+        return self.value
 
     def clear(self) -> None:
-        self._state = self._value = None
+        """Forgets the value."""
+        self._settings = self._stamps = self.value = None
+
+    def _holds(self, tensors: list[Tensor], settings: Any) -> bool:
+        return (
+            self._stamps is not None
+            and self._settings == settings
+            and len(self._stamps) == len(tensors)
+            and all(stamp.fits(tensor) for stamp, tensor in zip(self._stamps, tensors, strict=True))
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_state": None, "_value": None}  # a copy belongs to other modules
+        return {"_settings": None, "_stamps": None, "value": None}  # a copy belongs to other modules
 
 
-def _stamp(tensor: Tensor) -> tuple:
-    # Weak references keep no replaced weights alive, and equal only others to the same tensor and the same storage: an
-    # address alone may be used again.
-    storage = StorageWeakRef(tensor.untyped_storage())
-    return _Same(tensor), tensor._version, storage, tensor.data_ptr(), tensor.dtype, tensor.device
-
-
-class _Same:
-    """Compares tensors by identity."""
+class _Stamp:
+    """The state of one tensor. Weak references: replaced weights are not kept alive."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.reference = weakref.ref(tensor)
+        self.tensor = weakref.ref(tensor)
+        self.storage = StorageWeakRef(tensor.untyped_storage())
+        self.state = tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
-    def __eq__(self, other: object) -> bool:
-        mine = self.reference()
-        return isinstance(other, _Same) and mine is not None and mine is other.reference()
+    def fits(self, tensor: Tensor) -> bool:
+        # An address may be used again after its storage was freed: a living storage at the same address is the same.
+        state = tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
+        return self.tensor() is tensor and self.state == state and not self.storage.expired()
 
-    __hash__ = None
+
+class ModuleCache:
+    """One value that modules compute from constants, kept until one of the modules changes.
+
+    Seen are: parameters and buffers (replaced, moved, or changed in place), modules and hooks that come or go, the
+    settings of APT (scale, weights, names, on and off) and of PEFT's LoRA (scaling, names, on and off), autocast, and
+    `key`.
+    """
+
+    def __init__(self) -> None:
+        self._memo = Memo()
+
+    def get(self, modules: list[nn.Module], key: Hashable, compute: Callable[[], Any]) -> Any:
+        """`compute()`, or its result in the same state. It must not depend on randomness, and keep no graph."""
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        settings = [key, _autocast(tensors), *_settings(m for module in modules for m in module.modules())]
+        return self._memo.get(compute, tensors, settings)
+
+    def clear(self) -> None:
+        """Forgets the value."""
+        self._memo.clear()
 
 
-def _settings(module: nn.Module) -> tuple:
-    """What decides how a module acts, beside its tensors. Hooks are numbered in order of their making."""
-    found: tuple = (id(type(module)), module.training, *module._forward_hooks, None, *module._forward_pre_hooks)
-    if isinstance(module, APTProcessorCore):
-        found += (module.enabled, module.scale, tuple(module.weights.items()), module.adapters_per_sample)
-        found += tuple(module.query_sources.items())
-    elif isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "active_adapters"):
-        found += (tuple(module.scaling.items()), tuple(module.active_adapters), module.disable_adapters)
-    return found
+def _settings(modules: Iterable[nn.Module]) -> Iterable[tuple]:
+    """Everything besides the tensors that decides how modules act. Hooks are numbered in the order of creation."""
+    for module in modules:
+        found: tuple = (id(type(module)), module.training, *module._forward_hooks, None, *module._forward_pre_hooks)
+        if hasattr(module, "memo_settings"):  # APT's processor core
+            found += module.memo_settings()
+        elif isinstance(getattr(module, "scaling", None), dict) and hasattr(module, "active_adapters"):
+            found += (tuple(module.scaling.items()), tuple(module.active_adapters), module.disable_adapters)
+        yield found
 
 
 def _autocast(tensors: list[Tensor]) -> tuple:

@@ -1,56 +1,65 @@
-"""The processor core: the named adapters of one attention module, and the two ways to call it.
+"""The processor core: the named adapters of one attention module, mixed by weight or one mix per sample.
 
-The core is child `apt` of the attention module. A forward hook (`apply_apt`) hands it the attention's output and
-input; for people who manage diffusers processors themselves, `APTAttnProcessor` does the same around an inner one.
+The core is a child of the attention module (`apt`; `apt_context` and `apt_text` for the other streams). A forward hook
+(`hooks.py`) calls it with the attention's output and input; for people who manage diffusers processors themselves,
+`APTAttnProcessor` does the same around an inner processor.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_names import Adapters
 from .equation import ApproximatedPrompt, FoldedPrompt, correct
+from .memo import Memo
 from .offloading import onloaded
 
-T = TypeVar("T")
+# Of one sample in a batch: the base model, one adapter, or several with their weights.
+Sample = str | Mapping[str, float] | None
+Mix = list[tuple[str, float]]
 
 
 class APTProcessorCore(nn.Module):
-    """Maps `(O, X) -> Y` with the active adapters: `Y = O + Σ λ_i (Y_i − O)`, or one adapter per sample.
+    """Maps `(O, X) -> Y` with the active adapters: `Y = O + Σ λ_i (Y_i − O)`, or with one mix per sample.
 
     Attributes:
         adapters: name -> [`ApproximatedPrompt`].
-        query_sources: name -> `"hidden_states"` (X asks the prompts) or `"attn_output"` (O asks them).
+        query_sources: name -> `"hidden_states"` (X queries the prompts) or `"attn_output"` (O queries them).
         weights: name -> λ of the active adapters, in the order in which they were activated.
         scale: factor on every λ.
         enabled: `False` leaves the attention alone.
-        adapters_per_sample: one name (or `None` for the base model) per sample. A batch that is k times as long
-            repeats the names k times, as classifier-free guidance stacks it.
+        adapters_per_sample: per sample a name, `{name: λ}` for a mix, or `None` for the base model. A batch that is k
+            times as long repeats them k times, as classifier-free guidance stacks it.
         keep_folded: keep what does not depend on the input between calls without gradients; see `prepared_apt`.
+        binding: which argument of the attention is X and which output is O; set when attached (`hooks.py`).
     """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.hidden_size = hidden_size
-        self.adapters = nn.ModuleDict()
+        self.adapters = Adapters()
         self.query_sources: dict[str, str] = {}
         self.weights: dict[str, float] = {}
         self.scale = 1.0
         self.enabled = True
-        self.adapters_per_sample: tuple[str | None, ...] | None = None
+        self.adapters_per_sample: tuple[Sample, ...] | None = None
         self.keep_folded = False
-        self._folded: dict[Hashable, tuple[list, Any, list[Tensor]]] = {}
+        self.binding: Any = None
+        self._memos: dict[Hashable, Memo] = {}
 
     def add(self, name: str, adapter: ApproximatedPrompt, query_source: str) -> None:
+        """Adds an adapter, not active yet."""
         self.adapters[name] = adapter
         self.query_sources[name] = query_source
 
     def delete(self, name: str) -> None:
+        """Takes an adapter out."""
         del self.adapters[name], self.query_sources[name]
         self.weights.pop(name, None)
-        self._folded.clear()
+        self._memos.clear()
 
     def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
         """`(O, X) -> Y`, all `(B, N, d)`; computed in float32 or better, returned in the dtype of O."""
@@ -63,13 +72,25 @@ class APTProcessorCore(nn.Module):
 
     def once(self, states: Tensor) -> Tensor:
         """`forward(states, states)`; with `keep_folded` once for the same states, not once per denoising step."""
-        names = self.adapters_per_sample or tuple(self.weights)
-        active = [self.adapters[name] for name in dict.fromkeys(names) if name in self.adapters]
-        if any(adapter.active_dropout for adapter in active):
+        active = [self.adapters[name] for name in self._names_in_use()]
+        if not self._may_keep() or any(adapter.active_dropout for adapter in active):
             return self(states, states)
         parameters = [p for adapter in active for p in adapter.parameters()]
-        settings = (self.enabled, self.scale, tuple(self.weights.items()), self.adapters_per_sample)
-        return self._keep(("context",), lambda: self(states, states), states, settings, *parameters)
+        return self._keep("context", lambda: self(states, states), [states, *parameters], self.memo_settings())
+
+    def memo_settings(self) -> tuple:
+        """Everything besides the tensors that decides the result of `forward`."""
+        samples = self.adapters_per_sample and tuple(
+            tuple(sample.items()) if isinstance(sample, Mapping) else sample for sample in self.adapters_per_sample
+        )
+        weights, sources = tuple(self.weights.items()), tuple(self.query_sources.items())
+        return self.enabled, self.scale, weights, samples, sources
+
+    def _names_in_use(self) -> list[str]:
+        if self.adapters_per_sample is None:
+            return list(self.weights)
+        names = [name for sample in self.adapters_per_sample for name, _ in self._mix(sample)]
+        return list(dict.fromkeys(names))
 
     def _forward_shared(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
         corrected = attn_output
@@ -83,45 +104,61 @@ class APTProcessorCore(nn.Module):
             corrected = output if corrected is attn_output else corrected + (output - attn_output)
         return corrected
 
-    def _forward_per_sample(self, attn_output: Tensor, hidden_states: Tensor, names: tuple[str | None, ...]) -> Tensor:
+    def _forward_per_sample(self, attn_output: Tensor, hidden_states: Tensor, samples: tuple[Sample, ...]) -> Tensor:
         batch_size = attn_output.shape[0]
-        if batch_size % len(names):
-            raise ValueError(f"A batch of {batch_size} cannot be shared out to {len(names)} adapter names.")
-        rows: dict[tuple, list[int]] = defaultdict(list)  # one batched product for all adapters of one kind
-        for row, name in enumerate(names * (batch_size // len(names))):
-            if name in self.adapters:
-                rows[self._kind(name)].append(row)
-        names = names * (batch_size // len(names))
+        if batch_size % len(samples):
+            raise ValueError(f"A batch of {batch_size} cannot be shared out to {len(samples)} adapter names.")
+        mixes = [self._mix(sample) for sample in samples] * (batch_size // len(samples))
         corrected = attn_output
-        for (query_source, activation, _), kind_rows in rows.items():
-            folded = self._stack([names[row] for row in kind_rows], attn_output)
-            query = hidden_states if query_source == "hidden_states" else attn_output
-            if len(kind_rows) == batch_size:
-                return correct(attn_output, query, folded, activation)
-            index = torch.tensor(kind_rows, device=attn_output.device)
-            part = correct(attn_output[index], query[index], folded, activation)
-            corrected = corrected.index_copy(0, index, part)
+        for turn in range(max(map(len, mixes))):  # the first adapter of every row, then the second of those with two
+            rows_of_kind: dict[tuple, list[int]] = defaultdict(list)  # one batched product for adapters of one kind
+            for row, mix in enumerate(mixes):
+                if turn < len(mix):
+                    rows_of_kind[self._kind(mix[turn][0])].append(row)
+            for kind, rows in rows_of_kind.items():
+                query_source, activation, dropout, _ = kind
+                folded = self._stack((turn, *kind), [mixes[row][turn] for row in rows], attn_output)
+                query = hidden_states if query_source == "hidden_states" else attn_output
+                whole = len(rows) == batch_size
+                index = None if whole else torch.tensor(rows, device=attn_output.device)
+                own, query = (attn_output, query) if index is None else (attn_output[index], query[index])
+                part = correct(own, query, folded, activation, dropout)
+                if turn:
+                    part = (corrected if index is None else corrected[index]) + (part - own)
+                corrected = part if index is None else corrected.index_copy(0, index, part)
         return corrected
 
-    def _kind(self, name: str) -> tuple[str, str, int]:
+    def _mix(self, sample: Sample) -> Mix:
+        """`(name, λ)` of the adapters that act on one sample here."""
+        if sample is None:
+            return []
+        weights = {sample: self.weights.get(sample, 1.0)} if isinstance(sample, str) else sample
+        mix = [(name, weight * self.scale) for name, weight in weights.items() if name in self.adapters]
+        return [(name, weight) for name, weight in mix if weight != 0]
+
+    def _kind(self, name: str) -> tuple[str, str, float, int]:
         """Adapters of one kind can be stacked: zero prompts pad a relu adapter exactly, but not a softmax one."""
         adapter = self.adapters[name]
         padded = 0 if adapter.activation == "relu" else len(adapter.prompts)
-        return self.query_sources[name], adapter.activation, padded
+        return self.query_sources[name], adapter.activation, adapter.active_dropout, padded
 
-    def _stack(self, names: list[str], like: Tensor) -> FoldedPrompt:
+    def _stack(self, key: Hashable, mix: Mix, like: Tensor) -> FoldedPrompt:
         """One adapter per row: keys and values `(B, p, d)`, scale `(B, 1, 1)`."""
-        distinct = list(dict.fromkeys(names))
-        folds = [self._fold(name, self.weights.get(name, 1.0) * self.scale, like) for name in distinct]
+        distinct = list(dict.fromkeys(name for name, _ in mix))
+        folds = [self._fold(name, 1.0, like) for name in distinct]
 
         def stack() -> FoldedPrompt:
-            index = torch.tensor([distinct.index(name) for name in names], device=like.device)
+            index = torch.tensor([distinct.index(name) for name, _ in mix], device=like.device)
             keys = nn.utils.rnn.pad_sequence([fold.keys for fold in folds], batch_first=True)
             values = nn.utils.rnn.pad_sequence([fold.values for fold in folds], batch_first=True)
             scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
-            return FoldedPrompt(keys[index], values[index], scale[index])
+            folded = FoldedPrompt(keys[index], values[index], scale[index])
+            if all(weight == 1 for _, weight in mix):
+                return folded
+            weights = torch.tensor([weight for _, weight in mix], device=like.device, dtype=scale.dtype)
+            return folded.weighted(weights.view(-1, 1, 1))
 
-        return self._keep(("stack", *self._kind(names[0])), stack, names, *(fold.keys for fold in folds))
+        return self._keep(("stack", key), stack, [fold.keys for fold in folds], mix)
 
     def _fold(self, name: str, weight: float, like: Tensor) -> FoldedPrompt:
         """`ApproximatedPrompt.fold` for activations such as `like`; an offloaded adapter may be on another device."""
@@ -132,77 +169,34 @@ class APTProcessorCore(nn.Module):
             with onloaded(adapter):
                 return FoldedPrompt(*(tensor.to(like.device) for tensor in adapter.fold(dtype, weight)))
 
-        return self._keep(name, fold, (weight, dtype, like.device), *adapter.parameters())
+        return self._keep(name, fold, list(adapter.parameters()), (weight, dtype, like.device))
 
-    def _keep(self, key: Hashable, compute: Callable[[], T], *depends_on: Any) -> T:
-        """`compute()`; with `keep_folded` only when something that it depends on, tensor or plain, has changed."""
+    def _may_keep(self) -> bool:
         # First: what a compiled graph does must not depend on `keep_folded`, which pipelines switch on and off.
-        if torch.compiler.is_compiling() or not self.keep_folded or torch.is_grad_enabled():
+        return not torch.compiler.is_compiling() and self.keep_folded and not torch.is_grad_enabled()
+
+    def _keep(self, key: Hashable, compute: Any, tensors: list[Tensor], settings: Any) -> Any:
+        """`compute()`; with `keep_folded` only if a tensor or a setting that it depends on has changed."""
+        if not self._may_keep():
             return compute()
-        if any(isinstance(part, Tensor) and part.is_inference() for part in depends_on):
-            return compute()  # such tensors do not count their changes
-        state = [(p, p._version, p.data_ptr()) if isinstance(p, Tensor) else p for p in depends_on]
-        known, value, _ = self._folded.get(key, (None, None, None))
-        if known is None or not _same_state(known, state):
-            value = compute()
-            # Holding on to the storages keeps their addresses from being given to other values.
-            storages = [part.detach() for part in depends_on if isinstance(part, Tensor)]
-            self._folded[key] = (state, value, storages)
-        return value
+        return self._memos.setdefault(key, Memo()).get(compute, tensors, settings)
 
     def set_keep_folded(self, keep_folded: bool) -> None:
+        """Starts or ends keeping; at its end what was kept is freed."""
         self.keep_folded = keep_folded
         if not keep_folded:
-            self._folded.clear()
+            self._memos.clear()
+
+    def kept(self) -> list[Any]:
+        """The values that are kept at present."""
+        return [memo.value for memo in self._memos.values()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "keep_folded": False, "_folded": {}}
+        return {**self.__dict__, "keep_folded": False, "_memos": {}}
 
     def extra_repr(self) -> str:
+        """Settings for `repr`."""
         return f"hidden_size={self.hidden_size}, weights={self.weights}, enabled={self.enabled}"
-
-
-def check_name(adapter_name: str) -> None:
-    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        raise ValueError(f"An adapter name is a non-empty string without dots, got {adapter_name!r}.")
-    if hasattr(nn.ModuleDict(), adapter_name):
-        raise ValueError(f"{adapter_name!r} is a method of torch modules and cannot name an adapter.")
-
-
-def _same_state(known: list, state: list) -> bool:
-    return len(known) == len(state) and all(map(_same, known, state))
-
-
-def _same(known: Any, part: Any) -> bool:
-    if isinstance(part, tuple) and isinstance(part[0], Tensor):  # by identity: `==` on tensors is elementwise
-        return isinstance(known[0], Tensor) and known[0] is part[0] and known[1:] == part[1:]
-    return known == part
-
-
-# Hooks. They are module-level functions that read the module's children: a closure over the core would make
-# `copy.deepcopy` share the original's weights, and could not be pickled.
-
-
-def apply_apt(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook: corrects the attention's output, the first entry where it is a tuple."""
-    hidden_states = args[0] if args else kwargs["hidden_states"]
-    if isinstance(output, tuple):
-        return (module.apt(output[0], hidden_states), *output[1:])
-    return module.apt(output, hidden_states)
-
-
-def apply_apt_context(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook: corrects the encoder states c (O := c, X := c) before they become keys and values."""
-    if len(args) > 1:
-        return (args[0], _correct_context(module.apt_context, args[1]), *args[2:]), kwargs
-    context = kwargs.get("encoder_hidden_states")
-    return args, {**kwargs, "encoder_hidden_states": _correct_context(module.apt_context, context)}
-
-
-def _correct_context(core: APTProcessorCore, context: Any) -> Any:
-    if isinstance(context, tuple):  # IP-Adapter: (text states, image states)
-        return (_correct_context(core, context[0]), *context[1:])
-    return context if context is None else core.once(context)
 
 
 class APTAttnProcessor(nn.Module):

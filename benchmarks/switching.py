@@ -16,8 +16,8 @@ from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import add_apt, load_apt_weights, prepared_apt, set_apt_adapters
-from apt_diffusion.attach import cores_of
-from apt_diffusion.io.weights import apt_state_dict
+from apt_diffusion.api import cores_of
+from apt_diffusion.io.save import apt_state_dict
 
 NAMES = [f"adapter{index}" for index in range(8)]
 

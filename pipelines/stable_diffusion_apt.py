@@ -1,5 +1,5 @@
 """Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-from apt_diffusion.pipelines.stable_diffusion_apt import StableDiffusionAPTPipeline
+from apt_diffusion.pipelines import StableDiffusionAPTPipeline
 
 __all__ = ["StableDiffusionAPTPipeline"]

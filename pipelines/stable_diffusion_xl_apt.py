@@ -1,5 +1,5 @@
 """Community pipeline: pass the path of this file as `custom_pipeline=` to `DiffusionPipeline.from_pretrained`."""
 
-from apt_diffusion.pipelines.stable_diffusion_xl_apt import StableDiffusionXLAPTPipeline
+from apt_diffusion.pipelines import StableDiffusionXLAPTPipeline
 
 __all__ = ["StableDiffusionXLAPTPipeline"]

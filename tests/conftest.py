@@ -195,7 +195,7 @@ def pipe(tiny_sd_path):
 
 def randomize(model, seed: int = 1) -> None:
     """Gives every APT parameter a value that acts: trained adapters are neither zero nor identity."""
-    from apt_diffusion.attach import cores_of
+    from apt_diffusion.api import cores_of
 
     generator = torch.Generator().manual_seed(seed)
     for core in cores_of(model):

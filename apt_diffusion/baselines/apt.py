@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from ..attach import adapter_parameters, add_apt, remove_apt, state_of
+from ..api import adapter_parameters, add_apt, remove_apt
 from ..config import INITS, APTConfig
 from ..heads import head_tensors
+from ..model import ModelAdapters
 from .registry import Costs, Method, Setting
 from .settings import NUM_PROMPTS, RANK
 
@@ -40,7 +41,7 @@ class APT(Method):
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         """Those of the active adapters, without their heads."""
-        config = state_of(model).configs.get(ADAPTER)
+        config = ModelAdapters.of(model).configs.get(ADAPTER)
         heads = head_tensors(model, config.modules_to_save) if config and config.modules_to_save else {}
         own = {id(p) for p in adapter_parameters(model)} - {id(tensor) for tensor in heads.values()}
         return [(name, p) for name, p in model.named_parameters() if id(p) in own]

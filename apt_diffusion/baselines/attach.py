@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import add_apt, freeze_base, get_list_apt_adapters, state_of
+from ..api import add_apt, freeze_base, get_list_apt_adapters
 from ..config import APTConfig
 from ..heads import head_tensors
 from ..io.files import WEIGHTS_NAME, resolve_adapter_file, write_safetensors
 from ..io.former import METHOD_HEADER, method_in_header
-from ..io.weights import load_apt_weights, save_apt_weights
+from ..io.load import load_apt_weights
+from ..io.save import save_apt_weights
+from ..model import ModelAdapters
 from .apt import ADAPTER
 from .families import trained_beside
 from .registry import Method, MethodConfig, get_method
@@ -143,7 +145,7 @@ def load_method(model: nn.Module, path: str | Path, **hub: Any) -> MethodConfig 
     metadata = read_header(file)
     if method_in_header(str(file), metadata) == "apt":
         load_apt_weights(model, file)
-        return state_of(model).configs[ADAPTER]
+        return ModelAdapters.of(model).configs[ADAPTER]
     tensors = _read_tensors(file)
     config = _read_config(file, metadata, tensors)
     add_method(model, config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..architectures import matches
+from ..places import matches
 
 
 @dataclass(frozen=True)

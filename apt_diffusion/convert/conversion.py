@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import add_apt, named_cores
+from ..api import add_apt
 from ..baselines.families import trained_beside
 from ..config import APTConfig
-from ..io.weights import save_apt_weights
+from ..io.save import save_apt_weights
+from ..model import named_cores
 from ..models.retrieval import MATCHING_HEAD_NAME
 from . import meter, vilt
 from .checkpoint import read_checkpoint

@@ -1,10 +1,7 @@
 """Finding, reading and writing adapter files, on disk and on the hub; errors name cause and remedy."""
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config import APTConfig
+from .atomic import replacing
 from .former import current_header, current_names, method_in_header
+from .names import is_adapter_tensor
 
 WEIGHTS_NAME = "pytorch_apt_weights.safetensors"
 
@@ -33,6 +32,15 @@ class AdapterFile:
         try:
             configs = json.loads(self.metadata["apt_config"])
             return {part: APTConfig.from_dict(values) for part, values in configs.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
+
+    @property
+    def places(self) -> dict[str, int]:
+        """How many adapters the file was written with, per component; empty for files that do not say so."""
+        try:
+            places = json.loads(self.metadata.get("apt_places", "{}"))
+            return {part: int(count) for part, count in places.items()}
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
 
@@ -76,7 +84,7 @@ def _check_is_apt(name: str, keys: list[str], metadata: dict[str, str]) -> None:
         raise ValueError(
             f"{name} holds the method {method!r}, not APT: load it with `apt_diffusion.baselines.load_method`."
         )
-    if any(".apt." in key or ".apt_context." in key for key in keys):
+    if any(map(is_adapter_tensor, keys)):
         return
     if any("lora" in key.lower() for key in keys):
         raise ValueError(f"{name} is a LoRA file, not an APT adapter: load it with `load_lora_weights`.")
@@ -151,21 +159,12 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str
     free = shutil.disk_usage(file.parent).free
     if free < needed:
         raise OSError(f"No space for {file}: it needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free.")
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".apt-", suffix=".tmp")
-    os.close(handle)
+    wrong = {key: value for key, value in metadata.items() if not isinstance(key, str) or not isinstance(value, str)}
+    if wrong:
+        raise ValueError(f"The header of {file} holds strings only, got {wrong}.")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, file)
+        with replacing(file) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{file} could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
     return file
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,14 +1,55 @@
-"""Names of tensors in an adapter's file, and which module of a model each belongs to."""
+"""The grammar of tensor names in an adapter's file: `<component>.<module>.<child>.<parameter>`.
+
+The component is absent for a single model; the child is `apt`, `apt_context` or `apt_text`. Heads (`modules_to_save`)
+stand under their own names. Module names are those without torch's wrappers and without the segment `text_model.` (or
+`vision_model.`) that some versions of transformers have inside `CLIPTextModel`: a file made on either side loads on
+both.
+"""
 
 import re
 from collections import defaultdict
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-_KEY = re.compile(r"(.+)\.(apt|apt_context)\.(prompts|low_rank_down|low_rank_up|log_scale|gate)")
+from ..architectures import CHILDREN
+from ..places import base_modules
 
-# {(module name, "apt" or "apt_context"): {parameter name: tensor}}
+PARAMETERS = ("prompts", "low_rank_down", "low_rank_up", "log_scale", "gate")
+_NAME = re.compile(rf"(.+)\.({'|'.join(CHILDREN)})\.({'|'.join(PARAMETERS)})")
+
+# {(module name, child): {parameter name: tensor}}
 Groups = dict[tuple[str, str], dict[str, Tensor]]
+
+
+class TensorName(NamedTuple):
+    """A tensor's name, parsed; `module` still holds the component."""
+
+    module: str
+    child: str
+    parameter: str
+
+
+def parse(name: str) -> TensorName | None:
+    """The parts of an adapter tensor's name, `None` for a head's."""
+    match = _NAME.fullmatch(name)
+    return TensorName(*match.groups()) if match else None
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether the name is that of a tensor in a core; other libraries' and damaged ones are not."""
+    return any(f".{child}." in name for child in CHILDREN)
+
+
+def join(*parts: str) -> str:
+    """A dotted name of those parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+def split_component(name: str) -> tuple[str, str]:
+    """`(component, rest)` of a tensor's name in a pipeline's file."""
+    component, _, rest = name.partition(".")
+    return component, rest
 
 
 def group_tensors(model: nn.Module, tensors: dict[str, Tensor], known: set[str]) -> tuple[Groups, dict[str, Tensor]]:
@@ -18,22 +59,25 @@ def group_tensors(model: nn.Module, tensors: dict[str, Tensor], known: set[str])
     """
     groups: Groups = defaultdict(dict)
     heads = {}
-    names = [match[1] for match in map(_KEY.fullmatch, tensors) if match]
+    parsed = {key: parse(key) for key in tensors}
+    names = [name.module for name in parsed.values() if name]
     prefix = _common_prefix(names)
-    looked_up = {} if known.issuperset(names) else neutral_names(model)
-    actual = {neutral: name for name, neutral in looked_up.items()}
+    actual = {} if known.issuperset(names) else {neutral: name for name, neutral in neutral_names(model).items()}
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match:
-            neutral = match[1].removeprefix(prefix)
-            groups[actual.get(neutral, match[1]), match[2]][match[3]] = tensor
+        name = parsed[key]
+        if name:
+            module = actual.get(name.module.removeprefix(prefix), name.module)
+            groups[module, name.child][name.parameter] = tensor
         else:
             heads[key] = tensor
     return dict(groups), heads
 
 
-# transformers 5.6 dropped the segment `text_model.` inside `CLIPTextModel` (and `vision_model.` likewise). Names that
-# all share it are written and compared without it, so that a file made on either side loads on both.
+def neutral_names(model: nn.Module) -> dict[str, str]:
+    """`{name of a module: its name in a file}`."""
+    names = [name for name, _ in base_modules(model)]
+    prefix = _common_prefix([name for name in names if "." in name])
+    return {name: name.removeprefix(prefix) for name in names}
 
 
 def _common_prefix(names: list[str]) -> str:
@@ -41,10 +85,3 @@ def _common_prefix(names: list[str]) -> str:
         if names and all(name.startswith(prefix) for name in names):
             return prefix
     return ""
-
-
-def neutral_names(model: nn.Module) -> dict[str, str]:
-    """`{name of a module: its name in a file}`."""
-    names = [name for name, _ in model.named_modules() if name]
-    prefix = _common_prefix([name for name in names if "." in name])
-    return {name: name.removeprefix(prefix) for name in names}

@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..attach import components_of, kept_active, remove_apt, state_of
+from ..components import components_of
 from ..io.files import WEIGHTS_NAME, AdapterFile, read_adapter_file
-from ..io.weights import load_apt_weights
+from ..io.load import load_apt_weights
+from ..model import ModelAdapters
 
 Stamp = tuple[int, int, int]
 
@@ -32,7 +33,6 @@ class AdapterStore:
     """The adapters of a folder: `name/pytorch_apt_weights.safetensors` (a trainer's output) or `name.safetensors`.
 
     Names are looked up in the folder's listing and never become paths; links that lead out of it are not followed.
-    A name with a dot can be read, but not attached under that name: torch's module names have none.
     Adapters may come, change and go on disk at any time. Every method may be called from several threads; a pipeline
     itself serves one call at a time.
 
@@ -105,20 +105,21 @@ class AdapterStore:
         Raises:
             ValueError: as `get`, and for an adapter that does not fit this model.
         """
-        present = {name for component in components_of(model).values() for name in state_of(component).configs}
+        components = components_of(model)
+        present = {name for component in components.values() for name in ModelAdapters.of(component).configs}
         names = dict.fromkeys([names] if isinstance(names, str) else names)
         adapters = {name: self.get(name) for name in names if name not in present}
         attached = []
-        with kept_active(model):
-            try:
-                with kept_active(model):  # loading an adapter makes it the active one
-                    for name, adapter in adapters.items():
-                        load_apt_weights(model, adapter, name)
-                        attached.append(name)
-                yield
-            finally:
+        try:
+            for name, adapter in adapters.items():
+                load_apt_weights(model, adapter, name, activate=False)
+                attached.append(name)
+            yield
+        finally:
+            for component in map(ModelAdapters.of, components.values()):
                 for name in attached:
-                    remove_apt(model, name)
+                    if name in component.configs:  # it may have been deleted meanwhile
+                        component.delete(name)
 
     @property
     def bytes_in_memory(self) -> int:
@@ -143,7 +144,7 @@ class AdapterStore:
                 self._kept.popitem(last=False)
 
     def _files(self, start: str = "") -> dict[str, Path]:
-        """Those whose names begin with `start`: the others are not looked at, of which there may be thousands."""
+        """Adapter files whose name starts with `start`; the filter avoids a stat per file."""
         files = {}
         for entry in map(self.folder.joinpath, filter(lambda name: name.startswith(start), os.listdir(self.folder))):
             if entry.name.startswith("."):

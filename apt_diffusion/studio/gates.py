@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..attach import components_of, named_cores
+from ..components import components_of
 from ..equation import FoldedPrompt
+from ..model import named_cores
 from ..processor import APTProcessorCore
 
 COLOR_MAP = "inferno"

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..attach import remove_apt, set_apt_scale
-from ..io.weights import load_apt_weights
+from ..api import remove_apt, set_apt_scale
+from ..io.load import load_apt_weights
 from ..miniature import resolve_model
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter

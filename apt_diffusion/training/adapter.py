@@ -5,10 +5,11 @@ from pathlib import Path
 
 from torch import nn
 
-from ..attach import add_apt, freeze_base, state_of
+from ..api import add_apt, freeze_base
 from ..config import APTConfig
 from ..io.files import WEIGHTS_NAME, read_adapter_file
-from ..io.weights import load_apt_weights
+from ..io.load import load_apt_weights
+from ..model import ModelAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def _check_same_settings(components: dict[str, nn.Module], checkpoint: Path) -> 
     if set(stored) != set(components):
         raise ValueError(f"{checkpoint} has an adapter for {sorted(stored)}, this run trains {sorted(components)}.")
     for part, component in components.items():
-        old, new = stored[part].to_dict(), state_of(component).configs["default"].to_dict()
+        old, new = stored[part].to_dict(), ModelAdapters.of(component).configs["default"].to_dict()
         differing = [f"{name} {old[name]} there, {new[name]} here" for name in old if old[name] != new[name]]
         if differing:
             raise ValueError(f"{checkpoint} was trained with other settings of the {part}: {'; '.join(differing)}.")

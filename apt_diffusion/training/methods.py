@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from ..architectures import resolve_config
-from ..attach import state_of
 from ..baselines import (
     MethodConfig,
     Setting,
@@ -26,6 +25,7 @@ from ..baselines import (
     with_heads,
 )
 from ..config import APTConfig
+from ..model import ModelAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,11 @@ def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place:
     else:
         new = config.to_dict()
     old: dict[str, Any] = {"method": method_of(model)}
-    old |= state_of(model).configs["default"].to_dict() if old["method"] == "apt" else model.method_config.to_dict()
+    old |= (
+        ModelAdapters.of(model).configs["default"].to_dict()
+        if old["method"] == "apt"
+        else model.method_config.to_dict()
+    )
     differing = [
         f"{name} {old.get(name)} there, {value} here" for name, value in new.items() if old.get(name) != value
     ]

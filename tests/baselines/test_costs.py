@@ -9,7 +9,7 @@ from support.families import FAMILIES
 from support.method_helpers import config_of
 
 import apt_diffusion as apt
-from apt_diffusion.attach import cores_of
+from apt_diffusion.api import cores_of
 from apt_diffusion.baselines import add_method
 from apt_diffusion.baselines.modules import Bottleneck
 from apt_diffusion.costs import METER, VILT, count_costs, measure_macs, published_tables

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from support.families import same, snapshot, text_output, unet_output
 
 import apt_diffusion as apt
-from apt_diffusion.attach import adapter_parameters, cores_of
+from apt_diffusion.api import adapter_parameters, cores_of
 from apt_diffusion.io.files import WEIGHTS_NAME, read_adapter_file
-from apt_diffusion.io.weights import apt_state_dict
+from apt_diffusion.io.save import apt_state_dict
 
 SMALL = apt.APTConfig(num_prompts=6, rank=2)
 
@@ -84,14 +84,16 @@ def test_old_and_new_clip_prefixes_load(segment, tmp_path):
     apt.load_apt_weights(model, path)
     assert torch.equal(text_output(model), before)
     apt.remove_apt(model)
-    apt.load_apt_weights(model, {segment + key: value for key, value in tensors.items()})
+    apt.load_apt_weights(model, {segment + key: value for key, value in tensors.items()}, config=apt.APTConfig())
     assert torch.equal(text_output(model), before)
 
 
 def test_dict_without_header_takes_sizes_and_places_from_the_tensors(unet, file):
     tensors = {key: value for key, value in load_file(file).items() if "mid_block" in key}
     base = unet_output(unet)
-    assert apt.load_apt_weights(unet, tensors) == ["mid_block.attentions.0.transformer_blocks.0.attn2"]
+    assert apt.load_apt_weights(unet, tensors, config=apt.APTConfig()) == [
+        "mid_block.attentions.0.transformer_blocks.0.attn2"
+    ]
     assert not torch.allclose(unet_output(unet), base)
     assert {key: tuple(value.shape) for key, value in apt_state_dict(unet).items()} == {
         key: tuple(value.shape) for key, value in tensors.items()

@@ -7,7 +7,7 @@ from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from support.pipeline_helpers import SMALL
 
 import apt_diffusion as apt
-from apt_diffusion.attach import named_cores
+from apt_diffusion.model import named_cores
 
 PARTIAL = apt.APTConfig(num_prompts=3, rank=2, target_modules=[r"up_blocks.0.attentions.1.transformer_blocks.0.attn2"])
 

@@ -8,7 +8,7 @@ from support.families import text_output, unet_output
 from support.pipeline_helpers import INPUTS, SMALL, draw, make_pipe
 
 import apt_diffusion as apt
-from apt_diffusion.attach import cores_of
+from apt_diffusion.api import cores_of
 from apt_diffusion.equation import ApproximatedPrompt
 from apt_diffusion.processor import APTProcessorCore
 
@@ -180,16 +180,14 @@ def test_once_per_prompt_and_not_once_per_step(tiny_sd_path, tiny_sdxl_path, cou
     contexts = sum("context" in name for name, m in pipeline.unet.named_modules() if isinstance(m, APTProcessorCore))
     draw(pipeline, **settings)  # two steps with guidance, and twice through each text encoder
     assert counted == {"folded": len(cores), "context": contexts}
-    assert not any(core.keep_folded or core._folded for core in cores)
+    assert not any(core.keep_folded or core.kept() for core in cores)
     with apt.prepared_apt(pipeline):  # around several calls: nothing is folded again
         pictures = [draw(pipeline, **settings) for _ in range(2)]
         assert counted == {"folded": 2 * len(cores), "context": 3 * contexts}
         pipeline.set_apt_adapters("default", 0.5)
         assert not np.array_equal(draw(pipeline), pictures[0])
-        tensors = [t for core in cores for state, value, _ in core._folded.values() for t in (state, value)]
-        assert tensors and not any(
-            t.requires_grad for t in find_tensors(tensors) if not isinstance(t, torch.nn.Parameter)
-        )
+        tensors = find_tensors([core.kept() for core in cores])
+        assert tensors and not any(t.requires_grad for t in tensors)
     assert np.array_equal(*pictures)
 
 
@@ -213,7 +211,7 @@ def test_what_is_kept_for_mixed_batches_does_not_grow(unet):
     with apt.prepared_apt(unet):
         for names, output in zip(mixes, expected, strict=True):
             assert torch.equal(run(names), output)
-            assert len(core._folded) <= 3  # two adapters and one stack
+            assert len(core.kept()) <= 3  # two adapters and one stack
 
 
 @pytest.mark.parametrize("mixed", [False, True])

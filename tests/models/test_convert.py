@@ -29,6 +29,7 @@ import apt_diffusion as apt
 from apt_diffusion.convert.__main__ import main
 from apt_diffusion.convert.checkpoint import read_checkpoint
 from apt_diffusion.convert.conversion import convert, convert_state
+from apt_diffusion.model import ModelAdapters
 from apt_diffusion.models import meter as our_meter
 from apt_diffusion.models.retrieval import load_matching_head
 from apt_diffusion.models.vilt import add_classifier_token
@@ -126,7 +127,7 @@ def test_a_checkpoint_with_apt(model_type, task, tmp_path):
     assert len(names) == (4 * LAYERS if model_type == "meter" else LAYERS)
     assert close(run(model, model_type, images).logits, expected)
     assert not close(without, expected, 1e-2)
-    config = model.apt_state.configs["default"]
+    config = ModelAdapters.of(model).configs["default"]
     assert (config.num_prompts, config.rank, config.init) == (PROMPTS, RANK, "paper")
 
     # The file alone, on the model that the checkpoint was fine-tuned from: heads, poolers and tables are in it.

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.pipeline_helpers import KINDS, SMALL, differ, draw, make_pipe
 
 import apt_diffusion as apt
-from apt_diffusion.attach import cores_of
+from apt_diffusion.api import cores_of
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from conftest import make_unet, randomize
 from support.pipeline_helpers import INPUTS, PICTURE, SMALL, convert, differ, draw, make_controlnet
 
 import apt_diffusion as apt
-from apt_diffusion.attach import cores_of, hidden_apt
+from apt_diffusion.api import cores_of, hidden_apt
 
 
 @pytest.fixture(params=INPUTS)
@@ -107,8 +107,9 @@ def test_what_an_adapter_folds_to_goes_where_the_activations_are():
     apt.add_apt(unet, SMALL)
     core = next(cores_of(unet))
     states = torch.empty(2, 3, core.hidden_size, device="meta")
-    assert core._fold("default", 1.0, states).keys.device == states.device
-    assert core._stack(["default"] * 2, states).values.device == states.device
+    assert core(states, states).device == states.device
+    core.adapters_per_sample = ("default", {"default": 0.5})
+    assert core(states, states).device == states.device
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -121,7 +122,7 @@ def test_half_precision(any_pipe, tmp_path, dtype):
     any_pipe.to(dtype)
     base = draw(any_pipe)
     any_pipe.load_apt_weights(tmp_path)
-    assert {p.dtype for core in cores_of(any_pipe) for p in core.parameters()} == {dtype}
+    assert {p.dtype for core in cores_of(any_pipe) for p in core.parameters()} == {torch.float32}
     picture = draw(any_pipe, apt_scale=0.2)
     assert np.isfinite(picture).all() and np.abs(picture - expected).mean() < 0.1
     assert differ(picture, base) and np.array_equal(draw(any_pipe, apt_scale=0.0), base)

@@ -387,7 +387,7 @@ def test_costs_of_stable_diffusion_are_those_of_the_modules_that_add_apt_adapts(
     from diffusers import UNet2DConditionModel
 
     from apt_diffusion import APTConfig, add_apt
-    from apt_diffusion.attach import adapter_parameters
+    from apt_diffusion.api import adapter_parameters
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768)

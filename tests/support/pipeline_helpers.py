@@ -5,7 +5,7 @@ import torch
 from conftest import make_unet
 
 import apt_diffusion as apt
-from apt_diffusion.attach import hidden_apt
+from apt_diffusion.api import hidden_apt
 from apt_diffusion.pipelines.mixin import APTLoaderMixin
 
 SMALL = apt.APTConfig(num_prompts=6, rank=2, query_source="attn_output", streams=["query", "context"])

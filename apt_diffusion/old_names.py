@@ -1,0 +1,84 @@
+"""Modules under the names that they had before, with a `DeprecationWarning`.
+
+Python's import system calls the finder only for names that no file has.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+# Old name -> new names, of which the first is meant; a package stands for its modules, too.
+OLD_NAMES: dict[str, tuple[str, ...]] = {
+    "core": ("equation",),
+    "sites": ("architectures", "places"),
+    "module_cache": ("memo",),
+    "attach": ("api", "components", "model", "hooks"),
+    "keys": ("io.names",),
+    "files": ("io.files",),
+    "weights": ("io.load", "io.save", "io.hotswap"),
+    "loaders": ("pipelines.mixin",),
+    "store": ("serving.store",),
+    "methods": ("baselines",),
+    "meter": ("models.meter",),
+    "vilt": ("models.vilt",),
+    "clip_classifier": ("models.clip_classifier",),
+    "retrieval": ("models.retrieval",),
+}
+
+
+class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports `apt_diffusion.<old name>` as a module that looks everything up under the new name."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """The spec of an old name, `None` for any other."""
+        package, _, rest = fullname.partition(".")
+        old = rest.split(".")[0]
+        if package != self.package or old not in OLD_NAMES:
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        """A module whose attributes are those of the new modules."""
+        old, _, inside = spec.name.removeprefix(f"{self.package}.").partition(".")
+        targets = [f"{self.package}.{new}" for new in OLD_NAMES[old]]
+        if inside:
+            targets = [f"{targets[0]}.{inside}"]
+        # Python leaves the frames of the import system out of the count: 2 is the line with the import.
+        warnings.warn(f"{spec.name} has moved: import from {targets[0]}.", DeprecationWarning, stacklevel=2)
+        modules = [importlib.import_module(target) for target in targets]
+        return _Renamed(spec.name, modules)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run: the new modules are imported."""
+
+
+class _Renamed(types.ModuleType):
+    def __init__(self, name: str, modules: list[types.ModuleType]) -> None:
+        super().__init__(name, modules[0].__doc__)
+        self._modules = modules
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__"):
+            for module in vars(self)["_modules"]:
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({name for module in self._modules for name in dir(module)})
+
+
+def install(package: str) -> None:
+    """Makes the old names importable; every other finder goes first."""
+    if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+        sys.meta_path.append(OldNames(package))

@@ -203,7 +203,7 @@ def test_custom_pipeline_by_a_path_from_the_checkout(two, tmp_path, monkeypatch)
     two.save_pretrained(tmp_path)
     monkeypatch.chdir(ROOT)
     custom = DiffusionPipeline.from_pretrained(
-        tmp_path, custom_pipeline="apt_diffusion/pipelines/stable_diffusion_apt.py", trust_remote_code=True
+        tmp_path, custom_pipeline="pipelines/stable_diffusion_apt.py", trust_remote_code=True
     )
     custom.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(custom.load_apt_weights(tmp_path)), expected)

@@ -114,7 +114,7 @@ def published_tables() -> list[Cell]:
         costs = count_costs(method, **sizes)
         return Cell(table, method, formula, costs.parameters, costs.macs, published, note)
 
-    towers = {"num_modules": 36, "num_tokens": ([40] * 18) + ([577] * 18)}
+    towers: dict[str, Any] = {"num_modules": 36, "num_tokens": ([40] * 18) + ([577] * 18)}
     return [
         cell("ViLT", "apt", "12(pd+2dr+1); 12(2pdN+2pdr)", ("1.92", "0.91"), "0.91 is a difference of rounded totals"),
         cell("ViLT", "deep_prompt", "12pd; 12(3pd²+2Npd)", ("1.84", "5.14"), "5.1444 with 5pd per layer norm"),

@@ -135,8 +135,8 @@ def attach_adapter(converted: Converted) -> None:
     missing = sorted(set(APT_NAMES.values()) - first.keys())
     if missing:
         raise ValueError(f"The checkpoint's APT is not whole: it lacks {missing}.")
-    sizes = {"num_prompts": len(first["prompts"]), "rank": len(first["low_rank_down"])}
-    names = add_apt(model, APTConfig(**sizes, modules_to_save=modules_to_save))
+    num_prompts, rank = len(first["prompts"]), len(first["low_rank_down"])
+    names = add_apt(model, APTConfig(num_prompts=num_prompts, rank=rank, modules_to_save=modules_to_save))
     if set(names) != set(adapter):
         odd = sorted(set(names) ^ set(adapter))[:3]
         raise ValueError(f"The checkpoint's APT sits elsewhere than in {len(names)} attentions of the model: {odd}.")

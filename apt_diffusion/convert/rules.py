@@ -36,6 +36,7 @@ class Account:
     made: list[tuple[str, str]] = field(default_factory=list)  # what the file does not hold, and where it comes from
 
     def add(self, key: str, tensor: Tensor, fate: str) -> None:
+        """Notes what became of one official tensor."""
         self.entries.append((key, tuple(tensor.shape), fate))
 
     def __str__(self) -> str:
@@ -43,6 +44,7 @@ class Account:
         return "\n".join(lines + [f"(new) {key}: {source}" for key, source in self.made])
 
     def summary(self) -> str:
+        """How many tensors were converted, dropped and made, and why."""
         dropped: dict[str, int] = {}
         for _, _, fate in self.entries:
             if fate.startswith("dropped: "):
@@ -62,10 +64,11 @@ def rename(state: dict[str, Tensor], rules: tuple[Rule, ...], account: Account) 
     renamed: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in state.items():
-        rule, match = next(((r, m) for r in rules if (m := re.fullmatch(r.pattern, key))), (None, None))
-        if rule is None:
+        found = next(((rule, match) for rule in rules if (match := re.fullmatch(rule.pattern, key))), None)
+        if found is None:
             unknown.append(key)
             continue
+        rule, match = found
         if rule.target is None:
             account.add(key, tensor, f"dropped: {rule.reason}")
             continue

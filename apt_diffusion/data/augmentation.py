@@ -56,7 +56,7 @@ OPERATIONS: tuple[tuple[Operation, float, float, bool], ...] = (
     (lambda image, _: ImageOps.equalize(image), 0, 1, False),
     (lambda image, value: image.rotate(value), 0, 30, False),
     (_posterize, 0, 4, False),
-    (lambda image, value: ImageOps.solarize(image, value), 0, 256, False),
+    (lambda image, value: ImageOps.solarize(image, math.ceil(value)), 0, 256, False),
     (_solarize_add, 0, 110, False),
     (_enhance(ImageEnhance.Color), 0.1, 1.9, False),
     (_enhance(ImageEnhance.Contrast), 0.1, 1.9, False),

@@ -98,7 +98,9 @@ def _read_zhou(file: Path, row: DataSet | None) -> Labelled:
             raise ValueError(f"{file} has two names for class {label}: {names[label]!r} and {name!r}.")
     example = next((path for items in rows.values() for path, _, _ in items), "")
     image_dir = file.parent / row.image_dir if row else _find_image_dir(file.parent, example)
-    splits = {split: [(inside(image_dir, path), label) for path, label, _ in items] for split, items in rows.items()}
+    splits: dict[str, list[Item]] = {
+        split: [(inside(image_dir, path), label) for path, label, _ in items] for split, items in rows.items()
+    }
     check_pictures(_pictures(splits), f"{file.name} names them; they are looked for in {image_dir}.")
     return _labelled(names, splits, str(file))
 
@@ -160,7 +162,7 @@ def _read_folders(folder: Path, row: DataSet) -> Labelled:
             f"{folder} holds no data set: neither a split_zhou_*.json, nor variants.txt, nor folders of pictures."
         )
     label_of = {key: label for label, key in enumerate(sorted(found))}
-    items = {
+    items: dict[str, list[Item]] = {
         split: [(path, label_of[key]) for key in sorted(by_class) for path in by_class[key]]
         for split, by_class in splits.items()
     }

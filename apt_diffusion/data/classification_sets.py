@@ -44,6 +44,7 @@ class DataSet:
     ignored: tuple[str, ...] = ()
 
     def class_name(self, folder: str) -> str:
+        """The name of the class whose pictures are in a folder of this name."""
         return self.renamed.get(folder) or self.rule(folder)
 
 

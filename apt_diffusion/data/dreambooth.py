@@ -56,10 +56,12 @@ class Batch:
     noise: Tensor  # (B, c, h, w)
 
     def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
         tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
         return Batch(self.prompts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU copies from without waiting."""
         tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
         return Batch(self.prompts, *(tensor.pin_memory() for tensor in tensors))
 
@@ -154,7 +156,7 @@ class DreamBoothData(Dataset):
 
     def pixels(self, views: list[View]) -> dict[View, Tensor]:
         """Pixels `(3, size, size)` of several views; each picture is opened once."""
-        found = {}
+        found: dict[View, Tensor] = {}
         for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
             image = read_picture(path)
             found |= {view: cut(image, view, self.framing.interpolation) for view in of_picture}

@@ -119,4 +119,5 @@ class ModelInputs:
 
 
 def class_labels(targets: list[int]) -> Tensor:
+    """`(B,)` whole numbers."""
     return torch.tensor(targets)

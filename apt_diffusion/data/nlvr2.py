@@ -101,14 +101,14 @@ def load_hub_statements(name: str, split: str) -> list[Statement]:
     rows = splits[present]
     sentence = "sentence" if "sentence" in rows.column_names else "question"
     label = "label" if "label" in rows.column_names else "answer"
-    sides = ("left_image", "right_image")
-    check_columns(rows, (sentence, label, *sides), name)
+    check_columns(rows, (sentence, label, "left_image", "right_image"), name)
     texts = rows.select_columns([c for c in (sentence, label, "identifier") if c in rows.column_names])
     return [
         Statement(
             str(row.get("identifier", f"{split}-{index}-0-0")),
             row[sentence],
-            *(HubPicture(rows, index, side) for side in sides),
+            HubPicture(rows, index, "left_image"),
+            HubPicture(rows, index, "right_image"),
             _truth(row[label]),
         )
         for index, row in enumerate(texts)

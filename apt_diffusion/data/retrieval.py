@@ -49,7 +49,10 @@ class RetrievalSplit:
         Raises:
             ValueError: where there is no picture at all, or one without a caption.
         """
-        images, captions, image_of, firsts = [], [], [], [0]
+        images: list[PictureSource] = []
+        captions: list[str] = []
+        image_of: list[int] = []
+        firsts = [0]
         for picture, of_picture in items:
             distinct = list(dict.fromkeys(text.strip() for text in of_picture if text.strip()))
             if not distinct:
@@ -64,9 +67,11 @@ class RetrievalSplit:
 
     @classmethod
     def empty(cls) -> "RetrievalSplit":
+        """A split without pictures."""
         return cls([], [], [], [0])
 
     def captions_of(self, image: int) -> list[str]:
+        """The captions of the picture of that number."""
         return self.captions[self.firsts[image] : self.firsts[image + 1]]
 
 

@@ -28,6 +28,8 @@ class ClipClassifier(nn.Module):
             backward pass, which encodes them again: memory is that of one part, however many classes there are.
     """
 
+    template: str
+
     def __init__(
         self,
         model: nn.Module,

@@ -84,6 +84,8 @@ class RankingObjective(nn.Module):
         loss = ranking_loss(self.model, encoded, told)
         if self.matching_head is None:
             return loss
+        if matched is None or is_match is None:
+            raise ValueError("With a matching head a batch needs `matched` and `is_match`.")
         true = {name: tensor[:: len(tensor) // len(is_match)] for name, tensor in told.items()}
         matched = encode_images(self.model, matched)
         return loss + self.matching_weight * matching_loss(self.model, self.matching_head, matched, true, is_match)

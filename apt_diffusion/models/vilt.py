@@ -18,6 +18,7 @@ class ViltSdpaSelfAttention(ViltSelfAttention):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False
     ) -> tuple[Tensor, ...]:
+        """`(B, N, d) -> (B, N, d)` in a tuple, with the probabilities behind it if `output_attentions`."""
         if output_attentions:
             return super().forward(hidden_states, attention_mask, output_attentions)
         query, key, value = (

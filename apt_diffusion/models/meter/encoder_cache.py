@@ -26,6 +26,7 @@ CONFIG_NOISE = ("_name_or_path", "architectures", "dtype", "transformers_version
 
 
 def open_rgb(path: Path) -> Image.Image:
+    """A picture file in RGB."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
@@ -229,6 +230,7 @@ def picture_key(path: Path) -> str:
 
 
 def text_key(token_ids: Sequence[int]) -> str:
+    """By the tokens alone, so that equal texts share their features."""
     return _digest([int(token) for token in token_ids])
 
 

@@ -98,6 +98,7 @@ class MeterCrossLayer(GradientCheckpointingLayer):
         encoder_attention_mask: Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`(B, N, d)` states, and those of the other stack `(B, M, d)`: new states, own and cross-attention maps."""
         attended, own = self.attention(hidden_states, None, attention_mask, output_attentions)
         hidden_states = self.attention_layer_norm(self.dropout(attended) + hidden_states)
         attended, others = self.crossattention(
@@ -116,10 +117,13 @@ class MeterPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        """`(B, N, d) -> (B, d)`."""
         return self.dense(hidden_states[:, 0]).tanh()
 
 
 class MeterPreTrainedModel(PreTrainedModel):
+    """Base class of the METER models: loading, saving, new weights."""
+
     config_class = MeterConfig
     base_model_prefix = "meter"
     input_modalities = ("image", "text")
@@ -141,8 +145,8 @@ class MeterModel(MeterPreTrainedModel):
         super().__init__(config)
         self.text_model = RobertaModel(config.text_config, add_pooling_layer=False)
         self.vision_model = CLIPVisionModel(config.vision_config)
-        self.cross_modal_text_transform = nn.Linear(config.text_config.hidden_size, config.hidden_size)
-        self.cross_modal_image_transform = nn.Linear(config.vision_config.hidden_size, config.hidden_size)
+        self.cross_modal_text_transform = nn.Linear(self.text_model.config.hidden_size, config.hidden_size)
+        self.cross_modal_image_transform = nn.Linear(self.vision_model.config.hidden_size, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.modality_type_vocab_size, config.hidden_size)
         size = (1, 1, config.hidden_size)
         self.classifier_token = nn.Parameter(torch.zeros(size)) if config.use_classifier_token else None
@@ -154,9 +158,11 @@ class MeterModel(MeterPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The text encoder's table of words."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces that table."""
         self.text_model.set_input_embeddings(value)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -10,8 +10,8 @@ PACKAGE = ROOT / "apt_diffusion"
 # The parts that the method is: each may import those before it.
 METHOD = [
     "version", "config", "equation", "memo", "offloading", "adapter_names", "processor", "architectures", "hooks",
-    "places", "wrappers", "heads", "block_weights", "compiled", "model", "components", "api", "io.atomic", "io.names",
-    "io.files", "io.save", "io.hotswap", "io.load", "serving.store", "pipelines.mixin", "pipelines.factory",
+    "places", "wrappers", "heads", "block_weights", "compiled", "model", "components", "api", "io.atomic",
+    "io.former", "io.names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store", "pipelines.mixin", "pipelines.factory",
 ]  # fmt: skip
 OUTSIDE = {"train", "app", "benchmarks", "tests", "examples", "tools"}
 

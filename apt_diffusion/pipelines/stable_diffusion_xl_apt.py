@@ -1,0 +1,8 @@
+"""Stable Diffusion XL with APT adapters: text to image.
+
+The path of this file is a `custom_pipeline=` for `DiffusionPipeline.from_pretrained`.
+"""
+
+from apt_diffusion.pipelines import StableDiffusionXLAPTPipeline
+
+__all__ = ["StableDiffusionXLAPTPipeline"]

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "apt_diffusion"
 METHOD = [
     "version", "config", "equation", "memo", "offloading", "adapter_names", "processor", "architectures", "hooks",
     "places", "wrappers", "heads", "block_weights", "compiled", "model", "components", "api", "io.atomic",
-    "io.former", "io.names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store", "pipelines.mixin", "pipelines.factory",
+    "io.former", "io.names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store",
+    "pipelines.mixin", "pipelines.factory",
 ]  # fmt: skip
 OUTSIDE = {"train", "app", "benchmarks", "tests", "examples", "tools"}
 

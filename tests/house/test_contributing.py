@@ -3,12 +3,15 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from support.families import make_vilt, vilt_output
 from support.vl_helpers import results, train
 
+from apt_diffusion import load_apt_weights, remove_apt, save_apt_weights
+from apt_diffusion.architectures import ARCHITECTURES
 from apt_diffusion.baselines import (
     MethodConfig,
     add_method,
@@ -22,13 +25,15 @@ from apt_diffusion.costs import count_costs
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def example_under(heading: str, folder: Path) -> None:
-    """Imports the Python block that stands under a heading."""
+def example_under(heading: str, folder: Path) -> ModuleType:
+    """Imports the Python block that stands under a heading, as a module."""
     section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)[1]
     file = folder / "example.py"
     file.write_text(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], encoding="utf-8")
     spec = importlib.util.spec_from_file_location("example", file)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -59,3 +64,28 @@ def test_a_trainer_trains_the_example_of_a_method(ia3, tiny_vl, vqa_dir, tmp_pat
     assert load_method(fresh, out) == MethodConfig("ia3", start=0.9)
     factors = torch.stack([p for name, p in fresh.named_parameters() if name.endswith(".factors")])
     assert factors.shape == (4, 32) and (factors - 0.9).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_example_of_an_architecture(tmp_path):
+    before = list(ARCHITECTURES)
+    try:
+        example = example_under("Add an architecture", tmp_path)
+        assert example.names == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
+        model = example.model.eval()
+        sound = torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(0))
+
+        def encoded() -> torch.Tensor:
+            return model.encoder(sound).last_hidden_state
+
+        untrained = encoded()
+        for name, parameter in model.named_parameters():
+            if name.endswith((".gate", ".prompts")):
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+        trained, file = encoded(), save_apt_weights(model, tmp_path)
+        remove_apt(model)
+        assert torch.equal(encoded(), untrained) and not torch.allclose(trained, untrained, atol=1e-3)
+        load_apt_weights(model, file)
+        assert torch.equal(encoded(), trained)
+    finally:
+        ARCHITECTURES[:] = before

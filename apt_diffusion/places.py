@@ -34,14 +34,21 @@ def places_of(model: nn.Module, config: APTConfig) -> list[Place]:
         ValueError: for a pattern that names no module, or a module that APT cannot correct; naming it.
     """
     row = architecture_of(model)
-    places, found = [], find_modules(model, config.target_modules, "target_modules")
-    for name, module in found.items():
-        for stream_name in config.streams:
-            if stream_name != "text" or _has_text_output(row, name, module):
-                places.append(place_at(model, name, module, row.stream(stream_name)))
+    found = find_modules(model, config.target_modules, "target_modules")
+    places = [place for name, module in found.items() for place in places_at(model, name, module, config.streams)]
     if "text" in config.streams and not any(place.child == row.stream("text").child for place in places):
         raise ValueError(f"None of {list(found)[:5]} is a joint attention: stream 'text' needs its text output.")
     return places
+
+
+def places_at(model: nn.Module, name: str, module: nn.Module, streams: tuple[str, ...]) -> list[Place]:
+    """The places of one attention module of `model`; `ValueError` naming the module where it cannot be corrected."""
+    row = architecture_of(model)
+    return [
+        place_at(model, name, module, row.stream(stream))
+        for stream in streams
+        if stream != "text" or _has_text_output(row, name, module)
+    ]
 
 
 def place_at(model: nn.Module, name: str, module: nn.Module, stream: Stream) -> Place:

@@ -61,7 +61,7 @@ def group_tensors(model: nn.Module, tensors: dict[str, Tensor], known: set[str])
     heads = {}
     parsed = {key: parse(key) for key in tensors}
     names = [name.module for name in parsed.values() if name]
-    prefix = _common_prefix(names)
+    prefix = common_prefix(names)
     actual = {} if known.issuperset(names) else {neutral: name for name, neutral in neutral_names(model).items()}
     for key, tensor in tensors.items():
         name = parsed[key]
@@ -76,11 +76,12 @@ def group_tensors(model: nn.Module, tensors: dict[str, Tensor], known: set[str])
 def neutral_names(model: nn.Module) -> dict[str, str]:
     """`{name of a module: its name in a file}`."""
     names = [name for name, _ in base_modules(model)]
-    prefix = _common_prefix([name for name in names if "." in name])
+    prefix = common_prefix([name for name in names if "." in name])
     return {name: name.removeprefix(prefix) for name in names}
 
 
-def _common_prefix(names: list[str]) -> str:
+def common_prefix(names: list[str]) -> str:
+    """`text_model.` or `vision_model.` where all names begin with it, else nothing."""
     for prefix in ("text_model.", "vision_model."):
         if names and all(name.startswith(prefix) for name in names):
             return prefix

@@ -1,21 +1,30 @@
 # Two commands for a fresh machine with Python 3.10+, pip and make:
 #   make demo   teaches the embedded model a subject and draws it, offline (pictures in out/demo)
-#   make test   runs the tests
-# Both make their own virtual environment in VENV first.
+#   make test   runs the tests; make test-fast leaves out the slow ones
+# Each makes its own virtual environment in VENV first.
 VENV ?= .venv
 PYTHON ?= python3
+SITE ?= out/site
 RUN := $(VENV)/bin/python
 # Threads that wait for each other sleep and do not spin: where something else keeps a core busy, spinning made the
 # demo's training up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Tests of tiny models are faster in two processes of one thread each than in one process of two. A file stays in one
+# process, so that what its tests share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test lint types docs
+.PHONY: ready demo test test-fast lint types docs
+
+ready: $(VENV)/ready
 
 demo: $(VENV)/ready
 	$(RUN) examples/demo.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(PYTEST)
+
+test-fast: $(VENV)/ready
+	$(PYTEST) -m "not slow and not browser"
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
@@ -26,8 +35,8 @@ types: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(RUN) -m pip install --quiet -e ".[docs]" -c constraints.txt
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
-	@echo "The site is in out/site: open out/site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir "$(SITE)"
+	@echo "The site is in $(SITE): open $(SITE)/index.html"
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

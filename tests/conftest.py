@@ -252,3 +252,13 @@ def visit(chromium, address):
 
     with visitors(chromium, address) as visit:
         yield visit
+
+
+def pytest_collection_modifyitems(items):
+    """Whatever opens a page in Chromium is marked `browser`, and skipped where there is none."""
+    from support.studio_browser import needs_chromium
+
+    for item in items:
+        if "chromium" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+            item.add_marker(needs_chromium)

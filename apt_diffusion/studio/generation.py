@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..pipelines.stable_diffusion_apt import StableDiffusionAPTPipeline
+from ..pipelines import StableDiffusionAPTPipeline
 from .background import Watcher, in_background
 from .gates import recorded_gates, step_maps
 from .library import Adapter, download_name, slug

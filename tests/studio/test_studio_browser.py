@@ -9,7 +9,6 @@ from support.studio_browser import (
     as_file,
     choose,
     draw,
-    needs_chromium,
     offered,
     pictures_of,
     remember,
@@ -20,7 +19,6 @@ from support.studio_browser import (
 )
 from support.studio_helpers import make_adapter, make_looking_adapter, picture
 
-pytestmark = needs_chromium
 STEPS = 400  # enough to be stopped on the way on a fast machine, too
 
 

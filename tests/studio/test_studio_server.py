@@ -10,12 +10,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from support.studio_browser import as_file, choose, draw, fetch, needs_chromium, served, tab, upload, wait_for
+from support.studio_browser import as_file, choose, draw, fetch, served, tab, upload, wait_for
 from support.studio_helpers import ROOT, bomb, copy_adapter, disguised, make_adapter, picture
 
 from apt_diffusion.studio.library import EXAMPLES
-
-pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")

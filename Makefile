@@ -35,6 +35,7 @@ types: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(RUN) -m pip install --quiet -e ".[docs]" -c constraints.txt
+	$(RUN) tools/refusals.py
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir "$(SITE)"
 	@echo "The site is in $(SITE): open $(SITE)/index.html"
 

@@ -69,11 +69,7 @@ class APTLoaderMixin:
     def _stock_class(cls) -> type | None:
         """The pipeline class that this one adds APT to."""
         for base in cls.__mro__:
-            if (
-                not issubclass(base, APTLoaderMixin)
-                and base not in APTLoaderMixin.__mro__
-                and "__call__" in vars(base)
-            ):
+            if not issubclass(base, APTLoaderMixin) and any("__call__" in vars(part) for part in base.__mro__):
                 return base
         return None
 

@@ -121,13 +121,14 @@ def _checked_weights(components: dict[str, nn.Module], active: dict[str, Any]) -
     active = {name: plain_weight(weight) for name, weight in active.items()}
     for part, component in components.items():
         ModelAdapters.of(component).check_weights(active, part)
-    if "" not in components:
-        named = {part for weight in active.values() if isinstance(weight, dict) for part in weight}
-        unused = sorted(
-            part for part in named if part not in components or not ModelAdapters.of(components[part]).configs
-        )
-        if unused:
-            logger.warning("Ignoring adapter weights of components that carry no adapters: %s.", unused)
+    unused = {
+        part
+        for name, weight in active.items()
+        for part in (weight if isinstance(weight, dict) and "" not in components else ())
+        if part not in components or name not in ModelAdapters.of(components[part]).configs
+    }
+    if unused:
+        logger.warning("Ignoring adapter weights of components that carry no adapters: %s.", sorted(unused))
     return active
 
 

@@ -199,6 +199,8 @@ class ModelAdapters:
 
     def begin_call(self, call: Call, component: str) -> None:
         """Starts a call with its own settings; `RuntimeError` while another is under way."""
+        if call.samples is not None:
+            self._check_batch_axis()
         with _call_lock:
             if self.call is not None:
                 raise RuntimeError(
@@ -208,9 +210,11 @@ class ModelAdapters:
                 )
             self.call = call
         self._component = component
-        if call.samples is not None:
-            self._check_batch_axis()
-        self._apply()
+        try:
+            self._apply()
+        except BaseException:
+            self.end_call()
+            raise
 
     def end_call(self) -> None:
         """Back to the model's own settings, with whatever was changed during the call."""

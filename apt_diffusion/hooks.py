@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .architectures import STREAMS, Stream
+from .architectures import CHILDREN, STREAMS, Stream
 from .processor import APTProcessorCore
 
 _OUTPUT_CHILDREN = tuple(stream.child for stream in STREAMS.values() if stream.output is not None)
@@ -90,6 +90,26 @@ def unregister(module: nn.Module, child: str) -> None:
         _remove_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, apply_apt_context)
     elif not any(other in module._modules for other in _OUTPUT_CHILDREN):
         _remove_hook(module._forward_hooks, module._forward_hooks_with_kwargs, apply_apt)
+
+
+def accept_base_states(model: nn.Module) -> None:
+    """Lets an adapted model load the state of its base, which has no adapters in it: they keep their values."""
+    if not any(hook is _forgive_missing_adapters for hook in model._load_state_dict_post_hooks.values()):
+        model.register_load_state_dict_post_hook(_forgive_missing_adapters)
+
+
+def refuse_base_states(model: nn.Module) -> None:
+    """Undoes `accept_base_states`."""
+    _remove_hook(model._load_state_dict_post_hooks, {}, _forgive_missing_adapters)
+
+
+def _forgive_missing_adapters(model: nn.Module, incompatible: Any) -> None:
+    """After loading: only where all adapters are missing was it the base's state; else some were lost."""
+    missing = incompatible.missing_keys
+    ours = {key for key in missing if set(CHILDREN) & set(key.split("."))}
+    count = sum(len(module.state_dict()) for module in model.modules() if isinstance(module, APTProcessorCore))
+    if ours and len(ours) == count:
+        missing[:] = [key for key in missing if key not in ours]
 
 
 def _remove_hook(hooks: dict, with_kwargs: dict, function: Any) -> None:

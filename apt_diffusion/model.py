@@ -21,10 +21,11 @@ from .compiled import forget_graphs
 from .config import APTConfig, pattern_matches
 from .equation import ApproximatedPrompt
 from .heads import Heads, head_tensors
-from .hooks import register, unregister
+from .hooks import accept_base_states, refuse_base_states, register, unregister
 from .offloading import regroup_offloaded
-from .places import Place, places_of, unwrapped_name
+from .places import Place, places_of
 from .processor import APTProcessorCore, Sample
+from .wrappers import unwrapped_name
 
 AdapterWeight = float | dict[str, Any]
 Planned = list[tuple[Place, ApproximatedPrompt]]
@@ -118,6 +119,7 @@ class ModelAdapters:
         before = dict(self.active)
         self.configs[adapter_name] = config
         try:
+            accept_base_states(self.model)
             changed = [
                 place.module for place, adapter in planned if self._register(adapter_name, config, place, adapter)
             ]
@@ -139,7 +141,7 @@ class ModelAdapters:
         new = core is None
         if new:
             core = APTProcessorCore(place.width)
-            core.name, core.binding = f"{place.module_name}.{place.child}", place.binding
+            core.full_name, core.binding = f"{place.module_name}.{place.child}", place.binding
             register(place.module, place.child, core)
         adapter.train(place.module.training)
         # A context core has one input, so both sources are the same there.
@@ -273,6 +275,8 @@ class ModelAdapters:
             )
         with_heads = [name for name in active if name in self.heads.stored] if self.enabled else []
         self.heads.use(self.model, with_heads[0] if with_heads else None)
+        if not self.configs:
+            refuse_base_states(self.model)
         plain = not self.configs and self.scale == 1 and self.enabled and self.hotswap_room is None
         if plain and self.call is None:
             vars(self.model).pop(_ATTRIBUTE, None)

@@ -9,11 +9,10 @@ from torch import nn
 from .architectures import CHILDREN, Architecture, Stream, architecture_of
 from .config import APTConfig
 from .hooks import Binding, bind
+from .wrappers import unwrapped_name
 
 # The attribute in which attention classes keep the width of their input, by preference.
 WIDTH_ATTRIBUTES = ("query_dim", "embed_dim", "hidden_size", "all_head_size")
-# What torch's wrappers add to the names of the modules inside them.
-_WRAPPER_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,6 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """As `model.named_modules()`, with the names that the modules have without torch's wrappers."""
     for name, module in model.named_modules():
         yield unwrapped_name(name), module
-
-
-def unwrapped_name(name: str) -> str:
-    """`name` without the segments of `torch.compile`, FSDP and activation checkpointing."""
-    if "._" not in f".{name}":
-        return name
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
 
 def matches(name: str, patterns: str | tuple[str, ...]) -> bool:

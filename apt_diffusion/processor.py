@@ -5,7 +5,7 @@ The core is a child of the attention module (`apt`; `apt_context` and `apt_text`
 `APTAttnProcessor` does the same around an inner processor.
 """
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -16,6 +16,7 @@ from .adapter_names import Adapters
 from .equation import ApproximatedPrompt, FoldedPrompt, correct
 from .memo import Memo
 from .offloading import onloaded
+from .wrappers import unwrapped_name
 
 # Of one sample in a batch: the base model, one adapter, or several with their weights.
 Sample = str | Mapping[str, float] | None
@@ -34,6 +35,7 @@ class APTProcessorCore(nn.Module):
         adapters_per_sample: per sample a name, `{name: λ}` for a mix, or `None` for the base model. A batch that is k
             times as long repeats them k times, as classifier-free guidance stacks it.
         keep_folded: keep what does not depend on the input between calls without gradients; see `prepared_apt`.
+        full_name: name of the core in its model; set when attached.
         binding: which argument of the attention is X and which output is O; set when attached (`hooks.py`).
     """
 
@@ -47,8 +49,10 @@ class APTProcessorCore(nn.Module):
         self.enabled = True
         self.adapters_per_sample: tuple[Sample, ...] | None = None
         self.keep_folded = False
+        self.full_name = ""
         self.binding: Any = None
         self._memos: dict[Hashable, Memo] = {}
+        self.register_load_state_dict_post_hook(_accept_part_of_base)
 
     def add(self, name: str, adapter: ApproximatedPrompt, query_source: str) -> None:
         """Adds an adapter, not active yet."""
@@ -181,6 +185,23 @@ class APTProcessorCore(nn.Module):
             return compute()
         return self._memos.setdefault(key, Memo()).get(compute, tensors, settings)
 
+    # Whoever builds a model from parts of another's state (ControlNet, AnimateDiff) means the base: the state of a
+    # part has no adapters in it, and can be loaded back. The state of the whole model has them.
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As `nn.Module.state_dict`, for the whole model; nothing within the state of a part of the model."""
+        if self._is_in_part(prefix):
+            return OrderedDict() if destination is None else destination
+        return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def _is_in_part(self, prefix: str) -> bool:
+        seen = unwrapped_name(prefix.removesuffix("."))
+        return seen != "" and seen != self.full_name and self.full_name.endswith(f".{seen}")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._loaded_as = prefix
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def set_keep_folded(self, keep_folded: bool) -> None:
         """Starts or ends keeping; at its end what was kept is freed."""
         self.keep_folded = keep_folded
@@ -197,6 +218,16 @@ class APTProcessorCore(nn.Module):
     def extra_repr(self) -> str:
         """Settings for `repr`."""
         return f"hidden_size={self.hidden_size}, weights={self.weights}, enabled={self.enabled}"
+
+
+def _accept_part_of_base(core: nn.Module, incompatible: Any) -> None:
+    """After loading: the state of a part of the model has no adapters in it, and none are missing."""
+    prefix = core.__dict__.pop("_loaded_as", "")
+    if core._is_in_part(prefix):
+        missing = incompatible.missing_keys
+        own = [key for key in missing if key.startswith(prefix)]
+        if len(own) == len(core.state_dict()):
+            missing[:] = [key for key in missing if not key.startswith(prefix)]
 
 
 class APTAttnProcessor(nn.Module):

@@ -4,6 +4,8 @@ from torch import nn
 
 # By class name: importing FSDP or DeepSpeed takes seconds. Both keep the model as `module`.
 _AS_MODULE = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+# What torch's wrappers add to the names of the modules inside them.
+_SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 
 
@@ -39,3 +41,10 @@ def check_can_be_read(model: nn.Module) -> None:
                 "This model's parameters are sharded by FullyShardedDataParallel. Save and load adapters within "
                 "`with FullyShardedDataParallel.summon_full_params(model):`, or shard with `fully_shard`."
             )
+
+
+def unwrapped_name(name: str) -> str:
+    """`name` without the segments of `torch.compile`, FSDP and activation checkpointing."""
+    if "._" not in f".{name}":
+        return name
+    return ".".join(segment for segment in name.split(".") if segment not in _SEGMENTS)

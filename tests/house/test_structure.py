@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "apt_diffusion"
 # The parts that the method is: each may import those before it.
 METHOD = [
-    "version", "config", "equation", "memo", "offloading", "adapter_names", "processor", "architectures", "hooks",
-    "places", "wrappers", "heads", "block_weights", "compiled", "model", "components", "api", "io.atomic",
+    "version", "config", "equation", "memo", "offloading", "adapter_names", "wrappers", "processor", "architectures",
+    "hooks", "places", "heads", "block_weights", "compiled", "model", "components", "api", "io.atomic",
     "io.former", "io.names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store",
     "pipelines.mixin", "pipelines.factory",
 ]  # fmt: skip

@@ -13,14 +13,12 @@ import argparse
 import functools
 import json
 import logging
-import math
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from stages import Stage, fit, load_stage
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -48,15 +46,15 @@ from apt_diffusion.miniature.models import (
     make_tokenizer,
     make_unet,
 )
-from apt_diffusion.miniature.muon import Muon
+from apt_diffusion.miniature.muon import Muon, split_for_muon
 from apt_diffusion.miniature.pictures import composition
 from apt_diffusion.miniature.world import caption, render, sample_scenes
 
 STAGES = ("autoencoder", "text", "denoiser", "grader", "export")
-STREAMS = (*STAGES, "clip", "vilt", "meter")  # each draws from seeds of its own
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/miniature", help="checkpoints, sample grids, grades")
     parser.add_argument("--export_dir", default=str(STABLE_DIFFUSION), help="where the pipeline goes, in fp16")
@@ -71,100 +69,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pool", type=int, default=24000, help="pictures drawn once and reused")
     parser.add_argument("--save_every", type=int, default=500, help="steps between checkpoints")
     return parser.parse_args(argv)
-
-
-@dataclass
-class Stage:
-    """One training run: what is optimised, how, and for how long."""
-
-    name: str
-    modules: dict[str, nn.Module]
-    optimizers: list[torch.optim.Optimizer]
-    lr: float
-    steps: int
-    loss: Callable[[torch.Generator], Tensor]
-    ema_decay: float = 0.0
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for module in self.modules.values() for parameter in module.parameters()]
-
-
-def fit(stage: Stage, args: argparse.Namespace, at_save: Callable[[int], None] = lambda step: None) -> None:
-    """Runs a stage to its end, from its last checkpoint if there is one; the modules end with averaged weights."""
-    file = Path(args.output_dir) / f"{stage.name}.pt"
-    average = [parameter.detach().clone() for parameter in stage.parameters]
-    first = load_stage(stage, average, file)
-    losses: list[Tensor] = []
-    bar = tqdm(range(first, stage.steps), initial=first, total=stage.steps, desc=stage.name)
-    for step in bar:
-        generator = torch.Generator().manual_seed(hash((args.seed, STREAMS.index(stage.name), step)) % 2**63)
-        warm_up = min(1.0, (step + 1) / min(200, stage.steps))
-        rate = stage.lr * warm_up * (0.5 + 0.49 * math.cos(math.pi * step / stage.steps))
-        for optimizer in stage.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("lr_scale", 1.0)
-            optimizer.zero_grad(set_to_none=True)
-        loss = stage.loss(generator)
-        loss.backward()
-        nn.utils.clip_grad_norm_(stage.parameters, 1.0)
-        for optimizer in stage.optimizers:
-            optimizer.step()
-        decay = min(stage.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in stage.parameters], 1 - decay)
-        losses = [*losses[-99:], loss.detach()]
-        if step % 10 == 0:
-            bar.set_postfix(loss=f"{torch.stack(losses).mean():.4f}", lr=f"{rate:.1e}")
-        if (step + 1) % args.save_every == 0 or step + 1 == stage.steps:
-            save_stage(stage, average, step + 1, file)
-            with averaged(stage, average):
-                at_save(step + 1)
-    restore(stage.parameters, average)
-
-
-def save_stage(stage: Stage, average: list[Tensor], step: int, file: Path) -> None:
-    state = {
-        "step": step,
-        "modules": {name: module.state_dict() for name, module in stage.modules.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in stage.optimizers],
-        "average": average,
-    }
-    temporary = file.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
-
-
-def load_stage(stage: Stage, average: list[Tensor], file: Path) -> int:
-    """Steps already done."""
-    if not file.is_file():
-        return 0
-    state = torch.load(file, weights_only=True)
-    for name, module in stage.modules.items():
-        module.load_state_dict(state["modules"][name])
-    for optimizer, values in zip(stage.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
-    restore(average, state["average"])
-    return state["step"]
-
-
-@torch.no_grad()
-def restore(targets: list[Tensor], values: list[Tensor]) -> None:
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
-
-
-class averaged:
-    """Within it the modules hold the averaged weights."""
-
-    def __init__(self, stage: Stage, average: list[Tensor]) -> None:
-        self.parameters, self.average = stage.parameters, average
-        self.own = [parameter.detach().clone() for parameter in self.parameters]
-
-    def __enter__(self) -> None:
-        restore(self.parameters, self.average)
-
-    def __exit__(self, *exc_info: object) -> None:
-        restore(self.parameters, self.own)
 
 
 def autoencoder_stage(args: argparse.Namespace) -> Stage:
@@ -221,6 +125,7 @@ def text_stage(args: argparse.Namespace, text_encoder: nn.Module) -> Stage:
 
 
 def tokenize(tokenizer, captions: list[str], length: int = MAX_TOKENS) -> Tensor:
+    """Token ids `(B, T)`."""
     return tokenizer(captions, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
@@ -252,15 +157,6 @@ def denoiser_stage(args: argparse.Namespace, vae: nn.Module, text_encoder: nn.Mo
     matrices, others = split_for_muon(modules)
     optimizers = [Muon(matrices), torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)]
     return Stage("denoiser", modules, optimizers, 1.5e-3, args.denoiser_steps, loss, ema_decay=0.999)
-
-
-def split_for_muon(modules: dict[str, nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Inner matrices and filters for Muon; embeddings, first and last layers, vectors for AdamW."""
-    outer = ("conv_in", "conv_out", "time_embedding", "embeddings")
-    named = [pair for module in modules.values() for pair in module.named_parameters()]
-    matrices = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in outer)]
-    chosen = {id(p) for p in matrices}
-    return matrices, [p for _, p in named if id(p) not in chosen]
 
 
 @torch.no_grad()
@@ -332,6 +228,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the stages."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = parse_args(argv)
     if args.grade:
@@ -359,7 +256,7 @@ def run_stage(
 ) -> dict[str, nn.Module]:
     """Trains a stage that was asked for; the weights of the others come from their checkpoints."""
     if stage.name in args.stages:
-        fit(stage, args, at_save)
+        fit(stage, args.output_dir, args.seed, args.save_every, at_save)
     else:
         load_stage(stage, stage.parameters, Path(args.output_dir) / f"{stage.name}.pt")
     return stage.modules

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pretrain_miniature import Stage, fit
+from stages import Stage, fit
 from torch import Tensor, nn
 from transformers import CLIPPreTrainedModel, RobertaPreTrainedModel
 
@@ -44,6 +44,7 @@ OUTER = ("embedding", "position", "token", "logit_scale", "rank_output")  # for 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["clip", "vilt", "meter"], required=True)
     parser.add_argument("--output_dir", help="checkpoints and grades (default: runs/miniature-MODEL)")
@@ -173,6 +174,7 @@ def encode(
 
 
 def make_stage(args: argparse.Namespace) -> Stage:
+    """The only stage: the model, its loss and two optimizers."""
     torch.manual_seed(args.seed)
     make_model, make_processor = MAKERS[args.model]
     model, processor = make_model(), make_processor()
@@ -214,12 +216,14 @@ def grades_of(name: str, folder: str | Path) -> dict[str, float]:
 
 
 def report(args: argparse.Namespace, folder: str | Path, name: str) -> None:
+    """Grades an exported model, on the screen and as JSON."""
     grades = grades_of(args.model, folder)
     print("\n".join(f"{value:.3f}  {what}" for what, value in grades.items()))
     (Path(args.output_dir) / name).write_text(json.dumps(grades, indent=2))
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Trains and exports."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
@@ -235,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\nstep {step}")
         report(args, output_dir / "model", f"grades-{step:05d}.json")
 
-    fit(stage, args, save_and_grade)
+    fit(stage, args.output_dir, args.seed, args.save_every, save_and_grade)
     export(args.model, args.export_dir, model, word_head)
     report(args, args.export_dir, "grades.json")
 

@@ -1,4 +1,4 @@
-"""The embedded models and the drawn world that they were trained on; see docs/miniature.md."""
+"""The embedded models and the drawn world that most of them know; see docs/miniature.md and docs/emoji.md."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ FOLDER = Path(__file__).parent
 STABLE_DIFFUSION = FOLDER / "stable_diffusion"
 MODELS = {
     "miniature": STABLE_DIFFUSION,
+    "miniature-emoji": FOLDER / "emoji" / "stable_diffusion",
     "miniature-clip": FOLDER / "clip",
     "miniature-vilt": FOLDER / "vilt",
     "miniature-meter": FOLDER / "meter",

@@ -151,6 +151,10 @@ def test_class_pictures_are_the_base_models_own_with_captions(miniature, tmp_pat
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import pretrain_miniature
+    import stages
+
+    def interrupt(step: int) -> None:
+        raise KeyboardInterrupt
 
     def weights(folder: str, *runs: str) -> dict[str, torch.Tensor]:
         (tmp_path / folder).mkdir()
@@ -161,9 +165,9 @@ def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
             stage = pretrain_miniature.text_stage(args, pretrain_miniature.make_text_encoder(make_tokenizer()))
             if run == "killed":
                 with pytest.raises(KeyboardInterrupt):
-                    pretrain_miniature.fit(stage, args, lambda step: (_ for _ in ()).throw(KeyboardInterrupt))
+                    stages.fit(stage, args.output_dir, args.seed, args.save_every, interrupt)
             else:
-                pretrain_miniature.fit(stage, args)
+                stages.fit(stage, args.output_dir, args.seed, args.save_every)
         return stage.modules["text_encoder"].state_dict()
 
     straight, resumed = weights("straight", "whole"), weights("resumed", "killed", "rest")

@@ -200,7 +200,7 @@ def apt_call(
     carrying = {part: ModelAdapters.of(c) for part, c in components.items() if ModelAdapters.of(c).configs}
     number = None if scale is None or isinstance(scale, dict) else check_number("apt_scale", scale)
     weights = _checked_weights(components, scale) if isinstance(scale, dict) else None
-    samples = None
+    samples: tuple[Any, ...] | None = None
     if adapter_names is not None:
         samples = tuple(_checked_weights(components, s) if isinstance(s, dict) else s for s in adapter_names)
     begun = []

@@ -18,7 +18,8 @@ Place = tuple[str, str | None, str]  # part, number of the block, number of the 
 
 def transformers_of(model: nn.Module) -> list[Place]:
     """Where the transformers of a UNet are, adapted or not."""
-    return [place.groups() for place in (_UNET_PLACE.fullmatch(name) for name, _ in model.named_modules()) if place]
+    found = (_UNET_PLACE.fullmatch(name) for name, _ in model.named_modules())
+    return [(place[1], place[2], place[3]) for place in found if place]
 
 
 def weight_of(value: Any, component: str, module_name: str, transformers: list[Place]) -> float:

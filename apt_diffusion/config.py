@@ -77,8 +77,8 @@ class APTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-ready values (tuples become lists)."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain = {tuple: list, _Pattern: dict}
-        return {key: plain.get(type(value), lambda v: v)(value) for key, value in values.items()}
+        plain: dict[type, type] = {tuple: list, _Pattern: dict}
+        return {key: plain[type(value)](value) if type(value) in plain else value for key, value in values.items()}
 
     def to_json(self) -> str:
         """The settings as a JSON object."""
@@ -86,7 +86,7 @@ class APTConfig:
 
     def at(self, module_name: str) -> "APTConfig":
         """The settings for one attention module: this config with the sizes that the patterns give there."""
-        sizes = {
+        sizes: dict[str, Any] = {
             name: _first_match(getattr(self, f"{name}_pattern"), module_name, getattr(self, name))
             for name in ("num_prompts", "rank")
         }

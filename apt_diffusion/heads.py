@@ -68,7 +68,7 @@ def head_tensors(model: nn.Module, modules_to_save: tuple[str, ...]) -> dict[str
     suffixes = tuple(name for name in modules_to_save if name not in own)
     parameters = {name: p for name, p in own.items() if name in modules_to_save or matches(name, suffixes)}
     modules = tuple(name for name in modules_to_save if not any(matches(found, (name,)) for found in parameters))
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for prefix, module in (find_modules(model, modules, "modules_to_save") if modules else {}).items():
         tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
     return tensors | parameters

@@ -238,17 +238,18 @@ class ModelAdapters:
             for p in core.adapters[name].parameters()
         ]  # fmt: skip
         if self.heads.in_use is not None:
-            heads = head_tensors(self.model, self.configs[self.heads.in_use].modules_to_save)
+            heads = head_tensors(self.model, self.configs[self.heads.in_use].modules_to_save or ())
             parameters += [tensor for tensor in heads.values() if isinstance(tensor, nn.Parameter)]
         return parameters
 
     def at_places(self, adapter_name: str) -> dict[tuple[str, str], ApproximatedPrompt]:
         """One adapter, `{(module name, child name): its part there}`."""
-        return {
-            tuple(name.rsplit(".", 1)): core.adapters[adapter_name]
-            for name, core in self.cores()
-            if adapter_name in core.adapters
-        }
+        found = {}
+        for name, core in self.cores():
+            if adapter_name in core.adapters:
+                module_name, _, child = name.rpartition(".")
+                found[module_name, child] = core.adapters[adapter_name]
+        return found
 
     def reset(self) -> None:
         """Takes every adapter away, and all settings with them."""
@@ -314,6 +315,7 @@ def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> Approximate
     It has the module's dtype where that is float32 or better; next to half precision it is float32, in which the step
     is computed anyway: an optimizer's epsilon is zero in float16.
     """
+    assert config.init is not None  # resolved
     adapter = ApproximatedPrompt(
         width, config.num_prompts, config.rank, config.activation, config.dropout, config.init
     )

@@ -32,6 +32,7 @@ def places_of(model: nn.Module, config: APTConfig) -> list[Place]:
     Raises:
         ValueError: for a pattern that names no module, or a module that APT cannot correct; naming it.
     """
+    assert config.target_modules is not None and config.streams is not None  # resolved
     row = architecture_of(model)
     found = find_modules(model, config.target_modules, "target_modules")
     places = [place for name, module in found.items() for place in places_at(model, name, module, config.streams)]
@@ -106,9 +107,9 @@ def output_width(name: str, module: nn.Module, stream: Stream) -> int:
     """The width of the stream's output: of the text stream where its projection names one, else of the input."""
     if stream.output:
         for projection in ("to_add_out", "to_out_t"):
-            linear = getattr(module, projection, None)
-            if isinstance(getattr(linear, "out_features", None), int):
-                return linear.out_features
+            width = getattr(getattr(module, projection, None), "out_features", None)
+            if isinstance(width, int):
+                return width
     return input_width(name, module)
 
 

@@ -84,7 +84,7 @@ class APTProcessorCore(nn.Module):
 
     def memo_settings(self) -> tuple:
         """Everything besides the tensors that decides the result of `forward`."""
-        samples = self.adapters_per_sample and tuple(
+        samples: tuple | None = self.adapters_per_sample and tuple(
             tuple(sample.items()) if isinstance(sample, Mapping) else sample for sample in self.adapters_per_sample
         )
         weights, sources = tuple(self.weights.items()), tuple(self.query_sources.items())

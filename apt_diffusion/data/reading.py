@@ -55,7 +55,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str
     if path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() not in known:
         raise ValueError(f"The picture {path} is HEIC: `pip install pillow-heif`, or convert it to JPEG or PNG.")
     try:
-        with Image.open(path, formats=sorted(set(known.values())) if formats is None else formats) as image:
+        with Image.open(path, formats=sorted(set(known.values())) if formats is None else list(formats)) as image:
             check_size(*image.size, max_pixels)
             return as_rgb(image)
     except Exception as error:  # PIL's decoders raise anything from OSError to struct.error

@@ -173,22 +173,25 @@ def _settings(
             "from them, and another value gives other results. Pass config=APTConfig(...) as the adapter was made, or "
             "load the file itself: its header has them."
         )
-    settings = {}
+    settings: dict[str, tuple[APTConfig, bool]] = {}
     for part in parts:
         config = given.get(part) if isinstance(given, dict) else given
-        if config is None and in_header is None:
-            raise ValueError(f"config has no settings for component {part!r}, which {file.name} holds.")
         header = (in_header or {}).get(part)
-        if header is not None and config is not None:
-            for name in _UNSEEN:
+        if header is not None:
+            for name in _UNSEEN if config is not None else ():
                 if getattr(config, name) not in (None, getattr(header, name)):
                     raise ValueError(
                         f"config says {name}={getattr(config, name)!r}, the header of {file.name} "
                         f"{getattr(header, name)!r}: leave config out for a file with its own settings."
                     )
-        if header is None and part not in ("", *DENOISERS) and not isinstance(given, dict):
+            settings[part] = (header, True)
+            continue
+        if config is None:
+            source = "config" if in_header is None else "its header"
+            raise ValueError(f"{source} has no settings for component {part!r}, which {file.name} holds.")
+        if part not in ("", *DENOISERS) and not isinstance(given, dict):
             config = dataclasses.replace(config, query_source=None, streams=None)  # as `add_apt` gives text encoders
-        settings[part] = (header or config, header is not None)
+        settings[part] = (config, False)
     return settings
 
 
@@ -279,7 +282,7 @@ def _check_names(
     heads: dict[str, Tensor],
 ) -> None:
     names = set(PARAMETERS) - (set() if config.init == "identity" else {"gate"})
-    children = {STREAMS[stream].child for stream in config.streams}
+    children = {STREAMS[stream].child for stream in config.streams or ()}
     wanted = {join(name, child, p) for name, child in groups if child in children for p in names} | set(expected_heads)
     given = {join(name, child, p) for (name, child), group in groups.items() for p in group} | set(heads)
     for what, keys in (("lacks", wanted - given), ("holds unexpected", given - wanted)):

@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from torch import Tensor
@@ -32,7 +32,13 @@ _LORA_SCALE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kw
 logger = logging.getLogger(__name__)
 
 
-class APTLoaderMixin:
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline as Stock
+else:  # the stock class stands behind this one in each pipeline's bases
+    Stock = object
+
+
+class APTLoaderMixin(Stock):
     """Loads, saves, mixes and switches APT adapters on a diffusers pipeline; methods mirror those for LoRA.
 
     `__call__` takes two more arguments than the stock pipeline, for that call only:
@@ -54,19 +60,20 @@ class APTLoaderMixin:
         if stock is None:
             return
         # diffusers and IDEs read the arguments of a pipeline from the signature of its __call__.
-        parameters = dict(inspect.signature(stock.__call__).parameters)
-        parameters |= dict(inspect.signature(APTLoaderMixin.__call__).parameters)
-        parameters = [p for p in parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        known = dict(inspect.signature(stock.__call__).parameters)
+        known |= dict(inspect.signature(APTLoaderMixin.__call__).parameters)
+        parameters = [p for p in known.values() if p.kind is not p.VAR_POSITIONAL]
 
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             return APTLoaderMixin.__call__(self, *args, **kwargs)
 
-        __call__.__signature__ = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+        signature = inspect.Signature(sorted(parameters, key=lambda p: p.kind))
+        setattr(__call__, "__signature__", signature)  # noqa: B010 (a function has no such attribute by its type)
         __call__.__doc__ = f"{APTLoaderMixin.__doc__}\n\n{stock.__call__.__doc__}"
-        cls.__call__ = __call__
+        setattr(cls, "__call__", __call__)  # noqa: B010
 
     @classmethod
-    def _stock_class(cls) -> type | None:
+    def _stock_class(cls) -> Any:
         """The pipeline class that this one adds APT to."""
         for base in cls.__mro__:
             if not issubclass(base, APTLoaderMixin) and any("__call__" in vars(part) for part in base.__mro__):
@@ -171,7 +178,9 @@ class APTLoaderMixin:
 
     def get_list_apt_adapters(self) -> dict[str, list[str]]:
         """[`apt_diffusion.get_list_apt_adapters`] of this pipeline."""
-        return api.get_list_apt_adapters(self)
+        lists = api.get_list_apt_adapters(self)
+        assert isinstance(lists, dict)  # of a pipeline
+        return lists
 
     def delete_apt_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """[`apt_diffusion.delete_apt_adapters`] on this pipeline."""

@@ -107,8 +107,8 @@ class AdapterStore:
         """
         components = components_of(model)
         present = {name for component in components.values() for name in ModelAdapters.of(component).configs}
-        names = dict.fromkeys([names] if isinstance(names, str) else names)
-        adapters = {name: self.get(name) for name in names if name not in present}
+        wanted = dict.fromkeys([names] if isinstance(names, str) else names)
+        adapters = {name: self.get(name) for name in wanted if name not in present}
         attached = []
         try:
             for name, adapter in adapters.items():

@@ -46,8 +46,8 @@ def predict(
 
 def gather_by_index(accelerator: Accelerator, indices: Iterable[int], values: Tensor | None, count: int) -> Tensor:
     """Puts the processes' shares `(n, ...)` together, `(count, ...)` on the CPU, on every process."""
-    shares = [(list(indices), None if values is None else values.cpu())]
-    shares = [share for share in gather_object(shares) if share[1] is not None]
+    own = (list(indices), None if values is None else values.cpu())
+    shares = [(places, share) for places, share in gather_object([own]) if share is not None]
     whole = torch.empty(count, *shares[0][1].shape[1:], dtype=shares[0][1].dtype)
     for places, share in shares:
         whole[places] = share

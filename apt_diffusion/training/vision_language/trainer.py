@@ -358,6 +358,7 @@ def set_training_mode(model: nn.Module) -> None:
 
 
 def log_metrics(run: Run, trainer: Trainer, step: int, metrics: dict[str, float]) -> None:
+    assert trainer.log is not None  # of the main process
     if step not in [row["step"] for row in read_log(trainer.log.path)]:  # a finished run may be finished again
         trainer.log.append([{"step": step, **metrics}])
     run.accelerator.log(metrics, step=step)

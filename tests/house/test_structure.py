@@ -70,3 +70,42 @@ def test_meter_knows_nothing_of_apt():
 def test_the_equation_needs_torch_only():
     roots = {name.split(".")[0] for name in imports(PACKAGE / "equation.py")} - {"apt_diffusion", "typing"}
     assert roots == {"torch"}
+
+
+# Folders of the package, from the ground up: each imports its own level and those below it.
+LEVELS = [
+    {"io"},
+    {"baselines", "data", "models"},
+    {"convert", "miniature"},
+    {"pipelines", "serving"},
+    {"training"},
+    {"integrations", "studio"},
+    {"cli"},
+]
+
+
+def level(name: str) -> int:
+    """Modules that stand in no folder are the ground; a folder that is not in the list stands above all."""
+    parts = name.split(".")
+    if len(parts) < 3 and not (PACKAGE / parts[-1]).is_dir():
+        return -1
+    return next((index for index, folders in enumerate(LEVELS) if parts[1] in folders), len(LEVELS))
+
+
+def test_folders_import_downwards():
+    top = {"apt_diffusion", "apt_diffusion.__main__"}
+    wrong = [(a, b) for a in GRAPH for b in GRAPH[a] - top if level(b) > max(level(a), 1) and a not in top]
+    assert not wrong
+
+
+def test_scripts_do_not_import_each_other():
+    for path in (ROOT / "train").glob("*.py"):
+        roots = {name.split(".")[0] for name in imports(path)}
+        assert not roots & (OUTSIDE | {"pipelines"}) and not any(root.startswith("train") for root in roots), path
+
+
+def test_no_file_is_too_long_to_read():
+    folders = [PACKAGE, *(ROOT / name for name in ("train", "tools", "benchmarks", "examples"))]
+    lengths = {path: len(path.read_text().splitlines()) for folder in folders for path in folder.rglob("*.py")}
+    assert len(lengths) > 150
+    assert not {str(path): length for path, length in lengths.items() if length > 450}

@@ -29,6 +29,8 @@ from .registry import Method, MethodConfig, get_method
 METHOD_WEIGHTS_NAME = "pytorch_method_weights.safetensors"
 # Headers of version 0.1 name these for every method, whether it has them or not.
 _FORMER_SETTINGS = ("num_prompts", "rank", "bottleneck")
+# Of ViLT; files of version 0.1 do not have it: it was not trained then, and stays the base model's.
+_SEGMENTS = "text_embeddings.token_type_embeddings.weight"
 
 
 def add_method(model: nn.Module, config: MethodConfig | APTConfig) -> list[str]:
@@ -266,7 +268,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _write(model: nn.Module, file: Path, tensors: dict[str, Tensor]) -> None:
     """Everything is checked before the first value is written."""
-    targets = dict(_stored(model))
+    targets = {name: p for name, p in _stored(model) if name in tensors or not name.endswith(_SEGMENTS)}
     wrong = {name for name in targets.keys() & tensors.keys() if targets[name].shape != tensors[name].shape}
     if targets.keys() != tensors.keys() or wrong:
         some = sorted(wrong | (targets.keys() ^ tensors.keys()))[:3]

@@ -54,8 +54,7 @@ FAMILIES = (
         (_VILT,),
         r"(.*\.)?encoder",
         ("attention.attention.query", "attention.attention.value"),
-        (*_HEADS, "classifier_token"),
-        ("text_embeddings.token_type_embeddings",),
+        (*_HEADS, "classifier_token"),  # BERT's table of segments, too: its name matches
     ),
     Family(
         "MeterPreTrainedModel",

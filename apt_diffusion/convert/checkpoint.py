@@ -2,26 +2,26 @@
 
 import pickle
 import re
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-# Lightning names these classes in its files, beside the tensors. They are read as empty shells.
-LIGHTNING_CLASSES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
-    "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-)
+# Frameworks whose classes Lightning files name beside the tensors (callbacks, AttributeDict, ...). Their objects are
+# read as plain dicts, so that neither the framework nor any code of the file is needed.
+FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "sacred.", "argparse.Namespace")
 # How torch says that a file needs a class or function to be called.
 _NEEDS_CODE = re.compile(
     r"GLOBAL [\w.]+|[^.]*call reduce for unrecognized function[^.]*|Can only (?:build|create)[^.]*"
 )
 
 
-class _Shell(dict):
-    """Stands for a class of Lightning; its contents do not matter here."""
+class _Shell:
+    """Stands for a class of a framework; every instance is an empty dict, whatever it was made from."""
+
+    def __new__(cls, *args: object) -> OrderedDict:  # type: ignore[misc]  # the one dict that torch lets have state
+        return OrderedDict()
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Tensor]:
@@ -34,8 +34,9 @@ def read_checkpoint(file: str | Path) -> dict[str, Tensor]:
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    shells = [(_Shell, name) for name in LIGHTNING_CLASSES]
     try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        shells = [(_Shell, name) for name in names if name.startswith(FRAMEWORKS)]
         with torch.serialization.safe_globals(shells):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:

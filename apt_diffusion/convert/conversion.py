@@ -127,16 +127,12 @@ def attach_adapter(converted: Converted) -> None:
 
         with torch.no_grad():
             add_classifier_token(model, cls_token_id=0).copy_(converted.classifier_token)
-    modules_to_save = trained_beside(model)
-    if model.base_model_prefix == "vilt":
-        # The official pattern `token_type_embeddings` trains BERT's table of segments, too.
-        modules_to_save += ("embeddings.text_embeddings.token_type_embeddings",)
     first = next(iter(adapter.values()))
     missing = sorted(set(APT_NAMES.values()) - first.keys())
     if missing:
         raise ValueError(f"The checkpoint's APT is not whole: it lacks {missing}.")
     num_prompts, rank = len(first["prompts"]), len(first["low_rank_down"])
-    names = add_apt(model, APTConfig(num_prompts=num_prompts, rank=rank, modules_to_save=modules_to_save))
+    names = add_apt(model, APTConfig(num_prompts=num_prompts, rank=rank, modules_to_save=trained_beside(model)))
     if set(names) != set(adapter):
         odd = sorted(set(names) ^ set(adapter))[:3]
         raise ValueError(f"The checkpoint's APT sits elsewhere than in {len(names)} attentions of the model: {odd}.")
@@ -209,6 +205,7 @@ def _build(model_type: str, task: str, settings: dict[str, Any]) -> nn.Module:
     import transformers
 
     from ..models import meter as our_meter
+    from ..models.vilt import use_text_epsilon
 
     names = {"vqa": "QuestionAnswering", "nlvr2": "ImagesAndTextClassification", "retrieval": "ImageAndTextRetrieval"}
     kind = {"base": "Model", "mlm": "ForMaskedLM"}.get(task) or f"For{names[task]}"
@@ -216,7 +213,9 @@ def _build(model_type: str, task: str, settings: dict[str, Any]) -> nn.Module:
         return getattr(our_meter, f"Meter{kind}")(our_meter.MeterConfig(**settings)).eval()
     settings |= {"tie_word_embeddings": False}  # the official head of masked words has its own table
     config = transformers.ViltConfig(**settings, **({"num_images": 2} if task == "nlvr2" else {}))
-    return getattr(transformers, f"Vilt{kind}")(config).eval()
+    model = getattr(transformers, f"Vilt{kind}")(config).eval()
+    use_text_epsilon(model, config.text_layer_norm_eps)
+    return model
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

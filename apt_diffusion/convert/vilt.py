@@ -7,6 +7,7 @@ from torch import Tensor
 from .rules import Rule, apt_rules, count, shape
 
 HEAD_SIZE = 64  # of every attention in ViLT; the files do not say
+BLOCK_EPSILON, TEXT_EPSILON = 1e-6, 1e-12  # of the norms in and after the blocks, and of those taken from BERT
 _BLOCK, _NEW_BLOCK = r"transformer\.blocks\.(\d+)\.", r"encoder.layer.\1."
 
 RULES = (
@@ -35,7 +36,10 @@ RULES = (
 
 
 def settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    """`ViltConfig`'s sizes, read from the official tensors; dropout is the official 0.1, of probabilities none."""
+    """`ViltConfig`'s sizes, read from the official tensors; dropout is the official 0.1, of probabilities none.
+
+    `text_layer_norm_eps` is not transformers': `use_text_epsilon` applies it.
+    """
     width, _, patch, _ = shape(state, "transformer.patch_embed.proj.weight")
     positions = shape(state, "transformer.pos_embed")[1]
     return {
@@ -52,4 +56,6 @@ def settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "hidden_dropout_prob": 0.1,
         "attention_probs_dropout_prob": 0.0,
         "max_image_length": -1,
+        "layer_norm_eps": BLOCK_EPSILON,
+        "text_layer_norm_eps": TEXT_EPSILON,
     }

@@ -42,8 +42,9 @@ def _enhance(kind: type) -> Operation:
 
 
 def _solarize_add(image: Image.Image, value: float) -> Image.Image:
-    """Brightens what is darker than half."""
-    return image.point([min(255, level + int(value)) if level < 128 else level for level in range(256)] * 3)
+    """Adds to every level, then inverts those of 128 and more."""
+    added = [min(255, int(level + value)) for level in range(256)]
+    return image.point([level if level < 128 else 255 - level for level in added] * 3)
 
 
 def _posterize(image: Image.Image, value: float) -> Image.Image:
@@ -54,7 +55,7 @@ def _posterize(image: Image.Image, value: float) -> Image.Image:
 OPERATIONS: tuple[tuple[Operation, float, float, bool], ...] = (
     (lambda image, _: ImageOps.autocontrast(image), 0, 1, False),
     (lambda image, _: ImageOps.equalize(image), 0, 1, False),
-    (lambda image, value: image.rotate(value), 0, 30, False),
+    (lambda image, value: image.rotate(value), 0, 30, True),
     (_posterize, 0, 4, False),
     (lambda image, value: ImageOps.solarize(image, math.ceil(value)), 0, 256, False),
     (_solarize_add, 0, 110, False),

@@ -1,12 +1,18 @@
-"""What transformers' ViLT lacks: a fused kernel for its attention, and the classifier token of APT's official code.
+"""What transformers' ViLT lacks of the official code: a classifier token, its places of dropout, its two epsilons.
 
-Both work before and after APT or one of the compared methods is attached, in training and in evaluation.
+Also a fused kernel for its attention. Kernel, token and epsilons may be set before or after an adapter is attached;
+`use_official_dropout` comes after it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.vilt.modeling_vilt import TextEmbeddings, ViltSelfAttention
+from transformers.models.vilt.modeling_vilt import (
+    TextEmbeddings,
+    ViltLayer,
+    ViltPredictionHeadTransform,
+    ViltSelfAttention,
+)
 
 
 class ViltSdpaSelfAttention(ViltSelfAttention):
@@ -80,3 +86,43 @@ def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parame
 def _replace_first_state(embeddings: nn.Module, args: tuple, output: Tensor) -> Tensor:
     token = embeddings.classifier_token.expand(len(output), -1, -1).to(output.dtype)
     return torch.cat([token, output[:, 1:]], 1)
+
+
+def use_official_dropout(model: nn.Module) -> int:
+    """Puts ViLT's training dropout where the official code has it; evaluation does not change.
+
+    The official block drops out after APT's correction (projection, APT, dropout) and also behind the GELU of its
+    feed-forward part; transformers drops out before the correction, and not behind the GELU. The rates stay those of
+    the config. Call it once all adapters are attached: one that is attached later would act behind the dropout.
+
+    Returns:
+        The number of blocks.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ViltLayer)]
+    for layer in layers:
+        if not hasattr(layer.intermediate, "dropout"):
+            layer.intermediate.dropout = nn.Dropout(layer.output.dropout.p).train(layer.training)
+            layer.intermediate.register_forward_hook(_drop_activation)
+        attention = layer.attention
+        if hasattr(attention, "apt") and not hasattr(attention, "dropout"):
+            attention.dropout, attention.output.dropout = attention.output.dropout, nn.Identity()
+            attention.register_forward_hook(_drop_attended)
+    return len(layers)
+
+
+def _drop_activation(intermediate: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return intermediate.dropout(output)
+
+
+def _drop_attended(attention: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (attention.dropout(output[0]), *output[1:])
+
+
+def use_text_epsilon(model: nn.Module, epsilon: float) -> None:
+    """Sets the epsilon of the norms that the official code takes from BERT: text embeddings, head of masked words.
+
+    transformers gives all norms `config.layer_norm_eps`; in the official ViLT it is 1e-6 in the blocks and 1e-12 here.
+    """
+    for module in model.modules():
+        if isinstance(module, TextEmbeddings | ViltPredictionHeadTransform):
+            module.LayerNorm.eps = epsilon

@@ -22,13 +22,13 @@ from ..baselines import (
     method_of,
     read_header,
     save_method,
-    with_heads,
 )
 from ..config import APTConfig
 from ..model import ModelAdapters
 
 logger = logging.getLogger(__name__)
 
+TASK_HEADS = ("classifier", "rank_output")
 
 def add_method_flags(add: Callable[..., Any]) -> None:
     """`--method`, with every registered method, and one flag per setting of them all.
@@ -104,9 +104,13 @@ def load_trained(model: nn.Module, place: str | Path, **hub: Any) -> None:
 
 
 def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place: str | Path) -> None:
-    """`ValueError` where the method that was loaded from `place` is not the one that this run's flags name."""
+    """`ValueError` where the method that was loaded from `place` is not the one of this run's settings.
+
+    What is trained beside APT is what the file says; it must hold the task's head.
+    """
     if isinstance(config, APTConfig):
-        new = {"method": "apt", **resolve_config(model, with_heads(model, config)).to_dict()}
+        new = {"method": "apt", **resolve_config(model, config).to_dict()}
+        del new["modules_to_save"]
     else:
         new = config.to_dict()
     old: dict[str, Any] = {"method": method_of(model)}
@@ -120,6 +124,10 @@ def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place:
     ]
     if differing:
         raise ValueError(f"{place} was trained with other settings: {'; '.join(differing)}.")
+    trained = {name.split(".")[0] for name in trained_parameters(model)}
+    heads = [name for name, _ in model.named_children() if name in TASK_HEADS]
+    if not trained.issuperset(heads):
+        raise ValueError(f"{place} has no weights for {heads}: a new head would stay untrained. Leave --adapter out.")
 
 
 def find_trained(place: str | Path, **hub: Any) -> Path:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_meter, meter_config
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support.families import clip_output, make_clip, make_vilt, meter_output, same, snapshot, vilt_output
 from support.method_helpers import ADDING, config_of, shake, stored_config
@@ -264,7 +265,33 @@ def test_full_tuning_and_classifier_only_are_a_matter_of_freezing():
     freeze_for_method(model)
     trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"dense", "token_type_embeddings"}
-    assert not any("text_embeddings" in name for name, p in model.named_parameters() if p.requires_grad)
+    # The released pattern matches BERT's table of segments, too; of METER's RoBERTa it trains nothing.
+    assert [name for name, p in model.named_parameters() if p.requires_grad and "text_embeddings" in name] == [
+        "embeddings.text_embeddings.token_type_embeddings.weight"
+    ]
+    meter = make("meter")
+    add_method(meter, MethodConfig("classifier_only"))
+    freeze_for_method(meter)
+    assert not any("text_model" in name for name, p in meter.named_parameters() if p.requires_grad)
+
+
+def test_a_file_from_before_the_table_of_segments_was_trained(tmp_path):
+    model = make("vilt")
+    add_method(model, config_of("adapter"))
+    shake(model)
+    adapted, file = run("vilt", model), save_method(model, tmp_path / "method.safetensors")
+    with safe_open(file, "pt") as content:
+        tensors = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+        header = content.metadata()
+    del tensors["embeddings.text_embeddings.token_type_embeddings.weight"]
+    save_file(tensors, file, header)
+    other = make("vilt")
+    load_method(other, file)
+    assert torch.allclose(run("vilt", other), adapted, atol=1e-6)
+    del tensors["pooler.dense.bias"]
+    save_file(tensors, file, header)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.bias"):
+        load_method(make("vilt"), file)
 
 
 def test_a_file_for_another_model_changes_nothing(tmp_path):

@@ -191,3 +191,54 @@ def test_the_classifier_token_takes_the_first_words_place(model):
         add_classifier_token(model)
     with pytest.raises(ValueError, match="MeterModel has no ViLT text embeddings"):
         add_classifier_token(make_meter())
+
+
+def official_block(layer, x, apt_module, p):
+    """The official block in plain torch: projection, APT, dropout; then GELU, dropout, second map, dropout."""
+    normed = layer.layernorm_before(x)
+    attention = layer.attention.attention
+    query, key, value = (
+        project(normed).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        for project in (attention.query, attention.key, attention.value)
+    )
+    probabilities = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    out = layer.attention.output.dense((probabilities @ value).transpose(1, 2).flatten(2))
+    prompts = apt_module.prompts
+    keys = prompts + prompts @ apt_module.low_rank_down.T @ apt_module.low_rank_up.T
+    affinities = (normed @ keys.T).relu()
+    gate = affinities.max(-1, keepdim=True).values.detach()
+    corrected = apt_module.log_scale.exp() * (out + gate * (affinities @ prompts))
+    x = x + torch.nn.functional.dropout(corrected, p)
+    hidden = torch.nn.functional.gelu(layer.intermediate.dense(layer.layernorm_after(x)))
+    hidden = layer.output.dense(torch.nn.functional.dropout(hidden, p))
+    return x + torch.nn.functional.dropout(hidden, p)
+
+
+def test_training_dropout_stands_where_the_official_code_has_it(model, tmp_path):
+    """Same generator, same masks: a block equals the official one only where it drops out in the same places."""
+    from apt_diffusion.models.vilt import use_official_dropout
+
+    model.double()
+    for layer in model.encoder.layer:
+        layer.attention.output.dropout.p = layer.output.dropout.p = 0.4
+    apt.add_apt(model, SMALL)
+    randomize(model)
+    before = run(model.float()).pooler_output
+    keys = list(model.state_dict())
+    assert use_official_dropout(model) == use_official_dropout(model) == 2  # a second call changes nothing
+    assert torch.equal(run(model).pooler_output, before) and list(model.state_dict()) == keys
+    for trained in (model.double(), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        trained.train()
+        layer = trained.encoder.layer[0]
+        x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(7)
+        found = layer(x)[0]
+        torch.manual_seed(7)
+        expected = official_block(layer, x, layer.attention.apt.adapters["default"], 0.4)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        torch.manual_seed(7)
+        undropped = official_block(layer, x, layer.attention.apt.adapters["default"], 0.0)
+        assert (found - undropped).abs().max() > 0.1
+    apt.remove_apt(model)
+    model.eval()
+    assert torch.isfinite(run(model.float()).pooler_output).all()

@@ -4,13 +4,16 @@ A data set's folder holds a `split_zhou_*.json`, or FGVC Aircraft's lists, or a 
 `Labelled`; `few_shot` and `class_group` cut out what a protocol trains and tests on.
 """
 
+import logging
 import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .classification_sets import DATA_SETS, PLAIN_TEMPLATE, DataSet
+from .columns import kind_of, with_pictures
 from .reading import is_picture
 from .sources import (
     HubPicture,
@@ -22,14 +25,17 @@ from .sources import (
     read_json,
 )
 
+logger = logging.getLogger(__name__)
+
 Item = tuple[PictureSource, int]  # a picture and its label
 VAL_SHOTS = 4  # at most, in CoOp
+UNLABELLED = (None, -1)  # how data sets of the hub mark a test split whose labels are secret
 UNSPLIT = (0.5, 0.2)  # shares of train and val that CoOp takes from folders without splits
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Class names by label, and the items of each split."""
+    """Class names by label, and the items of each split. Names may repeat (CoOp's ImageNet has two twice)."""
 
     class_names: list[str]
     train: list[Item]
@@ -37,7 +43,7 @@ class Labelled:
     test: list[Item]
 
 
-def read_data_set(folder: str | Path, name: str | None = None) -> Labelled:
+def read_data_set(folder: str | Path, name: str | None = None, training: bool = True) -> Labelled:
     """A data set in whichever of the known layouts its folder has.
 
     Args:
@@ -45,6 +51,7 @@ def read_data_set(folder: str | Path, name: str | None = None) -> Labelled:
             `<split>/<class>/` or `<class>/`, themselves or in the data set's folder of pictures (`images`, `2750`,
             ...). Where there are no splits, half of each class is for training, 20 % for validation, as in CoOp.
         name: one of `DATA_SETS`; it knows the folder of pictures and how folder names become class names.
+        training: `False` for an evaluation alone: training pictures may then be missing.
 
     Raises:
         FileNotFoundError: where there is nothing of this kind, or pictures are missing: their number and the first.
@@ -58,15 +65,17 @@ def read_data_set(folder: str | Path, name: str | None = None) -> Labelled:
     if len(files) > 1:
         raise ValueError(f"{folder} has several splits: {[file.name for file in files]}. Keep the one that is meant.")
     if files:
-        return _read_zhou(files[0], row)
+        return _read_zhou(files[0], row, training)
     if (folder / "variants.txt").is_file():
-        return _read_aircraft(folder)
-    return _read_folders(folder, row or DataSet("images"))
+        return _read_aircraft(folder, training)
+    return _read_folders(folder, row or DataSet("images"), training)
 
 
-def _labelled(names: dict[int, str], splits: dict[str, list[Item]], where: str) -> Labelled:
+def _labelled(names: dict[int, str], splits: dict[str, list[Item]], where: str, training: bool) -> Labelled:
     """Checked, with labels from 0 in the order of the original ones."""
     labels = sorted({label for _, label in splits["train"]})
+    if not labels and not training:
+        labels = sorted({label for items in splits.values() for _, label in items})
     if not labels or not splits["test"]:
         raise ValueError(f"{where} has no pictures to {'test' if labels else 'train'} on.")
     number = {label: index for index, label in enumerate(labels)}
@@ -80,7 +89,7 @@ def _labelled(names: dict[int, str], splits: dict[str, list[Item]], where: str) 
 # CoOp's JSON
 
 
-def _read_zhou(file: Path, row: DataSet | None) -> Labelled:
+def _read_zhou(file: Path, row: DataSet | None, training: bool) -> Labelled:
     content = read_json(file, "CoOp's split of a data set")
     try:
         rows = {
@@ -96,13 +105,13 @@ def _read_zhou(file: Path, row: DataSet | None) -> Labelled:
     for _, label, name in (item for items in rows.values() for item in items):
         if names.setdefault(label, name) != name:
             raise ValueError(f"{file} has two names for class {label}: {names[label]!r} and {name!r}.")
-    example = next((path for items in rows.values() for path, _, _ in items), "")
+    example = next((path for split in ("test", "val", "train") for path, _, _ in rows[split]), "")
     image_dir = file.parent / row.image_dir if row else _find_image_dir(file.parent, example)
     splits: dict[str, list[Item]] = {
         split: [(inside(image_dir, path), label) for path, label, _ in items] for split, items in rows.items()
     }
-    check_pictures(_pictures(splits), f"{file.name} names them; they are looked for in {image_dir}.")
-    return _labelled(names, splits, str(file))
+    check_pictures(_pictures(splits, training), f"{file.name} names them; they are looked for in {image_dir}.")
+    return _labelled(names, splits, str(file), training)
 
 
 def _find_image_dir(folder: Path, example: str) -> Path:
@@ -111,14 +120,16 @@ def _find_image_dir(folder: Path, example: str) -> Path:
     return next((path for path in candidates if inside(path, example).is_file()), folder)
 
 
-def _pictures(splits: dict[str, list[Item]]) -> list[PictureSource]:
-    return [picture for items in splits.values() for picture, _ in items]
+def _pictures(splits: dict[str, list[Item]], training: bool) -> list[PictureSource]:
+    """Those that must be there: without training only the test's, for the others may not have been downloaded."""
+    needed = splits.values() if training else [splits["test"]]
+    return [picture for items in needed for picture, _ in items]
 
 
 # FGVC Aircraft
 
 
-def _read_aircraft(folder: Path) -> Labelled:
+def _read_aircraft(folder: Path, training: bool) -> Labelled:
     names = dict(enumerate(_lines(folder / "variants.txt")))
     label_of = {name: label for label, name in names.items()}
     splits: dict[str, list[Item]] = {}
@@ -130,8 +141,8 @@ def _read_aircraft(folder: Path) -> Labelled:
             if variant not in label_of:
                 raise ValueError(f"{file}: {variant!r} is none of the {len(names)} variants of variants.txt.")
             splits[split].append((inside(folder / "images", f"{picture}.jpg"), label_of[variant]))
-    check_pictures(_pictures(splits), f"They are looked for in {folder / 'images'}.")
-    return _labelled(names, splits, str(folder))
+    check_pictures(_pictures(splits, training), f"They are looked for in {folder / 'images'}.")
+    return _labelled(names, splits, str(folder), training)
 
 
 def _lines(file: Path) -> list[str]:
@@ -143,10 +154,10 @@ def _lines(file: Path) -> list[str]:
 # A folder per class
 
 
-def _read_folders(folder: Path, row: DataSet) -> Labelled:
+def _read_folders(folder: Path, row: DataSet, training: bool) -> Labelled:
     root = folder / row.image_dir if (folder / row.image_dir).is_dir() else folder
     names = _wordnet_names(folder)
-    if not (root / "train").is_dir():
+    if not (root / "train").is_dir() and (training or not (root / "test").is_dir()):
         found = _by_class(root, row.ignored)
         splits = _cut(found)
     else:
@@ -167,7 +178,7 @@ def _read_folders(folder: Path, row: DataSet) -> Labelled:
         for split, by_class in splits.items()
     }
     class_names = {label: names.get(key) or row.class_name(key) for key, label in label_of.items()}
-    return _labelled(class_names, items, str(folder))
+    return _labelled(class_names, items, str(folder), training)
 
 
 def _by_class(root: Path, ignored: tuple[str, ...]) -> dict[str, list[Path]]:
@@ -202,31 +213,63 @@ def _wordnet_names(folder: Path) -> dict[str, str]:
 
 
 def read_hub(
-    name: str, data_set: str | None = None, image_column: str = "image", label_column: str = "label"
+    name: str,
+    data_set: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    training: bool = True,
 ) -> Labelled:
-    """A data set of the hub: splits `train`, `test` (or `validation`), labels that carry their names (`ClassLabel`).
+    """A data set of the hub: splits `train`, `test` (or `validation`), labels with their names.
+
+    Labels are `datasets.ClassLabel`, or texts, which are then the names, in alphabetical order. A test split whose
+    labels are secret (-1, or none) is left alone; the validation split is tested on.
 
     Raises:
-        ImportError, ValueError: where it cannot be loaded, or has other columns or splits.
+        ImportError, ValueError: where it cannot be loaded, or has other columns or splits, or columns of another kind.
     """
     hub = load_hub_splits(name)
+    for rows in hub.values():
+        check_columns(rows, (image_column, label_column), name)
     val = next((hub[split] for split in ("validation", "val", "valid") if split in hub), None)
     test = hub.get("test", val)
-    if "train" not in hub or test is None:
+    if val is not None and test is not val and set(test.unique(label_column)) <= set(UNLABELLED):
+        logger.info("The test split of %r has no labels: its validation split is tested on.", name)
+        test = val
+    if test is None or (training and "train" not in hub):
         raise ValueError(f"The data set {name!r} needs the splits train and test (or validation); it has {list(hub)}.")
-    parts = {"train": hub["train"], "val": None if val is test else val, "test": test}
-    splits: dict[str, list[Item]] = {}
-    for split, rows in parts.items():
-        splits[split] = []
-        if rows is not None:
-            check_columns(rows, (image_column, label_column), name)
-            labels = rows[label_column]
-            splits[split] = [(HubPicture(rows, row, image_column), label) for row, label in enumerate(labels)]
-    feature = hub["train"].features[label_column]
-    if not hasattr(feature, "names"):
-        raise ValueError(f"The labels of {name!r} carry no class names: the column {label_column!r} is {feature}.")
+    parts = {"train": hub.get("train"), "val": None if val is test else val, "test": test}
+    names = _label_names(parts, label_column, name)
+    splits = {
+        split: _hub_items(rows, names, image_column, label_column, f"{name!r}, split {split!r}") if rows else []
+        for split, rows in parts.items()
+    }
     rule = DATA_SETS[data_set].class_name if data_set else str
-    return _labelled({label: rule(text) for label, text in enumerate(feature.names)}, splits, f"{name!r}")
+    return _labelled({label: rule(text) for label, text in enumerate(names)}, splits, f"{name!r}", training)
+
+
+def _label_names(parts: dict[str, Any], column: str, name: str) -> list[str]:
+    """Names by label, of `ClassLabel`s or of labels that are texts."""
+    feature = parts["test"].features[column]
+    if hasattr(feature, "names"):
+        return list(feature.names)
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"The labels of {name!r} carry no class names: the column {column!r} is {feature}.")
+    return sorted({text for rows in parts.values() if rows for text in rows.unique(column) if text is not None})
+
+
+def _hub_items(rows: Any, names: list[str], image_column: str, label_column: str, where: str) -> list[Item]:
+    rows = with_pictures(rows, [image_column], where)
+    number = {text: label for label, text in enumerate(names)}
+    items: list[Item] = []
+    for row, label in enumerate(rows[label_column]):
+        label = number.get(label) if isinstance(label, str) else label
+        if not isinstance(label, int) or not 0 <= label < len(names):
+            raise ValueError(
+                f"{where}, row {row}: the label is {kind_of(label)}, and should be from 0 to {len(names) - 1}. The "
+                "labels of this split are secret, or it is of another data set: give it labels or leave it out."
+            )
+        items.append((HubPicture(rows, row, image_column), label))
+    return items
 
 
 def template_of(name: str | None) -> str:
@@ -270,7 +313,10 @@ def class_group(data: Labelled, group: str) -> Labelled:
     def within(items: list[Item]) -> list[Item]:
         return [(picture, label - start) for picture, label in items if start <= label < stop]
 
-    return Labelled(data.class_names[start:stop], within(data.train), within(data.val), within(data.test))
+    part = Labelled(data.class_names[start:stop], within(data.train), within(data.val), within(data.test))
+    if not part.test:
+        raise ValueError(f"There are no test pictures of the {len(part.class_names)} {group} classes.")
+    return part
 
 
 def harmonic_mean(base: float, new: float) -> float:

@@ -81,5 +81,11 @@ DATA_SETS = {
 
 
 def describe(class_name: str, template: str) -> str:
-    """The text for a class; underscores in names are spaces, as in CoOp."""
-    return template.format(class_name.replace("_", " "))
+    """The text for a class; underscores in names are spaces, as in CoOp.
+
+    Raises:
+        ValueError: for a template without `{}`.
+    """
+    if "{}" not in template:
+        raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
+    return template.replace("{}", class_name.replace("_", " "))

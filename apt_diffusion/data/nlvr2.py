@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .columns import one_text, with_pictures
 from .image_text import Example
 from .sources import HubPicture, PictureSource, check_columns, check_pictures, load_hub_splits
 
@@ -64,6 +65,8 @@ def load_statements(folder: str | Path, split: str) -> list[Statement]:
             result.append(_statement(json.loads(line), place))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}, line {number} is no statement of NLVR2: {error!r}.") from error
+    if not result:
+        raise ValueError(f"{file} holds no statements.")
     pictures = (picture for statement in result for picture in (statement.left, statement.right))
     check_pictures(pictures, f"They should be in {place}, as the official archives unpack.")
     return result
@@ -76,23 +79,22 @@ def _statement(line: dict[str, Any], place: Path) -> Statement:
         raise ValueError(f"the identifier {identifier!r}")
     directory = place / str(int(line["directory"])) if "directory" in line else place
     left, right = (directory / f"{stem}-img{side}.png" for side in (0, 1))
-    return Statement(identifier, line["sentence"], left, right, _truth(line["label"]))
+    sentence, label = one_text(line["sentence"], "'sentence'"), _truth(line["label"], "the label")
+    return Statement(identifier, sentence, left, right, label)
 
 
-def _truth(label: Any) -> bool:
+def _truth(label: Any, where: str) -> bool:
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if str(label).strip().lower() not in words:
-        raise ValueError(f"the label {label!r}")
+        raise ValueError(f"{where} {label!r} is neither true nor false: has this split no labels?")
     return words[str(label).strip().lower()]
 
 
 def load_hub_statements(name: str, split: str) -> list[Statement]:
     """As `load_statements`, from a data set of the hub.
 
-    Columns: `sentence` (or `question`), `label` (or `answer`), `left_image` and `right_image`, perhaps `identifier`.
-
     Raises:
-        ValueError: for a data set that cannot be loaded, or lacks the split or a column.
+        ValueError: for a data set that cannot be loaded, or lacks the split or a column, or has one of another kind.
     """
     splits = load_hub_splits(name)
     present = next((key for key in HUB_SPLITS[split] if key in splits), None)
@@ -103,13 +105,16 @@ def load_hub_statements(name: str, split: str) -> list[Statement]:
     label = "label" if "label" in rows.column_names else "answer"
     check_columns(rows, (sentence, label, "left_image", "right_image"), name)
     texts = rows.select_columns([c for c in (sentence, label, "identifier") if c in rows.column_names])
+    rows = with_pictures(rows, ("left_image", "right_image"), name)
+    if not len(rows):
+        raise ValueError(f"The split {present!r} of {name!r} is empty.")
     return [
         Statement(
             str(row.get("identifier", f"{split}-{index}-0-0")),
-            row[sentence],
+            one_text(row[sentence], f"{name!r}, split {present!r}, row {index}: {sentence!r}"),
             HubPicture(rows, index, "left_image"),
             HubPicture(rows, index, "right_image"),
-            _truth(row[label]),
+            _truth(row[label], f"{name!r}, split {present!r}, row {index}: the label"),
         )
         for index, row in enumerate(texts)
     ]

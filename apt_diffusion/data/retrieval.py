@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .columns import first_rows, several_texts, with_pictures
 from .image_text import Batch, ModelInputs
 from .nlvr2 import OFFICIAL_PROMPT
 from .order import Purpose, entry_at, random_at
@@ -30,12 +31,13 @@ from .sources import (
 # codes train on train + val (COCO: train + restval) and look at the test split only.
 TRAIN_SPLITS = ("train", "restval")
 EVALUATION_SPLITS = ("val", "test")
+CAPTION_KEYS = ("raw", "caption", "sentence", "text")
 PICTURE_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
 
 
 @dataclass(frozen=True)
 class RetrievalSplit:
-    """Pictures and their captions: those of picture i are `captions[firsts[i]:firsts[i + 1]]`."""
+    """Pictures, each once, and their captions: those of picture i are `captions[firsts[i]:firsts[i + 1]]`."""
 
     images: list[PictureSource]
     captions: list[str]
@@ -46,14 +48,20 @@ class RetrievalSplit:
     def of(cls, items: Iterable[tuple[PictureSource, Iterable[str]]], what: str) -> "RetrievalSplit":
         """From `(picture, captions)` pairs; a caption that a picture has twice counts once, as in the official code.
 
+        Pairs of the same picture are one picture with the captions of all, where it came first: a data set may have a
+        row for each caption.
+
         Raises:
             ValueError: where there is no picture at all, or one without a caption.
         """
+        grouped: dict[PictureSource, list[str]] = {}
+        for picture, of_picture in items:
+            grouped.setdefault(picture, []).extend(of_picture)
         images: list[PictureSource] = []
         captions: list[str] = []
         image_of: list[int] = []
         firsts = [0]
-        for picture, of_picture in items:
+        for picture, of_picture in grouped.items():
             distinct = list(dict.fromkeys(text.strip() for text in of_picture if text.strip()))
             if not distinct:
                 raise ValueError(f"The picture {picture} of {what} has no caption.")
@@ -138,26 +146,34 @@ def _check_splits(splits: tuple[str, ...], present: set[str], where: str) -> Non
 def read_hub(
     name: str, splits: Iterable[str], image_column: str = "image", caption_column: str = "caption"
 ) -> RetrievalSplit:
-    """The same from the hub: rows of one picture with its captions (a list, or one text).
+    """The same from the hub: rows of a picture with its captions, all in one row or one row for each.
 
-    Karpathy's split is read from the column `split` where there is one (`nlphuji/flickr30k` has all rows in one split
-    of the hub), else the splits of the hub are meant; `validation` is `val`.
+    Captions are a text, a list of texts, a list of dicts, or a dict of lists. Rows whose pictures have the same
+    content are one picture. Karpathy's split is read from the column `split` where there is one (`nlphuji/flickr30k`
+    has all rows in one split of the hub), else the splits of the hub are meant; `validation` is `val`.
 
     Raises:
-        ImportError, ValueError: where it cannot be loaded, or has other columns or splits.
+        ImportError, ValueError: where it cannot be loaded, or has other columns or splits, or columns of another kind.
     """
     splits = tuple(splits)
     items, present = [], set()
     for hub_split, rows in load_hub_splits(name).items():
         check_columns(rows, (image_column, caption_column), name)
         by_row = rows["split"] if "split" in rows.column_names else [hub_split] * len(rows)
-        for row, (split, captions) in enumerate(zip(by_row, rows[caption_column], strict=True)):
-            split = "val" if split == "validation" else split
-            present.add(split)
-            if split in splits:
-                texts = [captions] if isinstance(captions, str) else captions
-                items.append((HubPicture(rows, row, image_column), texts))
+        by_row = ["val" if split == "validation" else split for split in by_row]
+        present |= set(by_row)
+        chosen = [row for row, split in enumerate(by_row) if split in splits]
+        if not chosen:
+            continue
+        rows = with_pictures(rows, [image_column], name)
+        first_of = first_rows(rows, set(chosen), image_column)
+        captions = rows[caption_column]
+        for row in chosen:
+            where = f"The column {caption_column!r} of {name!r}, row {row},"
+            texts = several_texts(captions[row], CAPTION_KEYS, where)
+            items.append((HubPicture(rows, first_of[row], image_column), texts))
     _check_splits(splits, present, f"The data set {name!r}")
+    # HubPictures of the same row are equal, wherever they come from: `of` puts their captions together.
     return RetrievalSplit.of(items, f"{name!r}, splits {'+'.join(splits)}")
 
 

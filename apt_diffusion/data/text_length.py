@@ -10,21 +10,23 @@ SHOWN = 3  # texts that a message names
 BATCH = 10000
 
 
-def cut_ends(texts: Iterable[str], tokenizer: Any, max_length: int) -> dict[str, str]:
-    """`{text: the words at its end that are left out}` of the texts with more than `max_length` tokens.
+def kept_and_lost(texts: Iterable[str], tokenizer: Any, max_length: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Of the texts with more than `max_length` tokens: the ids that are read, without special ones, and what is not.
 
     Args:
-        texts: any number.
-        tokenizer: one of transformers', which puts one special token at the end.
+        texts: any number; only those that could be too long are tokenised.
+        tokenizer: one of transformers'.
         max_length: tokens that the model reads, special ones included.
     """
-    distinct = list(dict.fromkeys(texts))
+    keep = max_length - tokenizer.num_special_tokens_to_add()
+    long = [text for text in dict.fromkeys(texts) if len(text.encode()) >= keep]  # a token has at least one byte
     found = {}
-    for start in range(0, len(distinct), BATCH):
-        batch = distinct[start : start + BATCH]
-        for text, ids in zip(batch, tokenizer(batch, verbose=False)["input_ids"], strict=True):
-            if len(ids) > max_length:
-                found[text] = tokenizer.decode(ids[max_length - 1 : -1]).strip()
+    for start in range(0, len(long), BATCH):
+        batch = long[start : start + BATCH]
+        ids_of = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, ids in zip(batch, ids_of, strict=True):
+            if len(ids) > keep:
+                found[text] = tuple(ids[:keep]), tokenizer.decode(ids[keep:]).strip()
     return found
 
 
@@ -34,12 +36,12 @@ def warn_of_cut_texts(
     """Logs one warning that names texts which are cut, and the words that they lose.
 
     Args:
-        texts: where each text stands (a file, a flag), and the text.
-        tokenizer, max_length: as for `cut_ends`.
+        texts: where each text stands (a file, a flag, or the text itself in quotes), and the text.
+        tokenizer, max_length: as for `kept_and_lost`.
         remedy: a sentence on what to do.
     """
-    ends = cut_ends((text for _, text in texts), tokenizer, max_length)
-    cut = [(name, ends[text]) for name, text in texts if text in ends]
+    lost = kept_and_lost((text for _, text in texts), tokenizer, max_length)
+    cut = [(name, lost[text][1]) for name, text in texts if text in lost]
     if cut:
         shown = "; ".join(f"{name} loses {end!r}" for name, end in cut[:SHOWN])
         logger.warning(

@@ -4,6 +4,7 @@ Official files: `v2_OpenEnded_mscoco_<subset>_questions.json`, `v2_mscoco_<subse
 `train2014`, `val2014`, `test2015` with `COCO_<subset>_<12 digits>.jpg`.
 """
 
+import logging
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .columns import kind_of, one_text, several_texts, with_pictures
 from .image_text import Example
 from .sources import SHOWN, HubPicture, PictureSource, check_columns, check_pictures, load_hub_splits, read_json
+
+logger = logging.getLogger(__name__)
 
 # Split: (subset in the questions' file name, subset of the pictures).
 SPLITS = {
@@ -53,8 +57,13 @@ class Question:
 # Reading
 
 
-def load_questions(folder: str | Path, split: str) -> list[Question]:
+def load_questions(folder: str | Path, split: str, pictures_needed: bool = True) -> list[Question]:
     """The questions of a split, in the official files' order.
+
+    Args:
+        folder: of the official files.
+        split: one of `SPLITS`.
+        pictures_needed: whether they must be there; a vocabulary needs the annotations only.
 
     Raises:
         FileNotFoundError: for files that are not there; for pictures, with their number and the first few.
@@ -63,26 +72,35 @@ def load_questions(folder: str | Path, split: str) -> list[Question]:
     folder = Path(folder).expanduser()
     subset, pictures = SPLITS[split]
     file = folder / f"v2_OpenEnded_mscoco_{subset}_questions.json"
-    questions = _entries(file, "questions", f"the questions of VQAv2's {split} split")
+    what = f"the questions of VQAv2's {split} split"
+    questions = _entries(file, "questions", what, ("question_id", "question", "image_id"))
     annotations: dict[int, dict[str, Any]] = {}
     if split in ANNOTATED:
         source = folder / f"v2_mscoco_{subset}_annotations.json"
-        entries = _entries(source, "annotations", f"the answers of VQAv2's {split} split")
+        entries = _entries(source, "annotations", f"the answers of VQAv2's {split} split", ("question_id", "answers"))
         annotations = {entry["question_id"]: entry for entry in entries}
         _check_annotated([question["question_id"] for question in questions], annotations, source)
     found = {path.stem: path for path in (folder / pictures).glob("COCO_*")}
-    result = [
-        _question(entry, annotations.get(entry["question_id"]), _picture(folder, pictures, entry["image_id"], found))
-        for entry in questions
-    ]
+    result = []
+    for entry in questions:
+        annotation = annotations.get(entry["question_id"])
+        picture = _picture(folder, pictures, entry["image_id"], found)
+        result.append(_question(entry, annotation, picture, f"{file}, question {entry['question_id']}"))
+    if not result:
+        raise ValueError(f"{file} holds no questions.")
+    if not pictures_needed:
+        return result
     check_pictures((q.picture for q in result), f"COCO's archive {pictures}.zip holds them; unpack it in {folder}.")
     return result
 
 
-def _entries(file: Path, key: str, what: str) -> list[dict[str, Any]]:
+def _entries(file: Path, key: str, what: str, fields: Sequence[str]) -> list[dict[str, Any]]:
     content = read_json(file, what)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise ValueError(f"{file} has no list {key!r}: it should hold {what}.")
+    for number, entry in enumerate(content[key]):
+        if not isinstance(entry, dict) or not all(field in entry for field in fields):
+            raise ValueError(f"{file}, {key} {number}: {kind_of(entry)}, and should be a dict with {list(fields)}.")
     return content[key]
 
 
@@ -98,21 +116,29 @@ def _picture(folder: Path, subset: str, image_id: int, found: dict[str, Path]) -
     return found.get(stem, folder / subset / f"{stem}.jpg")
 
 
-def _question(entry: dict[str, Any], annotation: dict[str, Any] | None, picture: PictureSource) -> Question:
+def _question(
+    entry: dict[str, Any], annotation: dict[str, Any] | None, picture: PictureSource, where: str
+) -> Question:
+    text = one_text(entry["question"], f"{where}: 'question'")
     if annotation is None:
-        return Question(entry["question_id"], entry["question"], picture)
-    answers = tuple(a["answer"] if isinstance(a, dict) else a for a in annotation.get("answers") or ())
+        return Question(entry["question_id"], text, picture)
+    stored = annotation.get("answers")
+    answers = tuple(several_texts(stored, ("answer",), f"{where}: 'answers'")) if stored is not None else ()
     common = annotation.get("multiple_choice_answer")
     if common is None and answers:
         common = Counter(answers).most_common(1)[0][0]
-    return Question(entry["question_id"], entry["question"], picture, answers, common, annotation.get("answer_type"))
+    if common is not None:
+        one_text(common, f"{where}: 'multiple_choice_answer'")
+    return Question(entry["question_id"], text, picture, answers, common, annotation.get("answer_type"))
 
 
 def load_hub_questions(name: str, split: str) -> list[Question]:
     """As `load_questions`, from a data set of the hub with the columns `question_id`, `question`, `image`, `answers`.
 
+    `answers` may be a list of texts, a list of dicts with `answer`, or a dict of lists.
+
     Raises:
-        ValueError: for a data set that cannot be loaded, or lacks the split or a column.
+        ValueError: for a data set that cannot be loaded, or lacks the split or a column, or has one of another kind.
     """
     splits = load_hub_splits(name)
     present = next((key for key in HUB_SPLITS[split] if key in splits), None)
@@ -121,9 +147,16 @@ def load_hub_questions(name: str, split: str) -> list[Question]:
     rows = splits[present]
     columns = ("question_id", "question", "image") + (("answers",) if split in ANNOTATED else ())
     check_columns(rows, columns, name)
-    texts = rows.remove_columns([column for column in rows.column_names if column == "image"])
+    texts, rows = rows.remove_columns("image"), with_pictures(rows, ["image"], name)
+    if not len(rows):
+        raise ValueError(f"The split {present!r} of {name!r} is empty.")
     return [
-        _question(entry, entry if split in ANNOTATED else None, HubPicture(rows, index, "image"))
+        _question(
+            entry,
+            entry if split in ANNOTATED else None,
+            HubPicture(rows, index, "image"),
+            f"{name!r}, split {present!r}, row {index}",
+        )
         for index, entry in enumerate(texts)
     ]
 
@@ -142,25 +175,65 @@ def make_vocabulary(questions: Iterable[Question], min_count: int = MIN_COUNT) -
     counts = Counter(normalize_answer(question.answer) for question in questions if question.answer is not None)
     vocabulary = [answer for answer, count in counts.items() if count >= min_count]
     if not vocabulary:
-        raise ValueError(f"No answer is that of at least {min_count} questions: the annotations are too few to learn.")
+        raise ValueError(
+            f"No answer is that of at least {min_count} questions: the annotations are too few to learn, or "
+            "--min_answer_count is too high for them."
+        )
     return vocabulary
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """What each answer that somebody gave is worth, from how many gave it."""
-    return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in Counter(answers).items()}
+    """Scores of the answers that somebody gave, by how many gave it; case and spaces around an answer do not count."""
+    counts = Counter(answer.strip().lower() for answer in answers)
+    return {answer: SCORES[min(count, len(SCORES) - 1)] for answer, count in counts.items()}
+
+
+def normalized_scores(answers: Sequence[str]) -> dict[str, float]:
+    """The same, of the answers as the official evaluation tool normalises them ("Yes." and "yes" are one)."""
+    return soft_scores([normalize_answer(answer) for answer in answers])
 
 
 def soft_targets(question: Question, index: dict[str, int]) -> tuple[tuple[int, float], ...]:
-    """`(place in the vocabulary, score)` of the answers that are in it."""
-    return tuple((index[answer], score) for answer, score in soft_scores(question.answers).items() if answer in index)
+    """`(place in the vocabulary, score)` of the answers that are in it.
+
+    Answers count as they are written, as in the official training code. Only where none of them is in the vocabulary
+    are they normalised, as the vocabulary is: the official files hardly need that, other data do.
+    """
+    for scores in (soft_scores(question.answers), normalized_scores(question.answers)):
+        target = tuple((index[answer], score) for answer, score in scores.items() if answer in index)
+        if target:
+            return target
+    return ()
 
 
 def training_examples(questions: Sequence[Question], vocabulary: Sequence[str]) -> list[Example]:
-    """Examples with soft targets; questions that no answer of the vocabulary answers are left out, as officially."""
+    """Examples with soft targets; questions that no answer of the vocabulary answers are left out, as officially.
+
+    Raises:
+        ValueError: where that leaves none.
+    """
     index = {answer: place for place, answer in enumerate(vocabulary)}
     examples = [Example(q.text, (q.picture,), soft_targets(q, index)) for q in questions]
-    return [example for example in examples if example.target]
+    usable = [example for example in examples if example.target]
+    _report_usable(questions, len(usable), vocabulary, "to train on")
+    return usable
+
+
+def check_answerable(questions: Sequence[Question], vocabulary: Sequence[str]) -> None:
+    """Logs how many questions of an evaluation the vocabulary can answer; `ValueError` where it is none."""
+    index = {answer: place for place, answer in enumerate(vocabulary)}
+    _report_usable(questions, sum(bool(soft_targets(q, index)) for q in questions), vocabulary, "to evaluate on")
+
+
+def _report_usable(questions: Sequence[Question], usable: int, vocabulary: Sequence[str], purpose: str) -> None:
+    if questions and not usable:
+        given = ", ".join(repr(question.answer) for question in questions[:SHOWN])
+        raise ValueError(
+            f"None of the {len(questions)} questions {purpose} has an answer among the {len(vocabulary)} of the "
+            f"vocabulary ({', '.join(map(repr, vocabulary[:SHOWN]))}, ...): they are answered {given}, ... "
+            "--new_vocabulary makes a vocabulary from these data."
+        )
+    logger.info("%d of %d questions %s have an answer in the vocabulary.", usable, len(questions), purpose)
 
 
 class SoftLabels:
@@ -184,14 +257,21 @@ def vqa_accuracy(questions: Sequence[Question], answers: Sequence[str]) -> dict[
     """The mean soft score, over all questions and by kind of answer.
 
     It is the official tool's accuracy, a mean over people of `min(1, others who gave it / 3)`, of answers as they are
-    written in the annotations. Questions that no answer of the vocabulary answers count, with 0.
+    written in the annotations, or where none is written so, of the normalised ones. Questions that no answer of the
+    vocabulary answers count, with 0.
     """
     by_kind: dict[str, list[float]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
-        by_kind[question.kind or "other"].append(soft_scores(question.answers).get(answer, 0.0))
+        by_kind[question.kind or "other"].append(_score(question, answer))
     every = [score for scores in by_kind.values() for score in scores]
     kinds = {kind: sum(by_kind[kind]) / len(by_kind[kind]) for kind in ANSWER_KINDS if kind in by_kind}
     return {"accuracy": sum(every) / len(every), **{f"accuracy_{kind}": value for kind, value in kinds.items()}}
+
+
+def _score(question: Question, answer: str) -> float:
+    written = soft_scores(question.answers)
+    guess = answer.strip().lower()
+    return written[guess] if guess in written else normalized_scores(question.answers).get(guess, 0.0)
 
 
 def submission(questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, Any]]:

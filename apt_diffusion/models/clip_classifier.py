@@ -1,9 +1,12 @@
 """Classification by any `CLIPModel`: classes are texts, `logits = exp(logit_scale) · cos(picture, text)`.
 
 With APT in both towers the texts of all classes are encoded in every training step, a part at a time; at inference
-they do not depend on the picture, and are encoded once. Axes: B pictures, C classes, d width of the joint space.
+they do not depend on the picture, and are encoded once. Axes: B pictures, C classes, T templates, d width of the joint
+space.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data.classification_sets import PLAIN_TEMPLATE, describe
+from ..data.text_length import kept_and_lost, warn_of_cut_texts
 from ..memo import ModuleCache
+
+logger = logging.getLogger(__name__)
 
 
 class ClipClassifier(nn.Module):
@@ -23,8 +29,9 @@ class ClipClassifier(nn.Module):
         model: a transformers `CLIPModel`, with or without APT, LoRA or another method.
         tokenizer: its tokenizer.
         class_names: in the order of the labels; underscores are read as spaces.
-        template: the text of a class, with `{}` for its name.
-        text_batch_size: classes that are encoded together. While training, only their features are kept for the
+        template: the text of a class, with `{}` for its name; or several, whose features are averaged (CLIP's prompt
+            ensembles).
+        text_batch_size: texts that are encoded together. While training, only their features are kept for the
             backward pass, which encodes them again: memory is that of one part, however many classes there are.
     """
 
@@ -35,7 +42,7 @@ class ClipClassifier(nn.Module):
         model: nn.Module,
         tokenizer: Any,
         class_names: Sequence[str],
-        template: str = PLAIN_TEMPLATE,
+        template: str | Sequence[str] = PLAIN_TEMPLATE,
         text_batch_size: int = 64,
     ) -> None:
         super().__init__()
@@ -45,21 +52,46 @@ class ClipClassifier(nn.Module):
         self.cache = ModuleCache()
         self.set_classes(class_names, template)
 
-    def set_classes(self, class_names: Sequence[str], template: str | None = None) -> None:
+    def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] | None = None) -> None:
         """Other classes, and perhaps another template, from now on.
 
+        Two classes may have the same name (CoOp's ImageNet has two such pairs): their texts cannot tell them apart.
+
         Raises:
-            ValueError: for no class, one that is there twice, or a template without a place for the name.
+            ValueError: for no class, a template without a place for the name, or two names that read the same because
+                the model does not read their ends.
         """
         template = self.template if template is None else template
         names = list(class_names)
+        templates = [template] if isinstance(template, str) else list(template)
+        if not names or not templates:
+            raise ValueError(f"At least one {'template is needed' if names else 'class name is needed, got none'}.")
+        texts = [describe(name, one) for name in names for one in templates]
+        self._check_lengths(names, texts)
+        self.class_names, self.template, self.texts = names, template, texts
         repeated = sorted({name for name in names if names.count(name) > 1})
-        if not names or repeated:
-            raise ValueError(f"Class names are needed, each once; got {f'{repeated} twice' if names else 'none'}.")
-        if "{}" not in template:
-            raise ValueError(f"The template {template!r} has no {{}} for the name of the class.")
-        self.class_names, self.template = names, template
-        self.texts = [describe(name, template) for name in names]
+        if repeated:
+            logger.warning("Classes with the same name cannot be told apart by their texts: %s.", repeated)
+
+    def _check_lengths(self, names: list[str], texts: list[str]) -> None:
+        cut = kept_and_lost(texts, self.tokenizer, self.max_text_length)
+        of_ids: dict[tuple[int, ...], set[str]] = defaultdict(set)
+        for text, (ids, _) in cut.items():
+            of_ids[ids].add(text)
+        for same in of_ids.values():
+            if len(same) > 1:
+                count = len(texts) // len(names)
+                of_class = sorted({names[place // count] for place, text in enumerate(texts) if text in same})
+                raise ValueError(
+                    f"The classes {of_class} become the same class: only {self.max_text_length} tokens of a text are "
+                    "read, and theirs differ behind that. Shorten the names."
+                )
+        warn_of_cut_texts([(repr(text), text) for text in texts], self.tokenizer, self.max_text_length)
+
+    @property
+    def max_text_length(self) -> int:
+        """Tokens of a text that are read, with start and end."""
+        return min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
     def text_features(self) -> Tensor:
         """Of all classes, length 1, `(C, d)`; kept while nothing that they depend on changes, see `ModuleCache`."""
@@ -70,8 +102,10 @@ class ClipClassifier(nn.Module):
         return self.cache.get(towers, tuple(self.texts), self._encode_texts_once)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """`(B, 3, H, W)` to `(B, d)`, length 1."""
-        return F.normalize(self.model.get_image_features(pixel_values).pooler_output, dim=-1)
+        """`(B, 3, H, W)` to `(B, d)`, length 1; for another size than the model's own, positions are interpolated."""
+        other_size = tuple(pixel_values.shape[-2:]) != (self.model.config.vision_config.image_size,) * 2
+        output = self.model.get_image_features(pixel_values, interpolate_pos_encoding=other_size)
+        return F.normalize(output.pooler_output, dim=-1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits `(B, C)`."""
@@ -86,12 +120,22 @@ class ClipClassifier(nn.Module):
         return self.text_features()
 
     def _encode_texts(self) -> Tensor:
-        tokens = self.tokenizer(self.texts, padding=True, truncation=True, return_tensors="pt")
+        different = list(dict.fromkeys(self.texts))
+        tokens = self.tokenizer(
+            different, padding=True, truncation=True, max_length=self.max_text_length, return_tensors="pt"
+        )
         ids = tokens["input_ids"].to(self.model.logit_scale.device)
         parts = ids.split(self.text_batch_size)
         if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._encode_part(part) for part in parts])
-        return torch.cat([checkpoint(self._encode_part, part, use_reentrant=False) for part in parts])
+            features = torch.cat([self._encode_part(part) for part in parts])
+        else:
+            features = torch.cat([checkpoint(self._encode_part, part, use_reentrant=False) for part in parts])
+        if len(different) < len(self.texts):  # classes with the same name get the same features, to the last bit
+            row = {text: number for number, text in enumerate(different)}
+            features = features[[row[text] for text in self.texts]]
+        if len(self.texts) == len(self.class_names):
+            return features
+        return F.normalize(features.unflatten(0, (len(self.class_names), -1)).mean(1), dim=-1)  # (C, T, d) -> (C, d)
 
     def _encode_part(self, ids: Tensor) -> Tensor:
         # No mask: attention is causal, and the feature is that of the first end-of-text token, so padding behind it

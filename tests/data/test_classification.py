@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,51 @@ def test_base_and_new_classes(tmp_path):
     assert ours.class_group(data, "all") is data
 
 
+def test_labels_are_unique_and_names_need_not_be(tmp_path):
+    rows = write_zhou(tmp_path)
+    for items in rows.values():
+        for item in items:
+            item[2] = {1: "missile", 4: "missile"}.get(item[1], item[2])
+    (tmp_path / "split_zhou_Toy.json").write_text(json.dumps(rows))
+    data = ours.read_data_set(tmp_path)
+    assert data.class_names == ["class_0", "missile", "class_2", "class_3", "missile"]
+    base, new = ours.class_group(data, "base"), ours.class_group(data, "new")
+    assert base.class_names == ["class_0", "missile", "class_2"] and new.class_names == ["class_3", "missile"]
+    assert all(path.parent.name == str(label + 3) for path, label in new.test)
+
+
+@pytest.mark.parametrize("layout", ["zhou", "folders"])
+def test_an_evaluation_alone_needs_no_training_pictures(tmp_path, layout):
+    if layout == "zhou":
+        write_zhou(tmp_path)
+        root = tmp_path / "images"
+        missing = list(root.glob("*/train-*")) + list(root.glob("*/val-*"))
+    else:
+        root = tmp_path
+        for split in ("train", "test"):
+            for label in range(5):
+                paint(root / split / f"class_{label}" / "0.png")
+        missing = list(root.glob("train/*/*"))
+    whole = ours.read_data_set(tmp_path)
+    for path in missing:
+        path.unlink()
+    if layout == "folders":
+        shutil.rmtree(tmp_path / "train")
+    alone = ours.read_data_set(tmp_path, training=False)
+    assert alone.test == whole.test and alone.class_names == whole.class_names
+    assert ours.class_group(alone, "new").class_names == ["class_3", "class_4"]
+    with pytest.raises((FileNotFoundError, ValueError)):
+        ours.read_data_set(tmp_path)
+
+
+def test_a_group_without_test_pictures_is_refused_before_training(tmp_path):
+    rows = write_zhou(tmp_path)
+    rows["test"] = [item for item in rows["test"] if item[1] < 3]
+    (tmp_path / "split_zhou_Toy.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="no test pictures of the 2 new classes"):
+        ours.class_group(ours.read_data_set(tmp_path), "new")
+
+
 def test_harmonic_mean():
     assert ours.harmonic_mean(82.28, 75.14) == pytest.approx(78.55, abs=0.005)  # MaPLe's table
     assert ours.harmonic_mean(0, 50) == 0
@@ -206,6 +252,47 @@ def test_a_data_set_of_the_hub(hub_folder):
     assert read_source(data.test[1][0]).getpixel((0, 0)) == (100, 100, 100)
     with pytest.raises(ValueError, match=r"no column \['fine_label'\]"):
         ours.read_hub(hub_folder, label_column="fine_label")
+
+
+def hub(folder, labels_of, label):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": label})
+    for split, values in labels_of.items():
+        rows = {"image": [Image.new("L", (8, 8), 9 * i) for i in range(len(values))], "label": values}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_a_test_split_with_secret_labels(tmp_path, caplog):
+    """ImageNet's on the hub: labels of -1. The validation split is what is tested on, as in CoOp."""
+    import datasets
+
+    caplog.set_level("INFO")
+    kind = datasets.ClassLabel(names=["a", "b"])
+    secret = {"train": [0, 1, 1], "validation": [1, 0], "test": [-1, -1]}
+    data = ours.read_hub(hub(tmp_path / "three", secret, kind))
+    assert labels(data.test) == [1, 0] and data.val == [] and "its validation split is tested on" in caplog.text
+    del secret["validation"]
+    with pytest.raises(ValueError, match=r"split 'test', row 0: the label is int \(-1\), and should be from 0 to 1"):
+        ours.read_hub(hub(tmp_path / "two", secret, kind))
+    secret["test"] = [0, None]
+    with pytest.raises(ValueError, match=r"split 'test', row 1: the label is nothing"):
+        ours.read_hub(hub(tmp_path / "none", secret, kind))
+
+
+def test_labels_that_are_texts_and_labels_without_names(tmp_path):
+    import datasets
+
+    texts = {"train": ["moon", "a_star", "moon"], "test": ["a_star"]}
+    data = ours.read_hub(hub(tmp_path / "texts", texts, datasets.Value("string")))
+    assert data.class_names == ["a_star", "moon"] and labels(data.train) == [1, 0, 1] and labels(data.test) == [0]
+    with pytest.raises(ValueError, match="carry no class names: the column 'label' is"):
+        ours.read_hub(hub(tmp_path / "numbers", {"train": [0, 1], "test": [1]}, datasets.Value("int64")))
+    alone = hub(tmp_path / "alone", {"test": [1, 0]}, datasets.ClassLabel(names=["a", "b"]))
+    assert ours.read_hub(alone, training=False).class_names == ["a", "b"]
+    with pytest.raises(ValueError, match="needs the splits train and test"):
+        ours.read_hub(alone)
 
 
 def test_training_pictures_depend_on_seed_and_position_alone(tmp_path):

@@ -217,12 +217,70 @@ def test_other_classes_and_templates(classifier):
     classifier.set_classes(["star", "moon"], "{} texture.")
     assert classifier.texts == ["star texture.", "moon texture."]
     assert (classifier(pixels()) - five[:, [2, 4]]).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"got \['a'\] twice"):
-        classifier.set_classes(["a", "b", "a"])
+    for wrong in ("a photo", ["a photo of {}.", "a photo"]):
+        with pytest.raises(ValueError, match=r"The template 'a photo' has no \{\}"):
+            classifier.set_classes(["a"], wrong)
+    assert classifier.class_names == ["star", "moon"]  # an error changes nothing
+    classifier.set_classes(["a {b}", "c"], "{} and {x}, {}")  # other braces are text
+    assert classifier.texts[0] == "a {b} and {x}, a {b}"
     with pytest.raises(ValueError, match="got none"):
         classifier.set_classes([])
     with pytest.raises(ValueError, match=r"has no \{\}"):
         classifier.set_classes(["a"], "a photo")
+
+
+@torch.no_grad()
+def test_labels_are_unique_and_names_need_not_be(classifier, caplog):
+    """CoOp's ImageNet has two missiles: two labels, one text, the same score."""
+    alone = classifier(pixels())
+    classifier.set_classes([*NAMES, "star"])
+    found = classifier(pixels())
+    assert found.shape == (3, 6) and torch.allclose(found[:, 5], found[:, 2], atol=1e-5)
+    assert torch.equal(classifier.text_features()[5], classifier.text_features()[2])
+    torch.testing.assert_close(found[:, :5], alone, rtol=1e-4, atol=1e-4)
+    assert "same name cannot be told apart by their texts: ['star']" in caplog.text
+
+
+@torch.no_grad()
+def test_several_templates_are_averaged(classifier, tokenizer):
+    """CLIP's prompt ensembles: the mean of the features of length 1, and again of length 1."""
+    templates = ["a photo of a {}.", "{} texture.", "the {}"]
+    classifier.set_classes(NAMES, templates)
+    assert classifier.texts[:3] == ["a photo of a red circle.", "red circle texture.", "the red circle"]
+    assert classifier.texts[3] == "a photo of a blue square."
+    model = classifier.model
+    rows = []
+    for name in NAMES:
+        texts = [template.replace("{}", name.replace("_", " ")) for template in templates]
+        tokens = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
+        features = model.get_text_features(**tokens).pooler_output
+        mean = (features / features.norm(dim=-1, keepdim=True)).mean(0)
+        rows.append(mean / mean.norm())
+    torch.testing.assert_close(classifier.text_features(), torch.stack(rows), rtol=1e-4, atol=1e-5)
+    image = F.normalize(model.get_image_features(pixels()).pooler_output, dim=-1)
+    expected = model.logit_scale.exp() * image @ torch.stack(rows).T
+    torch.testing.assert_close(classifier(pixels()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_names_that_read_the_same_are_refused(classifier, caplog):
+    """77 tokens are read; here a letter is one."""
+    long = "x" * 80
+    with pytest.raises(
+        ValueError, match=rf"The classes \['{long}a', '{long}b'\] become the same class: only 77 tokens"
+    ):
+        classifier.set_classes(["star", f"{long}a", f"{long}b"])
+    assert classifier.class_names == NAMES
+    classifier.set_classes(["star", f"{long}a", f"y{long}"])
+    assert "2 of 3 texts are longer than the 77 tokens that the model reads" in caplog.text
+    assert "loses 'x" in caplog.text
+
+
+@torch.no_grad()
+def test_pictures_of_another_size_have_their_positions_interpolated(classifier):
+    model = classifier.model
+    larger = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    expected = model.get_image_features(larger, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(classifier.image_features(larger), F.normalize(expected, dim=-1))
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@
     accelerate launch train/train_apt_clip.py --model_name_or_path miniature-clip --data_dir data/classes \\
         --output_dir out/clip --seeds 1 2 3
 
-Here are data, model, loss and metrics of the task. Its flags stand in `clip_arguments.py`, the loop in
-`vl_trainer.py`; see docs/vision_language.md.
+The whole run stands here, from the shots to the mean over seeds; see docs/vision_language.md.
 """
 
 import argparse
 import copy
 import statistics
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,12 +35,15 @@ from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
-from apt_diffusion.training.methods import find_trained
+from apt_diffusion.training.methods import find_trained, save_trained, trained_parameters
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
-from apt_diffusion.training.vision_language.clip_arguments import RECIPES, make_optimizer, parse_args
-from apt_diffusion.training.vision_language.predict import predict
-from apt_diffusion.training.vision_language.results import loading_code
-from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
+from apt_diffusion.training.session import Session
+from apt_diffusion.training.vision_language.clip_arguments import RECIPES, parse_args
+from apt_diffusion.training.vision_language.method import attach, set_training_mode, trained_source
+from apt_diffusion.training.vision_language.models import BaseModel, find_base
+from apt_diffusion.training.vision_language.optimizer import make_clip_optimizer
+from apt_diffusion.training.vision_language.predict import evaluating, predict
+from apt_diffusion.training.vision_language.results import card, loading_code, write_results
 
 GROUPS = {"base_to_new": ("base", "new"), "few_shot": ("all",)}
 USAGE = """
@@ -52,7 +55,7 @@ from apt_diffusion.miniature import resolve_model
 
 base = resolve_model({{base_model!r}})
 model = CLIPModel.from_pretrained(base).eval()
-processor = load_processor("clip", base)
+processor = load_processor("clip", base{size})
 classifier = ClipClassifier(model, processor.tokenizer, {names}, {template})
 {load}
 pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
@@ -74,70 +77,90 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def load(args: argparse.Namespace) -> Labelled:
+    """The data set that the flags name; for an evaluation alone its training pictures may be missing."""
+    training = not args.eval_only
     if args.dataset_name is not None:
-        return read_hub(args.dataset_name, args.data_set, args.image_column, args.label_column)
-    return read_data_set(args.data_dir, args.data_set)
+        return read_hub(args.dataset_name, args.data_set, args.image_column, args.label_column, training)
+    return read_data_set(args.data_dir, args.data_set, training)
 
 
 def run_seed(
     all_args: argparse.Namespace, argv: list[str] | None, data: Labelled, seed: int, output_dir: Path
 ) -> dict[str, float]:
-    """Trains and evaluates with one seed."""
+    """Trains and evaluates, or only evaluates, with one seed."""
     args = copy.copy(all_args)
     args.seed, args.output_dir = seed, str(output_dir)
     if args.adapter is not None and Path(args.adapter, f"seed-{seed}").is_dir():
         args.adapter = str(Path(args.adapter, f"seed-{seed}"))
-    run = start(args, "train_apt_clip", argv, {"clip": RECIPES[args.protocol]})
-    shots = few_shot(data, args.num_shots, seed)
-    groups = {name: class_group(shots, name) for name in GROUPS[args.protocol]}
-    training = next(iter(groups.values()))
-    model = CLIPModel.from_pretrained(run.model_path, revision=args.revision, dtype=torch.float32)
-    processor = load_processor("clip", run.model_path, args.image_size, revision=args.revision)
-    template = args.template or template_of(args.data_set)
-    classifier = ClipClassifier(model, processor.tokenizer, training.class_names, template, args.text_batch_size)
-    if method_to_train(run) == "classifier_only":
-        add_linear_classifier(classifier.eval())
-    attach(run, model)
-    pictures = ClipPictures(processor.image_processor)
+    with Session.start(args, "train_apt_clip", argv) as session:
+        base = find_base(args, {"clip": RECIPES[args.protocol]}, session.accelerator.num_processes)
+        shots = few_shot(data, args.num_shots, session.seed)
+        groups = {name: class_group(shots, name) for name in GROUPS[args.protocol]}
+        training = next(iter(groups.values()))
+        session.open_output()
 
-    def evaluate(classifier: nn.Module) -> dict[str, float]:
-        found = {}
-        for name, group in groups.items():
+        model = CLIPModel.from_pretrained(base.path, revision=base.revision, dtype=torch.float32)
+        processor = load_processor("clip", base.path, args.image_size, revision=base.revision)
+        template = args.template or template_of(args.data_set)
+        classifier = ClipClassifier(model, processor.tokenizer, training.class_names, template, args.text_batch_size)
+        for group in reversed(groups.values()):  # names that the model cannot tell apart are refused now
             classifier.set_classes(group.class_names)
-            found["accuracy" if name == "all" else f"{name}_accuracy"] = accuracy(
-                run, classifier, group.test, pictures
-            )
-        classifier.set_classes(training.class_names)
-        if training.val:
-            found["val_accuracy"] = accuracy(run, classifier, training.val, pictures)
-        return with_harmonic_mean(found)
+        if method_to_train(session) == "classifier_only":
+            add_linear_classifier(classifier.eval())
+        attach(session, model)
+        pictures = ClipPictures(processor.image_processor)
 
-    return run_task(
-        run,
-        Task(
-            model,
-            TrainingPictures(training.train, seed, args.augment),
-            pictures,
-            loss,
-            evaluate,
-            plotted=["accuracy"] if args.protocol == "few_shot" else ["base_accuracy", "new_accuracy"],
-            summary=f"CLIP, trained with `{args.method}` to tell {len(training.class_names)} classes apart from "
-            f"{len(training.train)} pictures, at most {args.num_shots} of each (protocol `{args.protocol}`).",
-            usage=usage(run, training.class_names, template),
-            tags=["zero-shot-image-classification", "clip"],
-            network=classifier,
-            evaluates_epochs=False,
-            make_optimizer=lambda parameters, steps: make_optimizer(args, parameters, steps),
-        ),
-    )
+        def accuracy(inner: ClipClassifier, items: list[Item]) -> float:
+            found = predict(session, inner, [(item, None) for item in items], pictures, lambda out: out.argmax(-1))
+            return (found == torch.tensor([label for _, label in items])).double().mean().item()
+
+        def evaluate(network: nn.Module) -> dict[str, float]:
+            metrics = {}
+            with evaluating(session, network, model) as inner:
+                for name, group in groups.items():
+                    inner.set_classes(group.class_names)
+                    metrics["accuracy" if name == "all" else f"{name}_accuracy"] = accuracy(inner, group.test)
+                inner.set_classes(training.class_names)
+                if training.val:
+                    metrics["val_accuracy"] = accuracy(inner, training.val)
+            return with_harmonic_mean(metrics)
+
+        def save(folder: Path) -> None:
+            save_trained(model, folder, session.header(base_model=base.name, task=session.script))
+
+        if args.eval_only:
+            network = session.accelerator.prepare_model(classifier, evaluation_mode=True)
+        else:
+            examples = TrainingPictures(training.train, session.seed, args.augment)
+            every_steps = args.evaluation_steps
+            session.plan(len(examples), lambda step: every_steps is not None and step % every_steps == 0)
+            parameters = trained_parameters(model)
+            optimizer, schedule = make_clip_optimizer(args, parameters, session.steps_per_epoch)
+            network = session.prepare({"network": classifier}, parameters, optimizer, schedule)["network"]
+            set_training_mode(model)
+            for batch in session.batches(session.loader(examples, pictures)):
+                with session.step():
+                    session.backward(loss(network, batch))
+                if session.checkpoint_due:
+                    session.save_checkpoint(save)
+                if session.evaluation_due:
+                    session.log(evaluate(network))
+
+        metrics = evaluate(network)
+        if not args.eval_only:
+            session.log(metrics)
+            session.finish(save, make_card(session, base, model, metrics, training, template))
+        write_results(session, model, metrics)
+        session.upload()
+    return metrics
 
 
-def method_to_train(run: Run) -> str | None:
-    """That of the weights which are loaded, else the one that the flags ask for; `None` for the model as it is."""
-    source = run.resumed.folder if run.resumed else run.args.adapter
+def method_to_train(session: Session) -> str | None:
+    """The method of the weights that are loaded, else that of the flags; `None` for the model as it is."""
+    source = trained_source(session)
     if source is not None:
         return method_in(find_trained(source))
-    return None if run.args.eval_only else run.args.method
+    return None if session.args.eval_only else session.args.method
 
 
 def loss(classifier: nn.Module, batch: Batch) -> Tensor:
@@ -145,12 +168,8 @@ def loss(classifier: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(classifier(batch["pixel_values"]), batch["labels"])
 
 
-def accuracy(run: Run, classifier: nn.Module, items: list[Item], pictures: ClipPictures) -> float:
-    found = predict(run, classifier, [(item, None) for item in items], pictures, lambda logits: logits.argmax(-1))
-    return (found == torch.tensor([label for _, label in items])).double().mean().item()
-
-
 def with_harmonic_mean(found: dict[str, float]) -> dict[str, float]:
+    """The metrics, with the harmonic mean of base and new accuracy where both are there."""
     if "new_accuracy" not in found:
         return found
     return found | {"harmonic_mean": harmonic_mean(found["base_accuracy"], found["new_accuracy"])}
@@ -182,13 +201,31 @@ def summarise(args: argparse.Namespace, metrics: dict[int, dict[str, float]]) ->
     return means
 
 
-def usage(run: Run, class_names: list[str], template: str) -> str:
-    code = loading_code(run.args.method)
-    if run.args.method == "classifier_only":
+def make_card(
+    session: Session,
+    base: BaseModel,
+    model: nn.Module,
+    metrics: dict[str, float],
+    training: Labelled,
+    template: str | list[str],
+) -> dict[str, Any]:
+    """What the model card says of this task."""
+    args = session.args
+    code = loading_code(args, base, model)
+    if args.method == "classifier_only":
         code["import_line"] += "\nfrom apt_diffusion.models.clip_classifier import add_linear_classifier"
         code["load"] = f"add_linear_classifier(classifier)\n{code['load']}"
-    names, template = (repr(value).replace("{", "{{").replace("}", "}}") for value in (class_names, template))
-    return USAGE.format(names=names, template=template, **code)  # to be formatted once more
+    # USAGE is formatted twice: here, and with the place of the weights.
+    names, shown = (repr(value).replace("{", "{{").replace("}", "}}") for value in (training.class_names, template))
+    return card(
+        session,
+        metrics,
+        plotted=["accuracy"] if args.protocol == "few_shot" else ["base_accuracy", "new_accuracy"],
+        summary=f"CLIP, trained with `{args.method}` to tell {len(training.class_names)} classes apart from "
+        f"{len(training.train)} pictures, at most {args.num_shots} of each (protocol `{args.protocol}`).",
+        usage=USAGE.format(names=names, template=shown, **code),
+        tags=["zero-shot-image-classification", "clip"],
+    )
 
 
 if __name__ == "__main__":

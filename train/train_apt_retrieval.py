@@ -7,20 +7,20 @@ that it is compared with.
         --data_dir data/flickr30k --output_dir out/retrieval --max_train_steps 150 \\
         --init identity --hidden_dropout_prob 0 --no-augment --max_evaluation_images 100
 
-Here are data, model, loss and metrics of the task. The flags that all tasks share, and the loop, stand in
-`vl_arguments.py` and `vl_trainer.py`; see docs/vision_language.md.
+The whole run stands here, from the captions to recall; see docs/vision_language.md.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import ViltForImageAndTextRetrieval
 
-from apt_diffusion.data.image_text import Batch, Example, ModelInputs
+from apt_diffusion.data.image_text import Batch, Example
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
 from apt_diffusion.data.retrieval import (
     EVALUATION_SPLITS,
@@ -40,32 +40,40 @@ from apt_diffusion.models.retrieval import (
     RankingObjective,
     load_matching_head,
     recall,
-    score_all_pairs,
 )
-from apt_diffusion.training.loading import make_loader
+from apt_diffusion.training.methods import save_trained, trained_parameters
+from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
-    MINIATURE,
-    SOURCE,
     HelpFormatter,
-    Recipe,
     add_shared_flags,
     check_shared,
     positive_int,
 )
-from apt_diffusion.training.vision_language.models import load_model, make_inputs
-from apt_diffusion.training.vision_language.predict import gather_by_index, to_device
-from apt_diffusion.training.vision_language.results import loading_code
-from apt_diffusion.training.vision_language.trainer import Run, Task, attach, run_task, start
+from apt_diffusion.training.vision_language.inputs import make_inputs
+from apt_diffusion.training.vision_language.method import attach, set_training_mode, trained_source
+from apt_diffusion.training.vision_language.models import (
+    BaseModel,
+    find_base,
+    load_model,
+    take_over_classifier_token,
+)
+from apt_diffusion.training.vision_language.optimizer import make_optimizer
+from apt_diffusion.training.vision_language.predict import evaluating
+from apt_diffusion.training.vision_language.recipes import MINIATURE, SOURCE, Recipe
+from apt_diffusion.training.vision_language.results import card, loading_code, write_results
+from apt_diffusion.training.vision_language.scoring import score_split
 
 RECIPES = {
-    "vilt": Recipe(5e-4, 1e-4, head_lr_multiplier=1, total_batch_size=256, max_text_length=40),
+    "vilt": Recipe(
+        5e-4, 1e-4, head_lr_multiplier=1, total_batch_size=256, max_text_length=40, image_size=384
+    ),
     "meter": Recipe(
-        5e-5, 5e-6, head_lr_multiplier=1, total_batch_size=512, max_text_length=40, cross_modal_lr_multiplier=5
+        5e-5, 5e-6, head_lr_multiplier=1, total_batch_size=512, max_text_length=40, image_size=384,
+        cross_modal_lr_multiplier=5,
     ),
     "miniature": replace(MINIATURE, head_lr_multiplier=1, total_batch_size=8),
-}
+}  # fmt: skip
 MODELS = {"vilt": ViltForImageAndTextRetrieval, "meter": MeterForImageAndTextRetrieval}
-IMAGES_PER_BATCH = 16  # that evaluation encodes together
 USAGE = """
 from {module} import {model_class}
 {import_line}
@@ -73,14 +81,15 @@ from apt_diffusion.data.processors import load_processor
 from apt_diffusion.miniature import resolve_model
 
 base = resolve_model({{base_model!r}})
-model = {model_class}.from_pretrained(base).eval()
+model = {model_class}.from_pretrained(base{settings}).eval()
 {load}
-inputs = load_processor({kind!r}, base)(picture, "two dogs in the snow", return_tensors="pt")
+inputs = load_processor({kind!r}, base{size})(picture, "{prefix}two dogs in the snow", return_tensors="pt")
 print(model(**inputs).logits)  # how well they fit: to be compared with other pictures and captions
 """
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
     # A picture is read with 16 captions: the released scripts take 4 pictures (ViLT) or 2 (METER) at a time.
@@ -88,9 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("retrieval").add_argument
     add("--data_dir", help="Folder with Karpathy's dataset_flickr30k.json or dataset_coco.json.")
     add("--image_dir", help="Folder of the pictures, if it is not in --data_dir: COCO's has train2014 and val2014.")
-    add("--dataset_name", help="In place of --data_dir: a data set of the hub, one row per picture.")
+    add("--dataset_name", help="In place of --data_dir: a data set of the hub, a row for each picture or caption.")
     add("--image_column", default="image", help="With --dataset_name: column of the pictures.")
-    add("--caption_column", default="caption", help="With --dataset_name: column of the lists of captions.")
+    add("--caption_column", default="caption", help="With --dataset_name: column of the captions.")
     add(
         "--train_splits",
         nargs="+",
@@ -150,54 +159,63 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Trains and evaluates, or only evaluates. Returns the metrics."""
     args = parse_args(argv)
-    run = start(args, "train_apt_retrieval", argv, RECIPES)
-    tested = {
-        split: first_images(load(args, (split,)), args.max_evaluation_images) for split in args.evaluation_splits
-    }
-    training = RetrievalSplit.empty() if args.eval_only else load(args, args.train_splits)
-    examples = [] if args.eval_only else make_examples(run, training)
-    head = find_matching_head(run)
-    model = load_model(run, MODELS[run.model_type])
-    attach(run, model)
-    prefix = OFFICIAL_PROMPT if args.official_prefix else ""
-    every = [pairs(training, ""), *(pairs(split, prefix) for split in (training, *tested.values()))]
-    inputs = make_inputs(run, model, torch.tensor, every)
+    with Session.start(args, "train_apt_retrieval", argv) as session:
+        base = find_base(args, RECIPES, session.accelerator.num_processes)
+        matching_head = find_matching_head(args, base)
+        session.open_output()
 
-    def evaluate(network: nn.Module) -> dict[str, float]:
-        found = {}
-        for name, split in tested.items():
-            mark = f"{name}_" if len(tested) > 1 else ""
-            metrics = recall(score_split(run, network.model, inputs, split, prefix), split.image_of)
-            found |= {mark + metric: value for metric, value in metrics.items()}
-        return found
+        prefix = OFFICIAL_PROMPT if args.official_prefix else ""
+        tested = {
+            split: first_images(load(args, (split,)), args.max_evaluation_images) for split in args.evaluation_splits
+        }
+        training = RetrievalSplit.empty() if args.eval_only else load(args, args.train_splits)
+        examples = None if args.eval_only else make_examples(args, session.seed, training)
 
-    last, mark = list(tested.values())[-1], f"{args.evaluation_splits[-1]}_" if len(tested) > 1 else ""
-    return run_task(
-        run,
-        Task(
-            model,
-            examples,
-            RetrievalInputs(inputs, with_matched=head is not None),
-            loss,
-            evaluate,
-            plotted=[f"{mark}{way}_recall@{k}" for way in ("text", "image") for k in RANKS[:2]],
-            summary=f"{type(model).__name__} for image-text retrieval, trained with `{args.method}` on "
-            f"{len(training.images)} pictures with {len(training.captions)} captions. Recall is measured among "
-            f"{len(last.images)} pictures with {len(last.captions)} captions ({args.evaluation_splits[-1]}).",
-            usage=usage(run, model),
-            tags=["image-text-retrieval", run.model_type],
-            evaluates_epochs=False,  # scoring all pairs takes longer than many epochs
-            network=RankingObjective(model, head, args.matching_loss_weight),
-        ),
-    )
+        take_over_classifier_token(args, trained_source(session))
+        model = load_model(args, base, session.seed, MODELS[base.model_type])
+        attach(session, model)
+        objective = RankingObjective(model, matching_head, args.matching_loss_weight)
+        every = [pairs(training, ""), *(pairs(split, prefix) for split in (training, *tested.values()))]
+        inputs = make_inputs(session, base, model, torch.tensor, every)
 
+        def evaluate(network: nn.Module) -> dict[str, float]:
+            metrics = {}
+            with evaluating(session, network, model) as inner:
+                for name, split in tested.items():
+                    found = recall(score_split(session, inner.model, inputs, split, prefix), split.image_of)
+                    metrics |= {mark(args, name) + metric: value for metric, value in found.items()}
+            return metrics
 
-def make_examples(run: Run, split: RetrievalSplit) -> RetrievalData:
-    args = run.args
-    return RetrievalData(
-        split, run.seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
-    )
+        def save(folder: Path) -> None:
+            save_trained(model, folder, session.header(base_model=base.name, task=session.script))
+
+        if args.eval_only:
+            network = session.accelerator.prepare_model(objective, evaluation_mode=True)
+        else:
+            # Scoring all pairs takes longer than many epochs: only where the flags ask for it.
+            every_steps = args.evaluation_steps
+            session.plan(len(examples), lambda step: every_steps is not None and step % every_steps == 0)
+            parameters = trained_parameters(model)
+            network = session.prepare({"network": objective}, parameters, *make_optimizer(args, parameters))["network"]
+            set_training_mode(model)
+            collate = RetrievalInputs(inputs, with_matched=matching_head is not None)
+            for batch in session.batches(session.loader(examples, collate)):
+                with session.step():
+                    session.backward(loss(network, batch))
+                if session.checkpoint_due:
+                    session.save_checkpoint(save)
+                if session.evaluation_due:
+                    session.log(evaluate(network))
+
+        metrics = evaluate(network)
+        if not args.eval_only:
+            session.log(metrics)
+            session.finish(save, make_card(session, base, model, metrics, training, list(tested.values())[-1]))
+        write_results(session, model, metrics)
+        session.upload()
+    return metrics
 
 
 def loss(network: nn.Module, batch: Batch) -> Tensor:
@@ -209,21 +227,29 @@ def loss(network: nn.Module, batch: Batch) -> Tensor:
 
 
 def load(args: argparse.Namespace, splits: Sequence[str]) -> RetrievalSplit:
+    """Pictures and captions of some splits, from the place that the flags name."""
     if args.dataset_name is not None:
         return read_hub(args.dataset_name, splits, args.image_column, args.caption_column)
     annotations, image_dir = find_karpathy(args.data_dir, args.image_dir)
     return read_karpathy(annotations, image_dir, splits)
 
 
-def find_matching_head(run: Run) -> nn.Linear | None:
-    """The pre-trained one, where the flags ask for its loss."""
-    if run.args.matching_loss_weight == 0 or run.args.eval_only:
+def make_examples(args: argparse.Namespace, seed: int, split: RetrievalSplit) -> RetrievalData:
+    """Pictures with true and false captions, by position in the stream of training."""
+    return RetrievalData(
+        split, seed, args.augment, args.num_false_captions, args.official_false_captions, args.official_prefix
+    )
+
+
+def find_matching_head(args: argparse.Namespace, base: BaseModel) -> nn.Linear | None:
+    """The pre-trained head of image-text matching, where the flags ask for its loss."""
+    if args.matching_loss_weight == 0 or args.eval_only:
         return None
-    head = load_matching_head(run.model_path, revision=run.args.revision)
+    head = load_matching_head(base.path, revision=base.revision)
     if head is None:
         raise ValueError(
-            f"--matching_loss_weight needs {MATCHING_HEAD_NAME} beside {run.args.model_name_or_path}: the conversion "
-            "of an official pre-training checkpoint writes it."
+            f"--matching_loss_weight needs {MATCHING_HEAD_NAME} beside {base.name}: the conversion of an official "
+            "pre-training checkpoint writes it."
         )
     return head
 
@@ -236,36 +262,30 @@ def pairs(split: RetrievalSplit, prefix: str) -> list[Example]:
     ]
 
 
-def score_split(run: Run, model: nn.Module, inputs: ModelInputs, split: RetrievalSplit, prefix: str) -> Tensor:
-    """Scores of all pairs `(I, C)`; the processes share the pictures."""
-    accelerator, size = run.accelerator, run.args.eval_batch_size
-    own = range(accelerator.process_index, len(split.images), accelerator.num_processes)
-    batches = [range(len(own))[start : start + IMAGES_PER_BATCH] for start in range(0, len(own), IMAGES_PER_BATCH)]
-    pictures = make_loader(
-        [(split.images[image], None) for image in own], batches, inputs.pictures, run.args.dataloader_num_workers
-    )
-    captions = [prefix + caption for caption in split.captions]
-    texts = [inputs.texts(captions[start : start + size]) for start in range(0, len(captions), size)]
-    torch.manual_seed(run.seed)  # ViLT shuffles its patches
-    with (
-        accelerator.autocast(),
-        tqdm(total=len(own) * len(captions), desc="pairs", disable=not accelerator.is_local_main_process) as bar,
-    ):
-        scores = score_all_pairs(
-            model,
-            (to_device(batch, accelerator.device) for batch in pictures),
-            [to_device(batch, accelerator.device) for batch in texts],
-            bar.update,
-        )
-    return gather_by_index(accelerator, own, scores, len(split.images))
+def mark(args: argparse.Namespace, split: str) -> str:
+    """What stands before the names of a split's metrics: nothing, where there is one split only."""
+    return f"{split}_" if len(args.evaluation_splits) > 1 else ""
 
 
-def usage(run: Run, model: nn.Module) -> str:
-    return USAGE.format(
-        module="apt_diffusion.models.meter" if run.model_type == "meter" else "transformers",
-        model_class=type(model).__name__,
-        kind=run.model_type,
-        **loading_code(run.args.method),
+def make_card(
+    session: Session,
+    base: BaseModel,
+    model: nn.Module,
+    metrics: dict[str, float],
+    training: RetrievalSplit,
+    tested: RetrievalSplit,
+) -> dict[str, Any]:
+    """What the model card says of this task."""
+    args, last = session.args, session.args.evaluation_splits[-1]
+    return card(
+        session,
+        metrics,
+        plotted=[f"{mark(args, last)}{way}_recall@{k}" for way in ("text", "image") for k in RANKS[:2]],
+        summary=f"{type(model).__name__} for image-text retrieval, trained with `{args.method}` on "
+        f"{len(training.images)} pictures with {len(training.captions)} captions. Recall is measured among "
+        f"{len(tested.images)} pictures with {len(tested.captions)} captions ({last}).",
+        usage=USAGE.format(**loading_code(args, base, model), prefix=OFFICIAL_PROMPT if args.official_prefix else ""),
+        tags=["image-text-retrieval", base.model_type],
     )
 
 

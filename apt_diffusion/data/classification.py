@@ -110,7 +110,7 @@ def _read_zhou(file: Path, row: DataSet | None, training: bool) -> Labelled:
     splits: dict[str, list[Item]] = {
         split: [(inside(image_dir, path), label) for path, label, _ in items] for split, items in rows.items()
     }
-    check_pictures(_pictures(splits, training), f"{file.name} names them; they are looked for in {image_dir}.")
+    _check_pictures(splits, training, f"{file.name} names them; they are looked for in {image_dir}.")
     return _labelled(names, splits, str(file), training)
 
 
@@ -120,10 +120,16 @@ def _find_image_dir(folder: Path, example: str) -> Path:
     return next((path for path in candidates if inside(path, example).is_file()), folder)
 
 
-def _pictures(splits: dict[str, list[Item]], training: bool) -> list[PictureSource]:
-    """Those that must be there: without training only the test's, for the others may not have been downloaded."""
-    needed = splits.values() if training else [splits["test"]]
-    return [picture for items in needed for picture, _ in items]
+def _check_pictures(splits: dict[str, list[Item]], training: bool, remedy: str) -> None:
+    """All pictures must be there; without training only the test's, and the others may not have been downloaded.
+
+    Validation pictures that are not there are then left out.
+    """
+    needed = ["train", "val", "test"] if training else ["test"]
+    check_pictures([picture for split in needed for picture, _ in splits[split]], remedy)
+    if not all(isinstance(picture, Path) and picture.is_file() for picture, _ in splits["val"]):
+        logger.info("Validation pictures are missing: there will be no val_accuracy.")
+        splits["val"] = []
 
 
 # FGVC Aircraft
@@ -141,7 +147,7 @@ def _read_aircraft(folder: Path, training: bool) -> Labelled:
             if variant not in label_of:
                 raise ValueError(f"{file}: {variant!r} is none of the {len(names)} variants of variants.txt.")
             splits[split].append((inside(folder / "images", f"{picture}.jpg"), label_of[variant]))
-    check_pictures(_pictures(splits, training), f"They are looked for in {folder / 'images'}.")
+    _check_pictures(splits, training, f"They are looked for in {folder / 'images'}.")
     return _labelled(names, splits, str(folder), training)
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from .classification import Item
 from .order import Purpose, entry_at, random_at
-from .sources import read_source
+from .sources import name_of, read_for_model
 
 
 class TrainingPictures(Dataset):
@@ -36,6 +36,10 @@ class TrainingPictures(Dataset):
         item = self.items[entry_at(self.seed, position, len(self))]
         return item, random_at(self.seed, position, Purpose.SAMPLE) if self.augment else None
 
+    def describe(self, position: int) -> str:
+        """The picture at a position, for errors."""
+        return name_of(self.items[entry_at(self.seed, position, len(self))][0])
+
 
 class ClipPictures:
     """Collates `(picture and its label, draws)` to `pixel_values` (B, 3, S, S) and `labels` (B,).
@@ -48,7 +52,7 @@ class ClipPictures:
         self.image_processor = image_processor
 
     def __call__(self, samples: Sequence[tuple[Item, np.random.Generator | None]]) -> dict[str, Tensor]:
-        pixels = [self.pixels(read_source(picture), draws) for (picture, _), draws in samples]
+        pixels = [self.pixels(read_for_model(picture), draws) for (picture, _), draws in samples]
         return {"pixel_values": torch.stack(pixels), "labels": torch.tensor([label for (_, label), _ in samples])}
 
     def pixels(self, image: Image.Image, draws: np.random.Generator | None = None) -> Tensor:

@@ -11,14 +11,14 @@ from torch.utils.data import Dataset
 
 from .augmentation import rand_augment
 from .order import Purpose, entry_at, random_at
-from .sources import PictureSource, read_source
+from .sources import PictureSource, name_of, read_for_model
 
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, its pictures, and what a task wants to be said of them."""
+    """A text, its pictures, and the target that a task has for them."""
 
     text: str
     pictures: tuple[PictureSource, ...]
@@ -43,8 +43,15 @@ class TrainingStream(Dataset):
         return len(self.examples)
 
     def __getitem__(self, position: int) -> tuple[Example, np.random.Generator | None]:
-        example = self.examples[entry_at(self.seed, position, len(self.examples))]
-        return example, random_at(self.seed, position, Purpose.SAMPLE) if self.augment else None
+        return self._at(position), random_at(self.seed, position, Purpose.SAMPLE) if self.augment else None
+
+    def describe(self, position: int) -> str:
+        """The text and the pictures of an example, for errors."""
+        example = self._at(position)
+        return f"{example.text!r} ({', '.join(map(name_of, example.pictures))})"
+
+    def _at(self, position: int) -> Example:
+        return self.examples[entry_at(self.seed, position, len(self.examples))]
 
 
 def unchanged(examples: Sequence[Example]) -> list[tuple[Example, None]]:
@@ -90,7 +97,7 @@ class ModelInputs:
         return inputs | {"labels": self.labels([example.target for example in examples])}
 
     def texts(self, texts: Sequence[str]) -> Batch:
-        """What of the inputs is the texts', padded to the longest of them."""
+        """The inputs that texts give, padded to the longest of them."""
         words = self.words(texts)
         inputs = {name: words[name] for name in words if name in self.names}
         if self.cache is not None:
@@ -98,12 +105,32 @@ class ModelInputs:
         return inputs
 
     def pictures(self, pictures: Sequence[tuple[PictureSource, np.random.Generator | None]]) -> Batch:
-        """What of the inputs is the pictures', each with what it is augmented by."""
+        """The inputs that pictures give, each augmented with its own random numbers.
+
+        Raises:
+            ValueError: for a picture that cannot be read, or that the model's processor cannot bring to its size.
+        """
         if self.cache is not None:
             return {"image_embeds": self.cache.image_embeds([source for source, _ in pictures])}
         images = [self._read(source, draws) for source, draws in pictures]
-        pixels = self.processor.image_processor(images, return_tensors="pt")
+        try:
+            pixels = self.processor.image_processor(images, return_tensors="pt")
+        except Exception as error:  # numpy, PIL and transformers fail with classes of their own
+            self._name_culprit([source for source, _ in pictures], images)
+            raise ValueError(f"{', '.join(name_of(source) for source, _ in pictures)}: {error}") from error
         return {name: pixels[name] for name in pixels if name in self.names}
+
+    def _name_culprit(self, sources: Sequence[PictureSource], images: Sequence[Any]) -> None:
+        """`ValueError` with the name of the first picture that the processor refuses alone."""
+        for source, image in zip(sources, images, strict=True):
+            try:
+                self.processor.image_processor([image], return_tensors="pt")
+            except Exception as error:
+                width, height = image.size
+                raise ValueError(
+                    f"{name_of(source)} of {width} x {height} pixels cannot be brought to the model's size ({error}): "
+                    "cut it to a less extreme shape, or take it out."
+                ) from error
 
     def words(self, texts: Sequence[str]) -> Batch:
         """Token ids and masks, padded to the longest of these texts."""
@@ -114,10 +141,10 @@ class ModelInputs:
         )
 
     def _read(self, source: PictureSource, draws: np.random.Generator | None) -> Any:
-        image = read_source(source)
+        image = read_for_model(source)
         return image if draws is None else rand_augment(image, draws)
 
 
 def class_labels(targets: list[int]) -> Tensor:
-    """`(B,)` whole numbers."""
+    """Classes `(B,)` of a batch."""
     return torch.tensor(targets)

@@ -24,6 +24,7 @@ from .sources import (
     check_pictures,
     inside,
     load_hub_splits,
+    name_of,
     read_json,
 )
 
@@ -242,6 +243,11 @@ class RetrievalData(Dataset):
         matched = image if is_match else self._other_image(image, draws)
         sample = RetrievalSample(self.split.images[image], texts, self.split.images[matched], is_match)
         return sample, draws if self.augment else None
+
+    def describe(self, position: int) -> str:
+        """The picture and the caption at a position, for errors."""
+        caption = entry_at(self.seed, position, len(self))
+        return f"{self.split.captions[caption]!r} ({name_of(self.split.images[self.split.image_of[caption]])})"
 
     def _false_captions(self, image: int, draws: np.random.Generator) -> list[str]:
         """Uniform over the captions; ours are distinct, and none reads as a caption of the picture."""

@@ -206,14 +206,19 @@ def soft_targets(question: Question, index: dict[str, int]) -> tuple[tuple[int, 
     return ()
 
 
-def training_examples(questions: Sequence[Question], vocabulary: Sequence[str]) -> list[Example]:
+def training_examples(questions: Sequence[Question], vocabulary: Sequence[str], prompt: str = "") -> list[Example]:
     """Examples with soft targets; questions that no answer of the vocabulary answers are left out, as officially.
+
+    Args:
+        questions: with their answers.
+        vocabulary: in the order of the model's outputs.
+        prompt: put before every question.
 
     Raises:
         ValueError: where that leaves none.
     """
     index = {answer: place for place, answer in enumerate(vocabulary)}
-    examples = [Example(q.text, (q.picture,), soft_targets(q, index)) for q in questions]
+    examples = [Example(prompt + q.text, (q.picture,), soft_targets(q, index)) for q in questions]
     usable = [example for example in examples if example.target]
     _report_usable(questions, len(usable), vocabulary, "to train on")
     return usable

@@ -50,6 +50,7 @@ class ClipClassifier(nn.Module):
         self.tokenizer = tokenizer
         self.text_batch_size = text_batch_size
         self.cache = ModuleCache()
+        self._checked: set[int] = set()  # texts whose lengths are known, so that each warning comes once
         self.set_classes(class_names, template)
 
     def set_classes(self, class_names: Sequence[str], template: str | Sequence[str] | None = None) -> None:
@@ -67,13 +68,15 @@ class ClipClassifier(nn.Module):
         if not names or not templates:
             raise ValueError(f"At least one {'template is needed' if names else 'class name is needed, got none'}.")
         texts = [describe(name, one) for name in names for one in templates]
-        self._check_lengths(names, texts)
+        if hash(tuple(texts)) not in self._checked:
+            self._check(names, texts)
+            self._checked.add(hash(tuple(texts)))
         self.class_names, self.template, self.texts = names, template, texts
+
+    def _check(self, names: list[str], texts: list[str]) -> None:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             logger.warning("Classes with the same name cannot be told apart by their texts: %s.", repeated)
-
-    def _check_lengths(self, names: list[str], texts: list[str]) -> None:
         cut = kept_and_lost(texts, self.tokenizer, self.max_text_length)
         of_ids: dict[tuple[int, ...], set[str]] = defaultdict(set)
         for text, (ids, _) in cut.items():

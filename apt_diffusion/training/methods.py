@@ -141,6 +141,17 @@ def answers_of(file: Path) -> list[str] | None:
     return json.loads(header["answers"]) if "answers" in header else None
 
 
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a file, which are not read themselves."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            return {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that require gradients, by full name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -27,7 +27,7 @@ def test_one_warning_for_all(tokenizer, caplog):
     warn_of_cut_texts([*texts, ("file f", "fits")], tokenizer, 12)
     (record,) = caplog.records
     message = record.getMessage()
-    assert message.startswith("5 of 6 texts are longer than the 12 tokens that the model reads, and their ends are left")
+    assert message.startswith("5 of 6 texts are longer than the 12 tokens that the model reads, and their ends")
     assert message.count("loses") == 3 and "file a loses" in message and message.endswith("; .... Shorten them.")
     caplog.clear()
     warn_of_cut_texts([("file f", "fits")], tokenizer, 12)

@@ -127,12 +127,21 @@ def make_nlvr2_folder(folder: Path, train: int = 12, dev: int = 6, test: int = 6
 # Running
 
 
+def own_size(model) -> int | None:
+    """Shorter side of the pictures that a folder's processor makes; recipes have 384 pixels, too many for tests."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (Path(model) / name).is_file():
+            content = json.loads((Path(model) / name).read_text())
+            return content.get("image_processor", content)["size"]["shortest_edge"]
+    return None
+
+
 def words(model, data, output, **flags) -> list[str]:
     """A command line of tiny sizes; `True` is a bare flag, `None` leaves one out."""
     defaults = {
         "model_name_or_path": model, "data_dir": data, "output_dir": output, "num_prompts": 4, "rank": 2,
         "bottleneck": 3, "train_batch_size": 2, "gradient_accumulation_steps": 1, "max_train_steps": 2,
-        "eval_batch_size": 4, "learning_rate": 1e-2, "seed": 0, "report_to": "none",
+        "eval_batch_size": 4, "learning_rate": 1e-2, "seed": 0, "report_to": "none", "image_size": own_size(model),
     }  # fmt: skip
     result = []
     for name, value in (defaults | flags).items():

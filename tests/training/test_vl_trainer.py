@@ -292,11 +292,11 @@ def test_defaults_are_those_of_the_published_recipes(script, kind, method, expec
 
 
 def test_rates_and_weight_decay_by_name(tiny_vl, vqa_dir, tmp_path):
+    from apt_diffusion.training.vision_language.trainer import attach, make_optimizer
     from train_apt_vqa import MODELS
 
     from apt_diffusion.training.methods import trained_parameters
     from apt_diffusion.training.vision_language.models import load_model
-    from apt_diffusion.training.vision_language.trainer import attach, make_optimizer
 
     run = start("vqa", tiny_vl["meter"], vqa_dir, tmp_path, learning_rate=1.0)
     model = load_model(run, MODELS["meter"], num_labels=3)
@@ -321,7 +321,7 @@ def test_rates_and_weight_decay_by_name(tiny_vl, vqa_dir, tmp_path):
 def test_frozen_encoders_have_no_dropout_and_everything_else_does(tiny_vl):
     from apt_diffusion.baselines import MethodConfig, add_method, freeze_for_method
     from apt_diffusion.models.meter import MeterForQuestionAnswering
-    from apt_diffusion.training.vision_language.trainer import set_training_mode
+    from apt_diffusion.training.vision_language.method import set_training_mode
 
     model = MeterForQuestionAnswering.from_pretrained(tiny_vl["meter"], num_labels=2)
     for method, trained in (("classifier_only", False), ("full", True)):

@@ -1,64 +1,11 @@
-"""Flags that the trainers of vision-language models share, and the published recipes behind their defaults."""
+"""Flags that the trainers of vision-language models share."""
 
 import argparse
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-
-from transformers import PreTrainedConfig
 
 from ...baselines import get_method
 from ..methods import add_method_flags, settle_method_flags
-
-SOURCE = "APT's released code, https://github.com/DoubtedSteam/APT (config.py and the scripts beside it)"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A published setting of one task and model; `learning_rate` is that of APT and all methods but full tuning."""
-
-    learning_rate: float
-    full_learning_rate: float
-    head_lr_multiplier: float
-    total_batch_size: int
-    max_text_length: int
-    cross_modal_lr_multiplier: float = 1.0
-
-    def fill_in(self, args: argparse.Namespace, num_processes: int, config: PreTrainedConfig) -> None:
-        """Gives a value to what the command line left open.
-
-        Args:
-            args: of `add_shared_flags`.
-            num_processes: that share a batch.
-            config: of the model that is trained.
-
-        Raises:
-            ValueError: where a flag is not for this model.
-        """
-        if args.cache_encoder_outputs and config.model_type != "meter":
-            raise ValueError("--cache_encoder_outputs is for METER: ViLT has no encoders whose outputs could be kept.")
-        defaults = {
-            "learning_rate": self.full_learning_rate if get_method(args.method).trains_base else self.learning_rate,
-            "head_lr_multiplier": self.head_lr_multiplier,
-            "cross_modal_lr_multiplier": self.cross_modal_lr_multiplier,
-            "max_text_length": self.max_text_length,
-            "gradient_accumulation_steps": max(1, self.total_batch_size // (args.train_batch_size * num_processes)),
-        }
-        for name, value in defaults.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
-        args.max_text_length = min(args.max_text_length, max_positions(config))
-
-
-def max_positions(config: PreTrainedConfig) -> int:
-    """Tokens that a text may have."""
-    if config.model_type == "meter":
-        return config.text_config.max_position_embeddings - 2  # RoBERTa counts from 2
-    return config.max_position_embeddings
-
-
-# For the embedded models: ours, from a few runs of VQA.
-MINIATURE = Recipe(1e-3, 2e-4, head_lr_multiplier=20, total_batch_size=64, max_text_length=24)
+from .recipes import Recipe, recipe_help
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -69,6 +16,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def positive_int(text: str) -> int:
+    """A flag's value that must be 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -105,14 +53,6 @@ def add_shared_flags(parser: argparse.ArgumentParser, recipes: dict[str, Recipe]
     )
 
 
-def _recipe_help(recipes: dict[str, Recipe], value: Callable[[Recipe], object]) -> str:
-    values = ", ".join(
-        f"{value(recipe)} for {kind.upper()}" for kind, recipe in recipes.items() if kind != "miniature"
-    )
-    ours = f"; {value(recipes['miniature'])} for the embedded models" if "miniature" in recipes else ""
-    return f"Default: {values} ({SOURCE}){ours}."
-
-
 def _model_flags(add, miniatures: str) -> None:
     add("--model_name_or_path", required=True, help=f"Hub id or folder, {miniatures}.")
     add("--revision", help="Revision of the model on the hub.")
@@ -123,13 +63,14 @@ def _fusion_model_flags(add) -> None:
         "--hidden_dropout_prob",
         type=float,
         default=0.1,
-        help="Dropout of the layers that learn, 0.1 in the released code. METER's frozen encoders have none here.",
+        help="Dropout of the layers that learn, 0.1 in the released code; in METER of attention probabilities, too. "
+        "METER's frozen encoders have none here.",
     )
     add(
         "--use_classifier_token",
         action=argparse.BooleanOptionalAction,
         help="Put a learnable token in place of the first word's state, as the released code does for all methods; as "
-        "the model was saved if not set. --adapter needs it as it was when that was trained.",
+        "the model was saved, or --adapter was trained, if not set.",
     )
 
 
@@ -170,7 +111,7 @@ def _optimizer_flags(add, recipes: dict[str, Recipe]) -> None:
         "--learning_rate",
         type=float,
         help="Learning rate after the warmup. "
-        + _recipe_help(recipes, lambda r: f"{r.learning_rate} ({r.full_learning_rate} with --method full)")
+        + recipe_help(recipes, lambda r: f"{r.learning_rate} ({r.full_learning_rate} with --method full)")
         + " There with a batch of "
         + ", ".join(f"{recipe.total_batch_size} for {kind.upper()}" for kind, recipe in recipes.items())
         + " in all.",
@@ -178,13 +119,13 @@ def _optimizer_flags(add, recipes: dict[str, Recipe]) -> None:
     add(
         "--head_lr_multiplier",
         type=float,
-        help="Factor for the classifier's learning rate. " + _recipe_help(recipes, lambda r: r.head_lr_multiplier),
+        help="Factor for the classifier's learning rate. " + recipe_help(recipes, lambda r: r.head_lr_multiplier),
     )
     add(
         "--cross_modal_lr_multiplier",
         type=float,
         help="Factor for what lies in METER's cross-modal layers, the method's parameters included. "
-        + _recipe_help(recipes, lambda r: r.cross_modal_lr_multiplier),
+        + recipe_help(recipes, lambda r: r.cross_modal_lr_multiplier),
     )
     add(
         "--lr_scheduler",
@@ -207,13 +148,15 @@ def _optimizer_flags(add, recipes: dict[str, Recipe]) -> None:
 
 def _input_flags(add, recipes: dict[str, Recipe]) -> None:
     add(
-        "--image_size", type=positive_int, help="Shorter side of the pictures; the model's own processor's if not set."
+        "--image_size",
+        type=positive_int,
+        help="Shorter side of the pictures. " + recipe_help(recipes, lambda r: r.image_size),
     )
     add(
         "--max_text_length",
         type=positive_int,
         help="Tokens of a text, at most what the model has positions for. "
-        + _recipe_help(recipes, lambda r: r.max_text_length),
+        + recipe_help(recipes, lambda r: r.max_text_length),
     )
     add(
         "--augment",
@@ -265,12 +208,13 @@ def check_common(args: argparse.Namespace) -> None:
 
 
 def check_seed(flag: str, seed: int | None) -> None:
+    """`ValueError` for a seed that numpy does not take."""
     if seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"{flag} must be from 0 to {2**32 - 1}, got {seed}.")
 
 
 def check_shared(args: argparse.Namespace) -> None:
-    """The same for the flags of `add_shared_flags`; whether pictures are augmented is settled here."""
+    """As `check_common`, for the flags of `add_shared_flags`; whether pictures are augmented is settled here."""
     check_common(args)
     check_seed("--seed", args.seed)
     if not 0 <= args.hidden_dropout_prob < 1:

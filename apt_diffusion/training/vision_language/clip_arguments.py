@@ -1,16 +1,13 @@
 """Flags of the CLIP trainer, and the published recipes behind their defaults."""
 
 import argparse
-import math
 from dataclasses import dataclass
 
-import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from ...data.classification_sets import DATA_SETS
 from .arguments import HelpFormatter, add_common_flags, check_common, check_seed, positive_int
-from .trainer import Schedule
+from .recipes import check_image_size
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,7 @@ class ClipRecipe:
         for name in ("learning_rate", "num_train_epochs", "train_batch_size"):
             if getattr(args, name) is None:
                 setattr(args, name, getattr(self, name))
+        check_image_size(args.image_size, config)
 
 
 # Nobody published APT on CLIP. These are the settings of what is nearest to it, prompts in every layer of both towers,
@@ -37,12 +35,13 @@ RECIPES = {
 }
 
 
-def recipe_help(name: str) -> str:
+def _recipe_help(name: str) -> str:
     values = ", ".join(f"{getattr(recipe, name)} for {key} ({recipe.source})" for key, recipe in RECIPES.items())
     return f"Default: {values}."
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_common_flags(parser, "'miniature-clip'")
     parser.set_defaults(
@@ -58,14 +57,18 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         check_seed("--seeds", seed)
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds has one twice: {args.seeds}.")
-    if args.template is not None and "{}" not in args.template:
-        raise ValueError(f"--template {args.template!r} has no {{}} for the name of the class.")
+    for template in args.template or ():
+        if "{}" not in template:
+            raise ValueError(f"--template {template!r} has no {{}} for the name of the class.")
+    if args.warmup_epochs < 0:
+        raise ValueError(f"--warmup_epochs must not be negative, got {args.warmup_epochs}.")
     if args.push_to_hub and len(args.seeds) > 1:
         raise ValueError("--push_to_hub uploads one adapter: give one of the --seeds.")
     return args
 
 
 def add_data_flags(add) -> None:
+    """Flags of the data set and of the protocol."""
     add(
         "--data_dir",
         help="Folder of a data set: with CoOp's split_zhou_*.json, FGVC Aircraft's lists, or a folder per class.",
@@ -79,7 +82,12 @@ def add_data_flags(add) -> None:
         help="Which of CoOp's eleven data sets it is: that gives the template, the folder of pictures, and the rule "
         "that turns folder names into class names.",
     )
-    add("--template", help="Text of a class, {} for its name; that of --data_set, or 'a photo of a {}.', if not set.")
+    add(
+        "--template",
+        nargs="+",
+        help="Text of a class, {} for its name; that of --data_set, or 'a photo of a {}.', if not set. Features of "
+        "several are averaged.",
+    )
     add(
         "--protocol",
         choices=list(RECIPES),
@@ -97,7 +105,12 @@ def add_data_flags(add) -> None:
         help="Of the shots, drawn as CoOp draws them, and of everything else random. Several are run one after the "
         "other, into seed-N of --output_dir, with mean and spread at the end; published tables have 1 2 3.",
     )
-    add("--image_size", type=positive_int, help="Pixels of the squares; the model's own processor's if not set.")
+    add(
+        "--image_size",
+        type=positive_int,
+        help="Pixels of the squares; the model's own processor's if not set. For another size than that of its "
+        "pre-training the model's positions are interpolated.",
+    )
     add(
         "--augment",
         action=argparse.BooleanOptionalAction,
@@ -113,7 +126,8 @@ def add_data_flags(add) -> None:
 
 
 def add_optimizer_flags(add) -> None:
-    add("--learning_rate", type=float, help=recipe_help("learning_rate"))
+    """Flags of optimizer and learning rate."""
+    add("--learning_rate", type=float, help=_recipe_help("learning_rate"))
     add(
         "--optimizer",
         choices=["sgd", "adamw"],
@@ -124,26 +138,3 @@ def add_optimizer_flags(add) -> None:
     add("--warmup_epochs", type=int, default=1, help="Epochs at --warmup_lr; 1 in all published recipes.")
     add("--warmup_lr", type=float, default=1e-5, help="Learning rate of these; 1e-5 in all published recipes.")
     add("--max_grad_norm", type=float, help="Gradients are clipped to this norm; not at all if not set, as published.")
-
-
-def make_optimizer(
-    args: argparse.Namespace, parameters: dict[str, nn.Parameter], steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, Schedule]:
-    """The rate stays the same for an epoch: first `--warmup_lr`, then a cosine from `--learning_rate` to 0."""
-    settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-    values = list(parameters.values())
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(values, momentum=0.9, **settings)
-    else:
-        optimizer = torch.optim.AdamW(values, fused=True, **settings)
-    for group in optimizer.param_groups:
-        group["initial_lr"] = args.learning_rate
-    epochs = math.ceil(args.max_train_steps / steps_per_epoch)
-
-    def schedule(step: int) -> float:
-        epoch = step // steps_per_epoch
-        if epoch < args.warmup_epochs:
-            return args.warmup_lr / args.learning_rate
-        return 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-
-    return optimizer, schedule

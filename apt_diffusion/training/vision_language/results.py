@@ -1,69 +1,89 @@
-"""What a run of a vision-language task leaves behind: weights that explain themselves, `results.json`, a card."""
+"""Files of a finished run of a vision-language task beside its weights: `results.json`, and the card's contents."""
 
-from typing import TYPE_CHECKING
+from typing import Any
+
+from torch import nn
 
 from ...baselines import get_method, method_of
 from .. import provenance
-from ..loss_log import plot_losses
-from ..methods import save_trained, trained_parameters
+from ..methods import trained_parameters
 from ..metrics import RESULTS_NAME, plot_metrics, write_json
-from ..model_card import write_model_card
-
-if TYPE_CHECKING:
-    from .trainer import Run, Task
+from ..session import Session
+from .models import BaseModel
 
 CARD_SETTINGS = ("train_batch_size", "max_train_steps", "learning_rate")  # after the method and its own settings
 
 
-def metadata(run: "Run", task: "Task", step: int) -> dict[str, str]:
-    """The header of the weights' file."""
-    base = provenance.adapter_metadata(
-        vars(run.args), run.command, step, base_model=run.args.model_name_or_path, task=run.script
-    )
-    return base | task.header
-
-
-def write_results(run: "Run", task: "Task", metrics: dict[str, float], step: int | None) -> None:
-    """`results.json`: what was measured, of what, and how."""
-    parameters = trained_parameters(task.model) if method_of(task.model) else {}
+def write_results(session: Session, model: nn.Module, metrics: dict[str, float]) -> None:
+    """`results.json`: the metrics, and of which model with which settings; the main process writes it."""
+    args = session.args
+    if not session.is_main:
+        return
+    parameters = trained_parameters(model) if method_of(model) else {}
     content = {
-        "task": run.script.removeprefix("train_apt_"),
-        "base_model": run.args.model_name_or_path,
-        "method": method_of(task.model),
+        "task": session.script.removeprefix("train_apt_"),
+        "base_model": args.model_name_or_path,
+        "method": method_of(model),
         "metrics": metrics,
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
-        "step": step,
-        "seed": run.seed,
-        "command": run.command,
-        "settings": provenance.public_settings(vars(run.args)),
+        "step": None if args.eval_only else session.steps_done,
+        "seed": session.seed,
+        "command": session.command,
+        "settings": provenance.public_settings(vars(args)),
         "versions": provenance.versions(),
     }
-    write_json(content, run.output_dir / RESULTS_NAME)
-    run.logger.info("Results are in %s.", run.output_dir / RESULTS_NAME)
+    write_json(content, session.output_dir / RESULTS_NAME)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    session.logger.info("Results are in %s: %s.", session.output_dir / RESULTS_NAME, shown)
 
 
-def finish(run: "Run", task: "Task", metrics: dict[str, float], step: int) -> None:
-    """The trained weights, their card and plots."""
-    args = run.args
-    save_trained(task.model, run.output_dir, metadata(run, task, step))
+def card(
+    session: Session, metrics: dict[str, float], plotted: list[str], summary: str, usage: str, tags: list[str]
+) -> dict[str, Any]:
+    """Arguments of the model card for `Session.finish`.
+
+    Args:
+        session: of the run.
+        metrics: of the trained model.
+        plotted: names of the metrics whose course is drawn.
+        summary: a sentence or two on what was trained.
+        usage: Python that loads it, with `{base_model!r}` and `{place!r}`.
+        tags: for the hub, beside the package's and the method's.
+    """
+    args = session.args
     names = ("method", *get_method(args.method).defaults(), *CARD_SETTINGS)
     chosen = {name: getattr(args, name) for name in names} | provenance.public_settings(vars(args))
-    write_model_card(
-        run.output_dir,
-        title=run.repo_id or run.output_dir.resolve().name,
-        base_model=args.model_name_or_path,
-        summary=task.summary,
-        usage=task.usage.format(base_model=args.model_name_or_path, place=run.repo_id or args.output_dir),
-        tags=[*task.tags, "apt-diffusion", args.method],
-        settings=chosen | {"seed": run.seed},
-        command=run.command,
-        loss_plot=plot_losses(run.output_dir),
-        metrics=metrics,
-        metrics_plot=plot_metrics(run.output_dir, task.plotted),
-    )
+    return {
+        "base_model": args.model_name_or_path,
+        "summary": summary,
+        "usage": usage.format(base_model=args.model_name_or_path, place=session.repo_id or args.output_dir),
+        "tags": [*tags, "apt-diffusion", args.method],
+        "settings": chosen | {"seed": session.seed},
+        "metrics": metrics,
+        "metrics_plot": plot_metrics(session.output_dir, plotted) if session.is_main else None,
+    }
 
 
-def loading_code(method: str) -> dict[str, str]:
-    """Two lines for a card: the import, and the call with `{place!r}`."""
-    module, name = ("", "load_apt_weights") if method == "apt" else (".baselines", "load_method")
-    return {"import_line": f"from apt_diffusion{module} import {name}", "load": f"{name}(model, {{place!r}})"}
+def loading_code(args: Any, base: BaseModel, model: nn.Module) -> dict[str, str]:
+    """Parts of a card's Python: `module` and `model_class`, `import_line`, `settings` of the model, `load`, `size`.
+
+    Args:
+        args: the script's.
+        base: the pre-trained model.
+        model: the trained one.
+    """
+    parts = {
+        "module": "apt_diffusion.models.meter" if base.model_type == "meter" else "transformers",
+        "model_class": type(model).__name__,
+        "kind": base.model_type,
+        "settings": "",
+        "size": f", {args.image_size}" if args.image_size else "",
+    }
+    module, name = ("", "load_apt_weights") if args.method == "apt" else (".baselines", "load_method")
+    imports, load = [f"from apt_diffusion{module} import {name}"], [f"{name}(model, {{place!r}})"]
+    if getattr(args, "use_classifier_token", None) and base.model_type == "meter":
+        parts["settings"] = ", use_classifier_token=True"
+    elif getattr(args, "use_classifier_token", None):
+        imports.append("from apt_diffusion.models.vilt import add_classifier_token")
+        load.insert(0, "add_classifier_token(model)")
+    return parts | {"import_line": "\n".join(imports), "load": "\n".join(load)}

@@ -76,7 +76,7 @@ def convert(
     processor = None
     state = read_checkpoint(checkpoint)
     if tokenizer is not None:  # before the work, for it may fail
-        processor = _make_processor(_model_type(state), tokenizer, image_size)
+        processor = _make_processor(state, tokenizer, image_size)
     converted = convert_state(state, task, image_size)
     if output is not None:
         _write(converted, Path(output), Path(checkpoint).name, processor)
@@ -241,17 +241,19 @@ def _adapter(official: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Te
     return adapter
 
 
-def _make_processor(model_type: str, tokenizer: str, image_size: int | None) -> Any:
+def _make_processor(state: dict[str, Tensor], tokenizer: str | Path, image_size: int | None) -> Any:
     from transformers import AutoTokenizer, CLIPImageProcessorPil, ViltImageProcessorPil, ViltProcessor
 
     from ..data.processors import sizes
     from ..models.meter import MeterProcessor
 
+    model_type = _model_type(state)
     words = AutoTokenizer.from_pretrained(tokenizer)
     size = sizes(model_type, image_size or 384)
     if model_type == "meter":
         return MeterProcessor(CLIPImageProcessorPil(**size), words)
-    return ViltProcessor(ViltImageProcessorPil(**size, do_convert_rgb=True), words)
+    patch = vilt.settings(state)["patch_size"]
+    return ViltProcessor(ViltImageProcessorPil(**size, size_divisor=patch, do_convert_rgb=True), words)
 
 
 def _write(converted: Converted, output: Path, source: str, processor: Any) -> None:

@@ -163,14 +163,15 @@ def test_evaluation_by_two_passes_of_the_bare_model(nlvr2_dir, tiny_vl, tmp_path
 def test_the_second_picture_starts_with_the_first_ones_row(nlvr2_dir, tiny_vl, tmp_path, kind):
     import train_apt_nlvr2
 
-    from apt_diffusion.training.vision_language.models import load_model
-    from apt_diffusion.training.vision_language.trainer import start
+    from apt_diffusion.training.vision_language.models import find_base, load_model
 
     args = train_apt_nlvr2.parse_args(words(tiny_vl[kind], nlvr2_dir, tmp_path))
-    run = start(args, "train_apt_nlvr2", [], train_apt_nlvr2.RECIPES)
+    base_model = find_base(args, train_apt_nlvr2.RECIPES, num_processes=1)
     settings = {"num_images": 2} if kind == "vilt" else {}
     models = [
-        load_model(run, train_apt_nlvr2.MODELS[kind], num_labels=2, modality_type_vocab_size=3, **settings)
+        load_model(
+            args, base_model, 0, train_apt_nlvr2.MODELS[kind], num_labels=2, modality_type_vocab_size=3, **settings
+        )
         for _ in range(2)
     ]
     from transformers import ViltModel

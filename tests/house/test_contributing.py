@@ -50,7 +50,8 @@ def test_the_example_of_a_method(ia3):
     base = vilt_output(model)
     assert len(add_method(model, MethodConfig("ia3"))) == 4
     assert torch.equal(vilt_output(model), base)
-    assert freeze_for_method(model)[0] == 4 * 32 + (32 * 32 + 32 + 2 * 32)  # factors; pooler and kinds of tokens
+    heads = 32 * 32 + 32 + 2 * 32 + 2 * 32  # pooler; modalities; segments of the text
+    assert freeze_for_method(model)[0] == 4 * 32 + heads
     assert count_costs("ia3", hidden_size=32, num_tokens=21, num_modules=2) == (4 * 32, 0)
 
 

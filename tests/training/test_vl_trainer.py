@@ -36,8 +36,8 @@ def logits(monkeypatch):
 
     found, original = [], train_apt_vqa.predict
 
-    def predict(run, model, examples, collate, read):
-        values = original(run, model, examples, collate, lambda output: output.logits)
+    def predict(session, model, examples, collate, read):
+        values = original(session, model, examples, collate, lambda output: output.logits)
         found.append(values)
         return values.argmax(-1)
 
@@ -263,47 +263,53 @@ def test_results_go_to_the_hub(go, monkeypatch):
 # Rates and recipes
 
 
-def start(script, model, data, out, **flags):
+def settled(script, model, data, out, **flags):
+    """The flags as a run has them, with the base model that they name."""
     import importlib
 
-    from apt_diffusion.training.vision_language.trainer import start
+    from apt_diffusion.training.vision_language.models import find_base
 
     module = importlib.import_module(f"train_apt_{script}")
     args = module.parse_args(words(model, data, out, **flags))
-    return start(args, f"train_apt_{script}", [], module.RECIPES)
+    return args, find_base(args, module.RECIPES, num_processes=1)
 
 
 @pytest.mark.parametrize(
     ("script", "kind", "method", "expected"),
     [
-        ("vqa", "vilt", "apt", (5e-4, 10, 1, 8, 40)),
-        ("vqa", "vilt", "full", (1e-4, 10, 1, 8, 40)),
-        ("vqa", "meter", "apt", (2.5e-5, 50, 5, 16, 38)),  # this model has 38 positions
-        ("nlvr2", "vilt", "lora", (5e-4, 1, 1, 4, 40)),
-        ("nlvr2", "meter", "apt", (1e-5, 10, 5, 8, 38)),
+        ("vqa", "vilt", "apt", (5e-4, 10, 1, 8, 40, 384)),
+        ("vqa", "vilt", "full", (1e-4, 10, 1, 8, 40, 384)),
+        ("vqa", "meter", "apt", (2.5e-5, 50, 5, 16, 38, 384)),  # this model has 38 positions
+        ("nlvr2", "vilt", "lora", (5e-4, 1, 1, 4, 40, 384)),
+        ("nlvr2", "meter", "apt", (1e-5, 10, 5, 8, 38, 288)),
+        ("retrieval", "vilt", "apt", (5e-4, 1, 1, 64, 40, 384)),
+        ("retrieval", "meter", "apt", (5e-5, 1, 5, 128, 38, 384)),
     ],
 )
 def test_defaults_are_those_of_the_published_recipes(script, kind, method, expected, tiny_vl, vqa_dir, tmp_path):
-    nothing = dict.fromkeys(("learning_rate", "gradient_accumulation_steps", "train_batch_size"))
-    args = start(script, tiny_vl[kind], vqa_dir, tmp_path, method=method, **nothing).args
+    nothing = dict.fromkeys(("learning_rate", "gradient_accumulation_steps", "train_batch_size", "image_size"))
+    args, _ = settled(script, tiny_vl[kind], vqa_dir, tmp_path, method=method, **nothing)
     names = ("learning_rate", "head_lr_multiplier", "cross_modal_lr_multiplier", "gradient_accumulation_steps")
-    assert tuple(getattr(args, name) for name in (*names, "max_text_length")) == expected
+    assert tuple(getattr(args, name) for name in (*names, "max_text_length", "image_size")) == expected
     assert (args.num_train_epochs, args.adam_beta2, args.weight_decay, args.lr_warmup_steps) == (10, 0.98, 0.01, 0.1)
 
 
 def test_rates_and_weight_decay_by_name(tiny_vl, vqa_dir, tmp_path):
-    from apt_diffusion.training.vision_language.trainer import attach, make_optimizer
     from train_apt_vqa import MODELS
 
     from apt_diffusion.training.methods import trained_parameters
+    from apt_diffusion.training.session import Session
+    from apt_diffusion.training.vision_language.method import attach
     from apt_diffusion.training.vision_language.models import load_model
+    from apt_diffusion.training.vision_language.optimizer import make_optimizer
 
-    run = start("vqa", tiny_vl["meter"], vqa_dir, tmp_path, learning_rate=1.0)
-    model = load_model(run, MODELS["meter"], num_labels=3)
-    attach(run, model)
+    args, base = settled("vqa", tiny_vl["meter"], vqa_dir, tmp_path, learning_rate=1.0)
+    model = load_model(args, base, 0, MODELS["meter"], num_labels=3)
+    with Session.start(args, "train_apt_vqa", []) as session:
+        attach(session, model)
     parameters = trained_parameters(model)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    groups = make_optimizer(run.args, parameters).param_groups
+    groups = make_optimizer(args, parameters)[0].param_groups
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     layer = "meter.cross_modal_text_layers.0.attention.apt.adapters.default"
     expected = {

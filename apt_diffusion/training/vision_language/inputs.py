@@ -41,7 +41,7 @@ def make_inputs(
     inputs = ModelInputs(processor, args.max_text_length, labels)
     texts = list(dict.fromkeys(example.text for example in itertools.chain(*parts)))
     if session.is_main:
-        warn_of_cut_texts(processor.tokenizer, texts, args.max_text_length, "texts")
+        warn_of_cut_texts([(repr(text), text) for text in texts], processor.tokenizer, args.max_text_length)
     if args.cache_encoder_outputs:
         pictures = dict.fromkeys(picture for example in itertools.chain(*parts) for picture in example.pictures)
         inputs.cache = _fill_cache(session, model, inputs, list(pictures), texts)

@@ -244,7 +244,7 @@ def read_hub(
     if test is None or (training and "train" not in hub):
         raise ValueError(f"The data set {name!r} needs the splits train and test (or validation); it has {list(hub)}.")
     parts = {"train": hub.get("train"), "val": None if val is test else val, "test": test}
-    names = _label_names(parts, label_column, name)
+    names = _label_names([rows for rows in (test, *parts.values()) if rows], label_column, name)
     splits = {
         split: _hub_items(rows, names, image_column, label_column, f"{name!r}, split {split!r}") if rows else []
         for split, rows in parts.items()
@@ -253,14 +253,14 @@ def read_hub(
     return _labelled({label: rule(text) for label, text in enumerate(names)}, splits, f"{name!r}", training)
 
 
-def _label_names(parts: dict[str, Any], column: str, name: str) -> list[str]:
-    """Names by label, of `ClassLabel`s or of labels that are texts."""
-    feature = parts["test"].features[column]
+def _label_names(parts: list[Any], column: str, name: str) -> list[str]:
+    """Names by label, of `ClassLabel`s or of labels that are texts, in any of the splits."""
+    feature = parts[0].features[column]
     if hasattr(feature, "names"):
         return list(feature.names)
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"The labels of {name!r} carry no class names: the column {column!r} is {feature}.")
-    return sorted({text for rows in parts.values() if rows for text in rows.unique(column) if text is not None})
+    return sorted({text for rows in parts for text in rows.unique(column) if text is not None})
 
 
 def _hub_items(rows: Any, names: list[str], image_column: str, label_column: str, where: str) -> list[Item]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from .classification import Item
 from .order import Purpose, entry_at, random_at
-from .sources import name_of, read_for_model
+from .sources import name_of, read_source
 
 
 class TrainingPictures(Dataset):
@@ -52,7 +52,7 @@ class ClipPictures:
         self.image_processor = image_processor
 
     def __call__(self, samples: Sequence[tuple[Item, np.random.Generator | None]]) -> dict[str, Tensor]:
-        pixels = [self.pixels(read_for_model(picture), draws) for (picture, _), draws in samples]
+        pixels = [self.pixels(read_source(picture), draws) for (picture, _), draws in samples]
         return {"pixel_values": torch.stack(pixels), "labels": torch.tensor([label for (_, label), _ in samples])}
 
     def pixels(self, image: Image.Image, draws: np.random.Generator | None = None) -> Tensor:

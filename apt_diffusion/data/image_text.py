@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .augmentation import rand_augment
 from .order import Purpose, entry_at, random_at
-from .sources import PictureSource, name_of, read_for_model
+from .sources import PictureSource, name_of, read_source
 
 Batch = dict[str, Tensor]
 
@@ -141,7 +141,7 @@ class ModelInputs:
         )
 
     def _read(self, source: PictureSource, draws: np.random.Generator | None) -> Any:
-        image = read_for_model(source)
+        image = read_source(source)
         return image if draws is None else rand_augment(image, draws)
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from .reading import as_rgb, check_size, read_picture
 
 SHOWN = 3  # how many examples a message names
-LONGEST = 100  # times its short side: what is longer would fill the memory when its short side is resized
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,6 @@ def read_source(source: PictureSource) -> Image.Image:
         return as_rgb(image)
     except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
         raise ValueError(f"{name_of(source)} cannot be read: {error}") from error
-
-
-def read_for_model(source: PictureSource) -> Image.Image:
-    """As `read_source`, for processors that resize the short side to the model's size.
-
-    Raises:
-        ValueError: also for a picture that is more than `LONGEST` times as long as wide, or the other way round.
-    """
-    image = read_source(source)
-    short, long = sorted(image.size)
-    if long > LONGEST * short:
-        raise ValueError(
-            f"{name_of(source)} has {image.width} x {image.height} pixels, one side more than {LONGEST} times the "
-            "other: cut it or take it out."
-        )
-    return image
 
 
 def name_of(source: PictureSource) -> str:

@@ -71,7 +71,8 @@ class ClipClassifier(nn.Module):
         if hash(tuple(texts)) not in self._checked:
             self._check(names, texts)
             self._checked.add(hash(tuple(texts)))
-        self.class_names, self.template, self.texts = names, template, texts
+        self.class_names, self.texts = names, texts
+        self.template: str | Sequence[str] = template
 
     def _check(self, names: list[str], texts: list[str]) -> None:
         repeated = sorted({name for name in names if names.count(name) > 1})

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TASK_HEADS = ("classifier", "rank_output")
 
+
 def add_method_flags(add: Callable[..., Any]) -> None:
     """`--method`, with every registered method, and one flag per setting of them all.
 

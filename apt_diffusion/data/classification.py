@@ -238,7 +238,8 @@ def read_hub(
         check_columns(rows, (image_column, label_column), name)
     val = next((hub[split] for split in ("validation", "val", "valid") if split in hub), None)
     test = hub.get("test", val)
-    if val is not None and test is not val and set(test.unique(label_column)) <= set(UNLABELLED):
+    secret = test is not None and set(test.unique(label_column)) <= set(UNLABELLED)
+    if secret and val is not None and test is not val:
         logger.info("The test split of %r has no labels: its validation split is tested on.", name)
         test = val
     if test is None or (training and "train" not in hub):

@@ -62,9 +62,9 @@ class ClipClassifier(nn.Module):
             ValueError: for no class, a template without a place for the name, or two names that read the same because
                 the model does not read their ends.
         """
-        template = self.template if template is None else template
+        given = self.template if template is None else template
         names = list(class_names)
-        templates = [template] if isinstance(template, str) else list(template)
+        templates = [given] if isinstance(given, str) else list(given)
         if not names or not templates:
             raise ValueError(f"At least one {'template is needed' if names else 'class name is needed, got none'}.")
         texts = [describe(name, one) for name in names for one in templates]
@@ -72,7 +72,7 @@ class ClipClassifier(nn.Module):
             self._check(names, texts)
             self._checked.add(hash(tuple(texts)))
         self.class_names, self.texts = names, texts
-        self.template: str | Sequence[str] = template
+        self.template: str | Sequence[str] = given
 
     def _check(self, names: list[str], texts: list[str]) -> None:
         repeated = sorted({name for name in names if names.count(name) > 1})

@@ -8,6 +8,7 @@ The command line is that of diffusers' `train_dreambooth_lora.py` and more; see 
 """
 
 import argparse
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from apt_diffusion.data.pictures import check_picture, find_pictures
 from apt_diffusion.data.reading import read_picture
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
+from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.optimizer import make_adamw, make_schedule
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
 from apt_diffusion.training.text_to_image.bases import open_base
-from apt_diffusion.training.text_to_image.checks import check_fit, trained_parts
+from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures, find_class_pictures
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
@@ -101,6 +103,8 @@ def main(argv: list[str] | None = None) -> None:
             draw_timestep=objective.draw_timestep,
         )
         session.plan(data.epoch_length, evaluates_after=lambda step: samples_are_due(session, step))
+        warn_of_idle_flags(args, build_parser(), idle_rules(args, base), session.logger)
+        warn_of_long_warmup(args.lr_warmup_steps, args, session.logger)
 
         # 3. The base model with its adapter, and what optimizes it.
         learner = load(session, base, objective, prompts, data)
@@ -153,7 +157,8 @@ def load(
     vae = base.vae().to(device)
     if args.cache_latents:
         positions = (position for batch in session.positions for position in batch)
-        data.cache = encode_views(base, vae, data, positions, accelerator.is_local_main_process)
+        encode = functools.partial(base.latent_distribution, vae)
+        data.cache = encode_views(encode, data, positions, accelerator.is_local_main_process)
         vae = None
 
     unet = base.unet(dtype).to(device)

@@ -156,7 +156,8 @@ def save_training_state(
             else:
                 plain.setdefault(name, {})[key] = value
     write_safetensors(tensors, folder / OPTIMIZER_NAME, {"format": "pt"})
-    content = state | {"optimizer": plain, "scaler": scaler.state_dict() if scaler is not None else None}
+    content = state | {"parameters": list(parameters), "optimizer": plain}
+    content["scaler"] = None if scaler is None else scaler.state_dict()
     (folder / STATE_NAME).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
@@ -175,12 +176,13 @@ def load_training_state(
     for key, tensor in load_file(checkpoint.folder / OPTIMIZER_NAME).items():
         name, _, field = key.rpartition(".")
         states.setdefault(name, {})[field] = tensor
-    if states and set(states) != set(parameters):
+    before = checkpoint.state.get("parameters") or states  # parameters that no gradient has reached have no state
+    if before and set(before) != set(parameters):
         raise ValueError(f"{checkpoint.folder} was trained with other parameters than this run has.")
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     current = optimizer.state_dict()
-    optimizer.load_state_dict(current | {"state": {i: states[name] for i, name in enumerate(ordered) if states}})
+    optimizer.load_state_dict(current | {"state": {i: states[name] for i, name in enumerate(ordered) if name in states}})
     if scaler is not None and checkpoint.state["scaler"]:
         scaler.load_state_dict(checkpoint.state["scaler"])
 

@@ -188,18 +188,6 @@ def test_target_modules_are_suffixes_or_one_expression():
 # Refused before a model is loaded
 
 
-@pytest.fixture
-def no_models(monkeypatch):
-    """Loading any weights fails the test."""
-    import apt_diffusion.training.text_to_image.stable_diffusion as stable_diffusion_base
-
-    def fail(*args, **kwargs):
-        raise AssertionError("a model was loaded")
-
-    for part in ("unet", "vae", "text_encoder", "pipeline"):
-        monkeypatch.setattr(stable_diffusion_base.StableDiffusionBase, part, fail)
-
-
 def test_unusable_pictures_are_refused_before_a_model_is_loaded(go, tmp_path, no_models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no pictures in .*empty"):

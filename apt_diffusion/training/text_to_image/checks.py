@@ -1,8 +1,9 @@
-"""What must fit together before weights are loaded."""
+"""What must fit together before weights are loaded, and what has no effect."""
 
 import argparse
 
 from ... import add_apt
+from ..idle_flags import Rule, shared_rules
 from .arguments import apt_config
 from .stable_diffusion import StableDiffusionBase
 
@@ -18,3 +19,31 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
 def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[str]:
     """The parts that get an adapter, by the pipeline's names."""
     return [*([] if args.no_train_unet else ["unet"]), *(base.text_parts if args.train_text_encoder else ())]
+
+
+def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule]:
+    """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
+    prompted = args.validation_prompt is not None
+    none_drawn = args.num_validation_images == 0
+    without_prior = not args.with_prior_preservation
+    return [
+        *shared_rules(args),
+        ("lr_warmup_steps", args.lr_scheduler == "constant", "needs a --lr_scheduler with a warm-up"),
+        ("lr_num_cycles", args.lr_scheduler != "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),
+        ("lr_power", args.lr_scheduler != "polynomial", "needs --lr_scheduler polynomial"),
+        ("num_class_images", without_prior, "needs --with_prior_preservation"),
+        ("prior_loss_weight", without_prior, "needs --with_prior_preservation"),
+        ("sample_batch_size", without_prior, "needs --with_prior_preservation"),
+        ("prior_generation_precision", without_prior, "needs --with_prior_preservation"),
+        ("validation_prompt", none_drawn, "draws nothing with --num_validation_images 0"),
+        ("validation_images", none_drawn, "draws nothing with --num_validation_images 0"),
+        ("validation_steps", not prompted, "needs --validation_prompt: samples are drawn at the end only"),
+        ("validation_epochs", not prompted, "needs --validation_prompt: samples are drawn at the end only"),
+        ("validation_epochs", args.validation_steps is not None, "is overridden by --validation_steps"),
+        (
+            "validation_steps",
+            prompted and (args.validation_steps or 0) >= args.max_train_steps,
+            f"is not below the {args.max_train_steps} steps of the run: samples are drawn at the end only",
+        ),
+        ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
+    ]

@@ -48,12 +48,13 @@ def complete_class_pictures(
         batches = [missing[i : i + args.sample_batch_size] for i in range(0, len(missing), args.sample_batch_size)]
         bar = tqdm(batches, desc="Drawing class pictures", disable=not accelerator.is_local_main_process)
         for numbers in bar:
-            images = pipeline(
+            images = base.pictures(
+                pipeline,
                 [args.class_prompt] * len(numbers),
                 generator=[torch.Generator().manual_seed(seed * 2**20 + number) for number in numbers],
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
-            ).images
+            )
             for number, image in zip(numbers, images, strict=True):
                 name = f"{number}-{hashlib.sha1(image.tobytes()).hexdigest()}.png"
                 image.save(folder / f".{name}", format="PNG")

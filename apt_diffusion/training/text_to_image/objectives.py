@@ -132,7 +132,7 @@ class EDMObjective:
                 f"The base model's scheduler has prediction type {scheduler.config.prediction_type!r}; EDM models "
                 "that are trained here have epsilon or v_prediction."
             )
-        sigmas = scheduler.sigmas[: scheduler.config.num_train_timesteps].double().flip(0)  # rising
+        sigmas = scheduler.sigmas[:-1].double().flip(0)  # rising; the last one is where sampling ends
         data = scheduler.config.sigma_data
         total = (sigmas**2 + data**2).sqrt()
         sign = 1 if scheduler.config.prediction_type == "epsilon" else -1

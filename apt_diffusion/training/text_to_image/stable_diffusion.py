@@ -1,17 +1,22 @@
 """Stable Diffusion as the trainer uses it: its parts, its latents, how prompts condition its UNet."""
 
+import logging
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.schedulers import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ... import StableDiffusionAPTImg2ImgPipeline, StableDiffusionAPTPipeline
 from ...miniature import resolve_model
+from .latents import LatentSpace
+
+logger = logging.getLogger(__name__)
 
 # Text-encoder inputs and outputs by argument name; axis 0 indexes prompts.
 Tokens = dict[str, Tensor]
@@ -32,6 +37,7 @@ class StableDiffusionBase:
     pipeline_class = StableDiffusionAPTPipeline
     image_to_image_class = StableDiffusionAPTImg2ImgPipeline
     tag = "stable-diffusion"
+    ignored_by_pipeline: tuple[str, ...] = ("shift_factor", "latents_mean", "latents_std")  # settings of the VAE
 
     def __init__(
         self, name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
@@ -40,19 +46,36 @@ class StableDiffusionBase:
         self.revision = revision
         self.files = {"revision": revision, "variant": variant}
         self.other_vae = vae
-        unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=revision)
+        unet = self._config(UNet2DConditionModel, self.path, subfolder="unet", revision=revision)
         config_of = {"subfolder": "vae", "revision": revision} if vae is None else {}
-        vae_config = AutoencoderKL.load_config(vae or self.path, **config_of)
-        self.latent_channels: int = vae_config["latent_channels"]
-        self.scaling_factor: float = vae_config["scaling_factor"]
+        vae_config = self._config(AutoencoderKL, vae or self.path, **config_of)
+        self.latent_channels = vae_config["latent_channels"]
+        self.latent_space = LatentSpace(vae_config)
         self.stride = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent cell
         self.native_resolution = unet["sample_size"] * self.stride
+        self.has_class_embedding = unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None
         if unet["in_channels"] != self.latent_channels or unet["out_channels"] != self.latent_channels:
             raise ValueError(
                 f"{name_or_path} is no text-to-image model over latents of {self.latent_channels} channels, which "
                 f"{self.other_vae or 'its VAE'} makes: its UNet has {unet['in_channels']} input and "
                 f"{unet['out_channels']} output channels."
             )
+        self.unapplied = [name for name in self.ignored_by_pipeline if vae_config.get(name)]
+        if self.unapplied:
+            logger.warning(
+                "The VAE has %s. Training and its samples apply it; diffusers' %s ignores it, so pictures drawn with "
+                "that pipeline will differ.", " and ".join(self.unapplied), self.pipeline_class.__name__,
+            )  # fmt: skip
+
+    @staticmethod
+    def _config(model_class: type, path: str, **place: Any) -> dict[str, Any]:
+        """A part's settings, with its class's defaults; `ValueError` where it is of another class."""
+        config = model_class.load_config(path, **place)
+        name = config.get("_class_name", model_class.__name__)
+        if name != model_class.__name__:
+            raise ValueError(f"{path} has a {name} where this trainer needs a {model_class.__name__}.")
+        with torch.device("meta"):
+            return dict(model_class.from_config(config).config)
 
     def check_resolution(self, resolution: int | None) -> int:
         """The size of the training squares; `ValueError` where the VAE cannot encode it whole."""
@@ -63,6 +86,7 @@ class StableDiffusionBase:
         return resolution
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """`(c, h, w)` of a square's latents."""
         return self.latent_channels, resolution // self.stride, resolution // self.stride
 
     def scheduler(self) -> Any:
@@ -81,7 +105,7 @@ class StableDiffusionBase:
     def skeletons(self) -> dict[str, nn.Module]:
         """UNet and text encoders without weights, from their configurations: to see whether settings fit them."""
         unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision)
-        text = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder", revision=self.revision)
+        text = self.text_config("text_encoder")
         with torch.device("meta"):
             return {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel(text)}
 
@@ -92,25 +116,35 @@ class StableDiffusionBase:
         own = CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer", revision=self.revision)
         return {"text_encoder": own}
 
+    def text_config(self, part: str) -> CLIPTextConfig:
+        """A text encoder's settings; `ValueError` where it is no CLIP's."""
+        place = {"subfolder": part, "revision": self.revision}
+        kind = CLIPTextConfig.get_config_dict(self.path, **place)[0].get("model_type", "clip_text_model")
+        if kind not in ("clip", "clip_text_model"):
+            raise ValueError(f"The {part} of {self.path} is a {kind!r} model where this trainer needs CLIP's.")
+        return CLIPTextConfig.from_pretrained(self.path, **place)
+
     def longest_texts(self) -> dict[str, int]:
         """How many tokens each text encoder reads."""
-        skeletons = self.skeletons()
-        return {part: skeletons[part].config.max_position_embeddings for part in self.text_parts}
+        return {part: self.text_config(part).max_position_embeddings for part in self.text_parts}
 
     def text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """The frozen text encoders by part."""
+        """The frozen text encoders, by part."""
         return {"text_encoder": self.text_encoder(dtype)}
 
     def text_encoder(self, dtype: torch.dtype) -> CLIPTextModel:
+        """The frozen text encoder."""
         model = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder", dtype=dtype, **self.files)
         return model.requires_grad_(False)
 
     def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+        """The frozen VAE, or the other one."""
         place = {"subfolder": "vae", **self.files} if self.other_vae is None else {}
         model = AutoencoderKL.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
         return model.requires_grad_(False)
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The frozen UNet."""
         model = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=dtype, **self.files)
         return model.requires_grad_(False)
 
@@ -126,7 +160,7 @@ class StableDiffusionBase:
         return {"prompt_embeds": text_encoders["text_encoder"](**tokens["text_encoder"])[0]}
 
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """What the UNet gets beside latents and timesteps. `time_ids` `(B, 6)` say how pictures were cut."""
+        """The UNet's other inputs next to latents and times; `time_ids` `(B, 6)` say how pictures were cut."""
         return {"encoder_hidden_states": embeddings["prompt_embeds"].to(dtype)}
 
     def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
@@ -143,14 +177,29 @@ class StableDiffusionBase:
         )
 
     def idle(self, parameter_name: str) -> bool:
-        """Whether this parameter of an adapter sits where the UNet does not see what it does."""
+        """Whether this parameter of an adapter has no influence on the UNet."""
         return False
 
     @torch.no_grad()
     def latent_distribution(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
         """Mean and standard deviation of the latents: `(B, 3, H, W) -> (B, 2, c, h, w)`."""
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-        return torch.stack([posterior.mean, posterior.std], dim=1).float() * self.scaling_factor
+        return self.latent_space.from_vae(posterior.mean, posterior.std)
+
+    @torch.no_grad()
+    def pictures(self, pipeline: Any, *args: Any, **settings: Any) -> list[Image.Image]:
+        """What the pipeline draws; a VAE's map that this pipeline ignores is applied here."""
+        if not self.unapplied:
+            return pipeline(*args, **settings).images
+        vae = self.vae().to(pipeline.device)
+        if isinstance(settings.get("image"), Image.Image):
+            pixels = pipeline.image_processor.preprocess(settings["image"])
+            mean, std = self.latent_distribution(vae, pixels).unbind(1)
+            noise = randn_tensor(mean.shape, settings["generator"], mean.device)  # as the pipeline draws it
+            settings["image"] = (mean + std * noise).to(pipeline.unet.dtype)
+        latents = pipeline(*args, **settings, output_type="latent").images
+        pixels = vae.decode(self.latent_space.to_vae(latents.float()), return_dict=False)[0]
+        return pipeline.image_processor.postprocess(pixels)
 
     @torch.no_grad()
     def draw(
@@ -183,11 +232,6 @@ class StableDiffusionBase:
         with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
             for index, seed in enumerate(seeds):  # one at a time: memory, and no image depends on how many there are
                 start = {} if start_images is None else {"image": start_images[index].resize((resolution, resolution))}
-                images += pipeline(
-                    **embeddings,
-                    generator=torch.Generator().manual_seed(seed),
-                    **size,
-                    **start,
-                    **settings,
-                ).images
+                drawn = {"generator": torch.Generator().manual_seed(seed), **size, **start, **settings}
+                images += self.pictures(pipeline, **embeddings, **drawn)
         return images

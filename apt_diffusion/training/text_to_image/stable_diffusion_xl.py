@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ... import StableDiffusionXLAPTPipeline
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
@@ -21,14 +21,15 @@ class StableDiffusionXLBase(StableDiffusionBase):
     pipeline_class = StableDiffusionXLAPTPipeline
     image_to_image_class = StableDiffusionXLImg2ImgPipeline
     tag = "stable-diffusion-xl"
+    ignored_by_pipeline = ("shift_factor",)
 
     def __init__(self, name_or_path: str, *args: Any) -> None:
         super().__init__(name_or_path, *args)
-        unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision)
+        unet = self._config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
         self.settings = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
         if self.settings.get("text_encoder", [None])[0] is None:
             raise ValueError(f"{name_or_path} has no first text encoder: is it SDXL's refiner? Give its base model.")
-        pooled = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder_2", revision=self.revision)
+        pooled = self.text_config("text_encoder_2")
         taken = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
         if taken != pooled.projection_dim:
             raise ValueError(
@@ -37,7 +38,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
             )
 
     def skeletons(self) -> dict[str, nn.Module]:
-        second = CLIPTextConfig.from_pretrained(self.path, subfolder="text_encoder_2", revision=self.revision)
+        second = self.text_config("text_encoder_2")
         with torch.device("meta"):
             return super().skeletons() | {"text_encoder_2": CLIPTextModelWithProjection(second)}
 
@@ -66,7 +67,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
     def idle(self, parameter_name: str) -> bool:
         """The first text encoder's last layer is not seen; the second's is, in the pooled text."""
-        last = self.skeletons()["text_encoder"].config.num_hidden_layers - 1
+        last = self.text_config("text_encoder").num_hidden_layers - 1
         return re.match(rf"text_encoder\..*\blayers\.{last}\.", parameter_name) is not None
 
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:

@@ -182,7 +182,8 @@ def load_training_state(
     names = {id(parameter): name for name, parameter in parameters.items()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     current = optimizer.state_dict()
-    optimizer.load_state_dict(current | {"state": {i: states[name] for i, name in enumerate(ordered) if name in states}})
+    found = {index: states[name] for index, name in enumerate(ordered) if name in states}
+    optimizer.load_state_dict(current | {"state": found})
     if scaler is not None and checkpoint.state["scaler"]:
         scaler.load_state_dict(checkpoint.state["scaler"])
 

@@ -20,6 +20,7 @@ from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
 from apt_diffusion.data.pictures import check_picture, find_pictures
 from apt_diffusion.data.reading import read_picture
+from apt_diffusion.training.activations import checkpoint_activations
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
@@ -174,7 +175,7 @@ def load(
         unet.enable_gradient_checkpointing()
         if args.train_text_encoder:
             for text_encoder in text_encoders.values():
-                text_encoder.gradient_checkpointing_enable()
+                checkpoint_activations(text_encoder)
     return Learner(base, objective.to(device), prompts, unet, text_encoders, vae, adapted, parameters, dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_tensorboard_available
 
 from ..data.order import Purpose, random_at
 from . import provenance
@@ -27,7 +27,7 @@ def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps or 1,
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=_trackers(args.report_to),
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
@@ -40,6 +40,13 @@ def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
         )
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def _trackers(report_to: str) -> str | None:
+    """`--report_to` without what accelerate would warn of: trackers that are not installed are left out."""
+    if report_to == "none" or (report_to == "tensorboard" and not is_tensorboard_available()):
+        return None
+    return report_to
 
 
 def find_resumed(args: argparse.Namespace) -> Checkpoint | None:

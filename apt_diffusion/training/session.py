@@ -31,6 +31,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.order import Purpose, micro_batches, random_at
 from . import checkpoints, hub, provenance
@@ -243,7 +244,7 @@ class Session:
         self._batches = iter(loader)
         places = iter(loader.batch_sampler)
         describe = getattr(loader.dataset, "describe", "example {}".format)
-        with self._interrupt:
+        with self._interrupt, logging_redirect_tqdm():
             for step in range(self.first_step + 1, self.args.max_train_steps + 1):
                 set_learning_rates(self._optimizer, self._schedule(step - 1))
                 for micro_step in range(accumulation):
@@ -257,6 +258,7 @@ class Session:
                     )
                     raise SystemExit(128 + self._signal_number)  # what a shell reports of a process that it ended
         self._reading = ""
+        self._close_progress()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -342,6 +344,10 @@ class Session:
                 self._metrics_log.append([{"step": self.steps_done, **metrics}])
         self.accelerator.log(metrics, step=self.steps_done)
 
+    def _close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
     # The end
 
     def header(self, **known: str) -> dict[str, str]:
@@ -380,8 +386,7 @@ class Session:
     ) -> None:
         self._interrupt.restore()
         self._batches = None  # ends the loader's workers
-        if self._progress is not None:
-            self._progress.close()
+        self._close_progress()
         if error is None or self._signal_number:
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()

@@ -6,6 +6,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -68,7 +69,7 @@ class StableDiffusionBase:
             )  # fmt: skip
 
     @staticmethod
-    def _config(model_class: type, path: str, **place: Any) -> dict[str, Any]:
+    def _config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict[str, Any]:
         """A part's settings, with its class's defaults; `ValueError` where it is of another class."""
         config = model_class.load_config(path, **place)
         name = config.get("_class_name", model_class.__name__)

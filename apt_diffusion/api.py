@@ -18,7 +18,7 @@ from .components import components_of, config_per_component, wrapped_components
 from .config import APTConfig
 from .model import AdapterWeight, Call, ModelAdapters, named_cores
 from .processor import APTProcessorCore, Sample
-from .wrappers import check_can_grow, unwrap
+from .wrappers import check_can_grow, is_shared, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -249,13 +249,19 @@ def freeze_base(model: Any) -> tuple[int, int]:
     Returns:
         `(trainable, total)` numbers of parameters.
     """
-    whole = components_of(model) if isinstance(model, nn.Module | dict) else model.components
+    whole = model if isinstance(model, dict) else {"": model} if isinstance(model, nn.Module) else model.components
+    whole = {part: module for part, module in whole.items() if isinstance(module, nn.Module)}
+    trained = {parameter for module in whole.values() for parameter in module.parameters() if parameter.requires_grad}
     for module in whole.values():
-        if isinstance(module, nn.Module):
-            module.requires_grad_(False)
+        module.requires_grad_(False)
     for parameter in adapter_parameters(model):
         parameter.requires_grad_(True)
-    parameters = [p for module in whole.values() if isinstance(module, nn.Module) for p in module.parameters()]
+    if any(map(is_shared, whole.values())) and any(not parameter.requires_grad for parameter in trained):
+        logger.warning(
+            "freeze_base came after DistributedDataParallel, which waits for the gradients of parameters that are "
+            "frozen now: wrap the model after freeze_base."
+        )
+    parameters = [p for module in whole.values() for p in module.parameters()]
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 

@@ -1,18 +1,21 @@
 """Wrappers around a model (DDP, FSDP, torch.compile, ...): what is inside, and what cannot be done through them."""
 
-from torch import nn
+from torch import Tensor, nn
 
 # By class name: importing FSDP or DeepSpeed takes seconds. Both keep the model as `module`.
 _AS_MODULE = {"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 # What torch's wrappers add to the names of the modules inside them.
 _SEGMENTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+_SHARED = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    return [cls.__name__ for cls in type(module).__mro__]
 
 
 def wrapper_kind(model: nn.Module) -> str | None:
     """The class name of the wrapper that `model` is, `None` for a model itself."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    return next((name for name in names if name in _AS_MODULE or name == "OptimizedModule"), None)
+    return next((kind for kind in _kinds(model) if kind in _AS_MODULE or kind == "OptimizedModule"), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -22,25 +25,29 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_shared(model: nn.Module) -> bool:
+    """Whether a wrapper around the model synchronises its gradients between processes."""
+    return any(kind in _SHARED for module in model.modules() for kind in _kinds(module))
+
+
 def check_can_grow(model: nn.Module) -> None:
-    """`ValueError` for a wrapper that has registered its parameters already: new ones would not be synchronised."""
-    while (kind := wrapper_kind(model)) is not None:
-        if kind in _SHARED:
-            raise ValueError(
-                f"{kind} has registered the model's parameters already and would not synchronise new ones. Attach "
-                f"or load adapters first, then wrap the model; or pass the model inside, `{kind}.module`."
-            )
-        model = model._orig_mod if kind == "OptimizedModule" else model.module
+    """`ValueError` where the model's parameters are registered already: new ones would not be synchronised."""
+    kinds = [kind for module in (model, *model.modules()) for kind in _kinds(module) if kind in _SHARED]
+    if kinds:
+        raise ValueError(
+            f"{kinds[0]} has registered the model's parameters already and would not synchronise new ones. Attach or "
+            "load adapters first, then wrap the model"
+            + ("." if kinds[0] == "FSDPModule" else f"; for inference, pass the model inside, `{kinds[0]}.module`.")
+        )
 
 
-def check_can_be_read(model: nn.Module) -> None:
-    """`ValueError` where FSDP's first version keeps only this process's shards of the parameters."""
-    for module in model.modules():
-        if wrapper_kind(module) == "FullyShardedDataParallel":
-            raise ValueError(
-                "This model's parameters are sharded by FullyShardedDataParallel. Save and load adapters within "
-                "`with FullyShardedDataParallel.summon_full_params(model):`, or shard with `fully_shard`."
-            )
+def check_is_whole(name: str, prompts: Tensor | None, down: Tensor | None) -> None:
+    """`ValueError` where FSDP's first version keeps only this process's shards of an adapter's parameters."""
+    if prompts is None or down is None or prompts.ndim != 2 or down.ndim != 2 or prompts.shape[1] != down.shape[1]:
+        raise ValueError(
+            f"The adapter's parameters at {name} are sharded by FullyShardedDataParallel. Save and swap adapters "
+            "within `with FullyShardedDataParallel.summon_full_params(model):`, or shard with `fully_shard`."
+        )
 
 
 def unwrapped_name(name: str) -> str:

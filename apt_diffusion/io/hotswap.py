@@ -11,6 +11,7 @@ from ..config import APTConfig
 from ..equation import ApproximatedPrompt
 from ..model import ModelAdapters
 from ..offloading import keep_off_disk
+from ..wrappers import check_is_whole
 from .names import Groups
 
 
@@ -72,6 +73,9 @@ def check(
             "Cannot hotswap: accelerate has taken the adapter's weights away. Load adapters after the offloading is "
             "enabled, or use an APT pipeline's enable_sequential_cpu_offload."
         )
+    for (name, _), adapter in present.items():
+        parameters = dict(adapter.named_parameters())
+        check_is_whole(name, parameters.get("prompts"), parameters.get("low_rank_down"))
     old = adapters.configs[adapter_name]
     for setting in ("activation", "query_source", "modules_to_save"):
         if getattr(old, setting) != getattr(config, setting):
@@ -124,7 +128,18 @@ def write_parameters(adapter: ApproximatedPrompt, parameters: dict[str, Tensor])
         source = parameters.get(name)
         if source is None:
             target.fill_(1.0)
-        elif source.shape == target.shape:
-            target.copy_(source)
-        else:
-            target.zero_()[tuple(slice(size) for size in source.shape)].copy_(source)
+            continue
+        if source.shape != target.shape:
+            padded = source.new_zeros(target.shape)
+            padded[tuple(slice(size) for size in source.shape)] = source
+            source = padded
+        target.copy_(_placed_like(source, target))
+
+
+def _placed_like(source: Tensor, target: Tensor) -> Tensor:
+    """The part of `source` that belongs to this process where FSDP's second version shards `target`."""
+    if not hasattr(target, "device_mesh"):
+        return source
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(source.to(target.device, target.dtype), target.device_mesh, target.placements)

@@ -22,7 +22,7 @@ from ..equation import ApproximatedPrompt
 from ..heads import head_tensors
 from ..model import ModelAdapters, Planned, new_adapter
 from ..places import Place, named_modules, place_at
-from ..wrappers import check_can_be_read, check_can_grow
+from ..wrappers import check_can_grow
 from . import hotswap as swap
 from .files import AdapterFile, read_adapter_dict, read_adapter_file, resolve_adapter_file
 from .names import PARAMETERS, Groups, group_tensors, join, split_component
@@ -108,7 +108,6 @@ def load_apt_weights(
     for part in parts:
         if not hotswap:
             check_can_grow(wrapped[part])
-        check_can_be_read(models[part])
         plans[part] = _plan(models[part], file, part, settings[part], tensors[part], adapter_name, hotswap)
     if hotswap:
         swap.check_components(models, adapter_name, set(plans))

@@ -16,7 +16,7 @@ from ..equation import ApproximatedPrompt
 from ..model import ModelAdapters
 from ..offloading import keep_off_disk, onloaded
 from ..version import __version__
-from ..wrappers import check_can_be_read
+from ..wrappers import check_is_whole
 from .files import WEIGHTS_NAME, write_safetensors
 from .names import join, neutral_names
 
@@ -67,7 +67,6 @@ def save_apt_weights(
 
 def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """One component's adapter under the names of the file format, on the CPU."""
-    check_can_be_read(model)
     state = ModelAdapters.of(model)
     config = state.configs[adapter_name]
     tensors = {}
@@ -76,6 +75,8 @@ def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str,
     keep_off_disk(model, [p for adapter in adapters.values() for p in adapter.parameters()])
     for (module_name, child), adapter in adapters.items():
         with onloaded(adapter):
+            parameters = dict(adapter.named_parameters())
+            check_is_whole(module_name, parameters.get("prompts"), parameters.get("low_rank_down"))
             for key, tensor in _unpadded(adapter, config.at(module_name)).items():
                 tensors[join(neutral.get(module_name, module_name), child, key)] = _copied(tensor)
     if config.modules_to_save:

@@ -251,6 +251,30 @@ def tiny_vl(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> dict[str, Path]:
+    """The folder of a tiny random CLIP and its processor."""
+    from support.vl_helpers import make_clip_folder
+
+    return {"clip": make_clip_folder(tmp_path_factory.mktemp("clip"))}
+
+
+@pytest.fixture(scope="session")
+def retrieval_dir(tmp_path_factory) -> Path:
+    """Flickr30K in Karpathy's layout: 8 and 4 pictures, two captions each."""
+    from support.vl_helpers import make_retrieval_folder
+
+    return make_retrieval_folder(tmp_path_factory.mktemp("retrieval") / "flickr30k")
+
+
+@pytest.fixture(scope="session")
+def classes_dir(tmp_path_factory) -> Path:
+    """Six classes in CoOp's layout: 3, 1 and 2 pictures of each."""
+    from support.vl_helpers import make_classes_folder
+
+    return make_classes_folder(tmp_path_factory.mktemp("data") / "classes")
+
+
+@pytest.fixture(scope="session")
 def vqa_dir(tmp_path_factory) -> Path:
     """VQAv2 in the official layout: 12, 6 and 3 questions."""
     from support.vl_helpers import make_vqa_folder

@@ -55,6 +55,17 @@ def make_meter_folder(folder: Path) -> Path:
     return folder
 
 
+def make_clip_folder(folder: Path) -> Path:
+    from support.families import make_clip
+    from transformers import CLIPImageProcessorPil, CLIPProcessor
+
+    torch.manual_seed(0)
+    make_clip().save_pretrained(folder)
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(image_processor, make_tokenizer(folder)).save_pretrained(folder)
+    return folder
+
+
 MODELS = {"vilt": make_vilt_folder, "meter": make_meter_folder}
 
 
@@ -121,6 +132,36 @@ def make_nlvr2_folder(folder: Path, train: int = 12, dev: int = 6, test: int = 6
                 picture(color, 10 * index + side).save(where / f"{split}-{index // 4}-{index}-img{side}.png")
             lines.append(json.dumps(line))
         (folder / "data" / f"{split}.json").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def make_retrieval_folder(folder: Path, train: int = 8, test: int = 4) -> Path:
+    """Flickr30K's layout: coloured pictures, two captions each."""
+    (folder / "flickr30k-images").mkdir(parents=True)
+    images = []
+    for split, count in (("train", train), ("test", test)):
+        for index in range(count):
+            color, name = list(COLORS)[index % 3], f"{split}{index}.jpg"
+            size = (24, 16) if index % 2 else (16, 20)
+            picture(color, index, size).save(folder / "flickr30k-images" / name, quality=95)
+            sentences = [{"raw": f"{color} {split} {index} {word}"} for word in ("a", "b")]
+            images.append({"filename": name, "split": split, "sentences": sentences})
+    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    return folder
+
+
+def make_classes_folder(folder: Path) -> Path:
+    """CoOp's layout: three colours, wide and tall. Three base classes, three new ones."""
+    rows: dict[str, list] = {"train": [], "val": [], "test": []}
+    for split, count in (("train", 3), ("val", 1), ("test", 2)):
+        for label in range(6):
+            for index in range(count):
+                path = f"{split}/{label}-{index}.png"
+                (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+                size = (24, 16) if label < 3 else (16, 40)
+                picture(list(COLORS)[label % 3], 10 * label + index, size).save(folder / "images" / path)
+                rows[split].append([path, label, f"{list(COLORS)[label % 3]}_{'wide' if label < 3 else 'tall'}"])
+    (folder / "split_zhou_Colors.json").write_text(json.dumps(rows))
     return folder
 
 

@@ -47,6 +47,24 @@ TRAINERS = {
         "apt_diffusion.training.vision_language.predict:gather_by_index",
         {"evaluation_steps": 2},
     ),
+    "nlvr2": Trained(
+        "train_apt_nlvr2", vl_words("tiny_vl", "meter"), "tiny_vl", "nlvr2_dir", "images/train/1/train-0-1-img0.png",
+        {"evaluation_steps": 1000},
+        "apt_diffusion.training.vision_language.predict:gather_by_index",
+        {"evaluation_steps": 2},
+    ),
+    "retrieval": Trained(
+        "train_apt_retrieval", vl_words("tiny_vl", "vilt"), "tiny_vl", "retrieval_dir", "flickr30k-images/train3.jpg",
+        {"num_false_captions": 3},
+        "apt_diffusion.training.vision_language.predict:gather_by_index",
+        {"evaluation_steps": 2},
+    ),
+    "clip": Trained(
+        "train_apt_clip", vl_words("tiny_clip", "clip"), "tiny_clip", "classes_dir", "images/train/1-0.png",
+        {"seed": None, "seeds": 1, "num_shots": 2, "warmup_epochs": 0},
+        "apt_diffusion.training.vision_language.predict:gather_by_index",
+        {"evaluation_steps": 2},
+    ),
 }  # fmt: skip
 
 

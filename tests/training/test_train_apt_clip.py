@@ -1,11 +1,10 @@
 """The CLIP trainer: exact resume, evaluation alone, both protocols, every method, several seeds, early errors."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import make_tokenizer
-from support.families import make_clip
 from support.method_helpers import METHODS
 from support.vl_helpers import COLORS, assert_same_weights, picture, results, rows, train, weights
 
@@ -13,33 +12,14 @@ from apt_diffusion.data.classification import few_shot, read_data_set
 from apt_diffusion.data.crops import ClipPictures
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from transformers import CLIPImageProcessorPil, CLIPProcessor
-
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    make_clip().save_pretrained(folder)
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(image_processor, make_tokenizer(folder)).save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(tiny_clip):
+    return tiny_clip["clip"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Three colours, large and small: four base classes would be three, three new ones."""
-    folder = tmp_path_factory.mktemp("data") / "classes"
-    rows = {"train": [], "val": [], "test": []}
-    for split, count in (("train", 3), ("val", 1), ("test", 2)):
-        for label in range(6):
-            for index in range(count):
-                path = f"{split}/{label}-{index}.png"
-                (folder / "images" / split).mkdir(parents=True, exist_ok=True)
-                size = (24, 16) if label < 3 else (16, 40)
-                picture(list(COLORS)[label % 3], 10 * label + index, size).save(folder / "images" / path)
-                rows[split].append([path, label, f"{list(COLORS)[label % 3]}_{'wide' if label < 3 else 'tall'}"])
-    (folder / "split_zhou_Colors.json").write_text(json.dumps(rows))
-    return folder
+@pytest.fixture
+def data(classes_dir):
+    return classes_dir
 
 
 def run(model, data, output, **flags):
@@ -158,3 +138,82 @@ def test_errors_come_before_training(model, data, tmp_path):
     with pytest.raises(ValueError, match="'bert' model: this script trains CLIP"):
         run(tmp_path / "other", data, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+# Other people's data
+
+
+def renamed(data, folder, names):
+    """A copy of the data with other class names."""
+    shutil.copytree(data, folder)
+    file = folder / "split_zhou_Colors.json"
+    rows = json.loads(file.read_text())
+    for items in rows.values():
+        for item in items:
+            item[2] = names.get(item[1], item[2])
+    file.write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["base_to_new", "few_shot"])
+def test_two_classes_of_the_same_name(model, data, tmp_path, protocol):
+    """CoOp's ImageNet has such: both protocols run to their end."""
+    twice = renamed(data, tmp_path / "twice", {3: "missile", 5: "missile"})
+    folder = run(model, twice, tmp_path / "out", protocol=protocol, max_train_steps=1)
+    again = run(model, twice, tmp_path / "again", protocol=protocol, eval_only=True, adapter=str(folder))
+    assert results(again)["metrics"] == results(folder)["metrics"]
+
+
+def test_new_classes_that_read_the_same_are_refused_before_training(model, data, tmp_path, monkeypatch):
+    from apt_diffusion.training.session import Session
+
+    monkeypatch.setattr(Session, "prepare", lambda *args, **kwargs: pytest.fail("too late"))
+    long = renamed(data, tmp_path / "long", {3: "x" * 90 + "a", 5: "x" * 90 + "b"})
+    with pytest.raises(ValueError, match="become the same class: only 77 tokens"):
+        run(model, long, tmp_path / "out")
+
+
+def test_an_evaluation_alone_needs_test_pictures_only(model, data, tmp_path):
+    trained = run(model, data, tmp_path / "trained", max_train_steps=1)
+    bare = shutil.copytree(data, tmp_path / "bare")
+    shutil.rmtree(bare / "images" / "train")
+    shutil.rmtree(bare / "images" / "val")
+    alone = run(model, bare, tmp_path / "alone", eval_only=True, adapter=str(trained))
+    expected = {name: value for name, value in results(trained)["metrics"].items() if name != "val_accuracy"}
+    assert results(alone)["metrics"] == expected
+    with pytest.raises(FileNotFoundError, match=r"24 of 36 pictures are missing"):
+        run(model, bare, tmp_path / "x")
+
+
+def test_another_size_of_pictures(model, data, tmp_path, monkeypatch, capsys):
+    """Positions are interpolated, in training, in evaluation and in the card's code."""
+    folder = run(model, data, tmp_path / "out", image_size=24, max_train_steps=2)
+    assert rows(folder)[0]["loss"] != rows(run(model, data, tmp_path / "own", max_train_steps=2))[0]["loss"]
+    again = run(model, data, tmp_path / "again", image_size=24, eval_only=True, adapter=str(folder))
+    assert results(again)["metrics"] == results(folder)["metrics"]
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    scope = {"picture": picture("red", 0)}
+    exec(code, scope)
+    assert scope["pixels"].shape == (1, 3, 24, 24)
+    with pytest.raises(ValueError, match="--image_size 20 must be a multiple of 8"):
+        run(model, data, tmp_path / "x", image_size=20)
+
+
+def test_several_templates(model, data, tmp_path, monkeypatch):
+    templates = ["a photo of a {}.", "{} texture."]
+    folder = run(model, data, tmp_path / "out", template=templates, max_train_steps=1)
+    one = run(model, data, tmp_path / "one", template=templates[0], max_train_steps=1)
+    assert rows(folder)[0]["loss"] != rows(one)[0]["loss"]
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    scope = {"picture": picture("red", 0)}
+    exec(code, scope)
+    assert scope["classifier"].template == templates
+    with pytest.raises(ValueError, match=r"--template 'no place' has no \{\}"):
+        run(model, data, tmp_path / "x", template=[templates[0], "no place"])
+
+
+def test_a_warmup_longer_than_the_run_is_said(model, data, tmp_path, caplog):
+    run(model, data, tmp_path, warmup_epochs=3, max_train_steps=2)
+    assert "--warmup_epochs is 3, and the run has 1 epochs" in caplog.text

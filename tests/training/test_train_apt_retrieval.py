@@ -6,34 +6,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.method_helpers import METHODS
-from support.vl_helpers import COLORS, MODELS, assert_same_weights, picture, results, rows, train, weights
+from support.vl_helpers import assert_same_weights, make_retrieval_folder, picture, results, rows, train, weights
 
 METRICS = [f"{way}_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)]
 
 
-def make_retrieval_folder(folder, train=8, test=4):
-    """Flickr30K's layout: coloured pictures, two captions each."""
-    (folder / "flickr30k-images").mkdir(parents=True)
-    images = []
-    for split, count in (("train", train), ("test", test)):
-        for index in range(count):
-            color, name = list(COLORS)[index % 3], f"{split}{index}.jpg"
-            size = (24, 16) if index % 2 else (16, 20)
-            picture(color, index, size).save(folder / "flickr30k-images" / name, quality=95)
-            sentences = [{"raw": f"{color} {split} {index} {word}"} for word in ("a", "b")]
-            images.append({"filename": name, "split": split, "sentences": sentences})
-    (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
-    return folder
+@pytest.fixture
+def data(retrieval_dir):
+    return retrieval_dir
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_retrieval_folder(tmp_path_factory.mktemp("retrieval") / "flickr30k")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in MODELS.items()}
+@pytest.fixture
+def models(tiny_vl):
+    return tiny_vl
 
 
 @pytest.fixture(params=["vilt", "meter"])

@@ -19,14 +19,11 @@ from transformers import ViltForQuestionAnswering
 
 from apt_diffusion.data.image_text import Batch, Example, TrainingStream, unchanged
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
-from apt_diffusion.data.vqa import (
+from apt_diffusion.data.vqa import SPLITS, Question, load_hub_questions, load_questions
+from apt_diffusion.data.vqa_answers import (
     MIN_COUNT,
-    SPLITS,
-    Question,
     SoftLabels,
     check_answerable,
-    load_hub_questions,
-    load_questions,
     make_vocabulary,
     submission,
     training_examples,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.vl_helpers import COLORS, picture
 
-from apt_diffusion.data import nlvr2, vqa
+from apt_diffusion.data import nlvr2, vqa, vqa_answers
 from apt_diffusion.data.classification import read_hub as read_classes
 from apt_diffusion.data.columns import several_texts
 from apt_diffusion.data.retrieval import read_hub, read_karpathy
@@ -74,7 +74,7 @@ def test_answers_in_every_usual_form(tmp_path, form):
     questions = vqa.load_hub_questions(folder, "train")
     assert [list(q.answers) for q in questions] == given
     assert [q.answer for q in questions] == ["red", "blue", "red"]
-    examples = vqa.training_examples(questions, ["red", "blue"])
+    examples = vqa_answers.training_examples(questions, ["red", "blue"])
     assert [dict(e.target) for e in examples] == [{0: 1.0, 1: 0.9}, {1: 1.0}, {0: 1.0}]
 
 
@@ -238,15 +238,15 @@ def answered(number, *answers):
 def test_both_sides_are_normalised(caplog):
     caplog.set_level("INFO")
     questions = [answered(0, *["Yes"] * 9, "yes"), answered(1, *["No."] * 10), answered(2, *["Two"] * 10)]
-    vocabulary = vqa.make_vocabulary(questions, 1)
+    vocabulary = vqa_answers.make_vocabulary(questions, 1)
     assert vocabulary == ["yes", "no", "2"]
-    examples = vqa.training_examples(questions, vocabulary)
+    examples = vqa_answers.training_examples(questions, vocabulary)
     assert [dict(e.target) for e in examples] == [{0: 1.0}, {1: 1.0}, {2: 1.0}]
     assert "3 of 3 questions to train on have an answer in the vocabulary" in caplog.text
-    assert vqa.vqa_accuracy(questions, vocabulary)["accuracy"] == 1
-    assert vqa.vqa_accuracy(questions, ["no", "yes", "3"])["accuracy"] == 0
+    assert vqa_answers.vqa_accuracy(questions, vocabulary)["accuracy"] == 1
+    assert vqa_answers.vqa_accuracy(questions, ["no", "yes", "3"])["accuracy"] == 0
     # As they are written where that is in the vocabulary: the official training code.
-    assert vqa.soft_targets(answered(3, *["2"] * 3, *["two"] * 7), {"2": 0}) == ((0, 0.9),)
+    assert vqa_answers.soft_targets(answered(3, *["2"] * 3, *["two"] * 7), {"2": 0}) == ((0, 0.9),)
 
 
 def test_data_that_the_vocabulary_does_not_answer_are_refused():
@@ -255,8 +255,8 @@ def test_data_that_the_vocabulary_does_not_answer_are_refused():
         r"None of the 2 questions to {} has an answer among the 2 of the vocabulary \('red', 'blue', \.\.\.\).*'rot'"
     )
     with pytest.raises(ValueError, match=message.format("train on")):
-        vqa.training_examples(questions, ["red", "blue"])
+        vqa_answers.training_examples(questions, ["red", "blue"])
     with pytest.raises(ValueError, match=message.format("evaluate on")):
-        vqa.check_answerable(questions, ["red", "blue"])
+        vqa_answers.check_answerable(questions, ["red", "blue"])
     with pytest.raises(ValueError, match="--min_answer_count is too high"):
-        vqa.make_vocabulary(questions, 2)
+        vqa_answers.make_vocabulary(questions, 2)

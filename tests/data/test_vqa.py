@@ -13,7 +13,7 @@ from PIL import Image
 from support.vl_helpers import results, rows, train
 
 from apt_diffusion import load_apt_weights
-from apt_diffusion.data import vqa
+from apt_diffusion.data import vqa, vqa_answers
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.data.sources import read_source
 from apt_diffusion.data.vqa import Question
@@ -54,13 +54,13 @@ from apt_diffusion.data.vqa import Question
     ],
 )
 def test_normalisation(answer, normal):
-    assert vqa.normalize_answer(answer) == normal
+    assert vqa_answers.normalize_answer(answer) == normal
 
 
 def test_the_table_of_contractions_has_the_official_number_of_entries_that_can_ever_match():
     """Without its upper case entries, which are looked up after lowering, and without those that change nothing."""
-    assert len(vqa.MENDED) == 114
-    assert all(len(wrong) + 1 == len(right) for wrong, right in vqa.MENDED.items() if wrong != "somebody'd")
+    assert len(vqa_answers.MENDED) == 114
+    assert all(len(wrong) + 1 == len(right) for wrong, right in vqa_answers.MENDED.items() if wrong != "somebody'd")
 
 
 def question(answers, number=1, kind=None):
@@ -80,21 +80,21 @@ def test_soft_scores_are_the_official_accuracy():
     for count in range(11):
         answers = ["red"] * count + [f"other {n}" for n in range(10 - count)]
         expected = official_accuracy(answers, "red")
-        assert vqa.soft_scores(answers).get("red", 0.0) == pytest.approx(expected, abs=1e-12)
+        assert vqa_answers.soft_scores(answers).get("red", 0.0) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_vocabulary_by_brute_force():
     generator = random.Random(0)
     raw = ["Red", "red.", "the red", "blue", "two", "2", "rare", "none", "0", "green/blue", "green blue"]
     questions = [question([generator.choice(raw)] * 10, n) for n in range(150)]
-    normal = [vqa.normalize_answer(q.answer) for q in questions]
+    normal = [vqa_answers.normalize_answer(q.answer) for q in questions]
     expected = []
     for answer in normal:  # the order of the released models: first come, first
         if answer not in expected and sum(other == answer for other in normal) >= 9:
             expected.append(answer)
-    assert vqa.make_vocabulary(questions) == expected and len(expected) >= 4
+    assert vqa_answers.make_vocabulary(questions) == expected and len(expected) >= 4
     with pytest.raises(ValueError, match="at least 500 questions"):
-        vqa.make_vocabulary(questions, 500)
+        vqa_answers.make_vocabulary(questions, 500)
 
 
 def test_targets_leave_out_what_the_vocabulary_does_not_have():
@@ -104,9 +104,9 @@ def test_targets_leave_out_what_the_vocabulary_does_not_have():
         question([f"odd {n}" for n in range(10)]),
         question(["2"] * 3 + ["two"] * 7),
     ]
-    examples = vqa.training_examples(questions, vocabulary)
+    examples = vqa_answers.training_examples(questions, vocabulary)
     assert [dict(e.target) for e in examples] == [{0: 1.0, 1: 0.9}, {2: 0.9}]  # "Blue" is blue, "two" stays apart
-    labels = vqa.SoftLabels(3)([e.target for e in examples])
+    labels = vqa_answers.SoftLabels(3)([e.target for e in examples])
     assert torch.equal(labels, torch.tensor([[1, 0.9, 0], [0, 0, 0.9]]))
 
 
@@ -118,7 +118,7 @@ def test_accuracy_counts_every_question():
     ]
     guesses = [generator.choice([*words, "unheard of"]) for _ in questions]
     scores = [official_accuracy(list(q.answers), g) for q, g in zip(questions, guesses, strict=True)]
-    found = vqa.vqa_accuracy(questions, guesses)
+    found = vqa_answers.vqa_accuracy(questions, guesses)
     assert found["accuracy"] == pytest.approx(np.mean(scores))
     for kind in ("yes/no", "number", "other"):
         own = [score for score, q in zip(scores, questions, strict=True) if q.kind == kind]
@@ -222,7 +222,9 @@ def test_evaluation_and_submission_by_brute_force(vqa_dir, tiny_vl, tmp_path, ki
         "vqa", tiny_vl[kind], vqa_dir, tmp_path, min_answer_count=3, predict_splits=["test-dev"], num_prompts=3
     )
     answers = json.loads((out / "answers.json").read_text())
-    assert answers == vqa.make_vocabulary(vqa.load_questions(vqa_dir, "train") + vqa.load_questions(vqa_dir, "val"), 3)
+    assert answers == vqa_answers.make_vocabulary(
+        vqa.load_questions(vqa_dir, "train") + vqa.load_questions(vqa_dir, "val"), 3
+    )
     import train_apt_vqa
 
     model = train_apt_vqa.MODELS[kind].from_pretrained(

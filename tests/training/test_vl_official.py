@@ -14,7 +14,7 @@ from support.vl_helpers import make_vqa_folder, results, train, weights
 
 import apt_diffusion as apt
 from apt_diffusion.convert.conversion import convert
-from apt_diffusion.data import vqa
+from apt_diffusion.data import vqa, vqa_answers
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.models import meter
@@ -80,7 +80,7 @@ def test_a_converted_checkpoint_is_evaluated(converted, seven_answers, vqa_dir, 
     out = train("vqa", folder, data, tmp_path / "out", eval_only=True, adapter=folder, **SIZES)
     answers = json.loads((out / "answers.json").read_text())
     assert answers == ["red", "green", "blue", "1", "2", "cat", "dog"] or answers == [
-        vqa.normalize_answer(word) for word in WORDS
+        vqa_answers.normalize_answer(word) for word in WORDS
     ]
     model, processor = load_converted(kind, folder), load_processor(kind, folder, 24)
     scores = []
@@ -88,7 +88,7 @@ def test_a_converted_checkpoint_is_evaluated(converted, seven_answers, vqa_dir, 
         inputs = processor(Image.open(question.picture), question.text, return_tensors="pt")
         with torch.no_grad():
             answer = answers[int(model(**inputs).logits.argmax())]
-        scores.append(vqa.vqa_accuracy([question], [answer])["accuracy"])
+        scores.append(vqa_answers.vqa_accuracy([question], [answer])["accuracy"])
     assert results(out)["metrics"]["accuracy"] == pytest.approx(np.mean(scores)) and results(out)["method"] == "apt"
     with pytest.raises(ValueError, match=r"chooses among 7 answers without saying which, .* a vocabulary of 3: give"):
         train("vqa", folder, vqa_dir, tmp_path / "x", eval_only=True, adapter=folder, **SIZES)

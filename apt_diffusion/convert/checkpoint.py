@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# Frameworks whose classes Lightning files name beside the tensors (callbacks, AttributeDict, ...). Their objects are
+# Frameworks whose classes Lightning files hold next to the tensors (callbacks, AttributeDict, ...). Their objects are
 # read as plain dicts, so that neither the framework nor any code of the file is needed.
 FRAMEWORKS = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "sacred.", "argparse.Namespace")
-# How torch says that a file needs a class or function to be called.
+# Torch's messages for a file that needs a class or function to be called.
 _NEEDS_CODE = re.compile(
     r"GLOBAL [\w.]+|[^.]*call reduce for unrecognized function[^.]*|Can only (?:build|create)[^.]*"
 )

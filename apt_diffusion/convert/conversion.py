@@ -33,7 +33,7 @@ HEADS = {
 
 @dataclass
 class Converted:
-    """A model of transformers' kind with the checkpoint's weights, and what else the checkpoint held."""
+    """A model of transformers' kind with the checkpoint's weights, and the rest of the checkpoint."""
 
     model: nn.Module
     task: str
@@ -62,7 +62,7 @@ def convert(
         tokenizer: a folder or hub repository (`roberta-base`, `bert-base-uncased`), to write a processor too.
 
     Returns:
-        What became of each key.
+        The fate of each key.
 
     Raises:
         FileNotFoundError: where there is no such checkpoint.
@@ -116,7 +116,7 @@ def convert_state(state: dict[str, Tensor], task: str | None = None, image_size:
 
 
 def attach_adapter(converted: Converted) -> None:
-    """Attaches the checkpoint's APT to the converted model, with the heads that the official code trains beside it.
+    """Attaches the checkpoint's APT to the converted model, with the heads that the official code trains with it.
 
     Raises:
         ValueError: where its parts do not fit the model.
@@ -257,7 +257,7 @@ def _make_processor(state: dict[str, Tensor], tokenizer: str | Path, image_size:
 
 
 def _write(converted: Converted, output: Path, source: str, processor: Any) -> None:
-    """Into a folder beside, then renamed: the output is whole or not there."""
+    """Into a temporary folder, then renamed: the output is whole or not there."""
     from safetensors.torch import save_file
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ APT_NAMES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of keys that match `pattern` as a whole: a new name, three (`parts`), or nothing, and why.
+    """The fate of keys that match `pattern` as a whole: a new name, three (`parts`), or none, with the reason.
 
     `target` may use the pattern's groups (`\\\\1`). With `parts` the tensor is cut in three along its first dimension,
     and each part takes its name in place of `{part}`.
@@ -33,7 +33,7 @@ class Account:
     """Every official key with its shape and its fate."""
 
     entries: list[tuple[str, tuple[int, ...], str]] = field(default_factory=list)
-    made: list[tuple[str, str]] = field(default_factory=list)  # what the file does not hold, and where it comes from
+    made: list[tuple[str, str]] = field(default_factory=list)  # keys that are not in the file, and their source
 
     def add(self, key: str, tensor: Tensor, fate: str) -> None:
         """Notes what became of one official tensor."""

@@ -1,7 +1,7 @@
 """Processors of ViLT, METER and CLIP that read pictures with PIL: the same numbers with and without torchvision.
 
 transformers chooses torchvision where it is installed, whose bicubic resize differs from PIL's in the last bits, and
-ViLT's image processor refuses gray pictures unless told to convert them.
+ViLT's image processor refuses gray pictures unless `do_convert_rgb` is set.
 """
 
 from pathlib import Path

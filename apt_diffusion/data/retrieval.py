@@ -139,7 +139,7 @@ def _picture(row: dict[str, Any], image_dir: Path) -> Path:
 
 
 def _check_splits(splits: tuple[str, ...], present: set[str], where: str) -> None:
-    # Flickr30K has no `restval`: asking for it beside `train` is no mistake.
+    # Flickr30K has no `restval`: to name it together with `train` is no mistake.
     if not set(splits) & present:
         raise ValueError(f"{where} has none of the splits {list(splits)}: there are {sorted(present)}.")
 
@@ -184,7 +184,7 @@ class RetrievalSample:
 
     image: PictureSource
     texts: list[str]  # the true caption, then the false ones
-    matched: PictureSource  # for the matching loss, beside the true caption
+    matched: PictureSource  # for the matching loss, with the true caption
     is_match: bool  # whether it is the caption's own picture
 
 
@@ -201,7 +201,7 @@ class RetrievalData(Dataset):
         num_false: false captions per picture (15 in the official code of ViLT and METER).
         official_false_captions: draw them from all captions, the picture's own included, as that code does.
         official_prefix: put `OFFICIAL_PROMPT` before the true caption and not before the false ones, as APT's released
-            code for ViLT does: the true one can be told by it.
+            code for ViLT does: the prefix gives the true one away.
 
     Raises:
         ValueError: where there are too few different captions.

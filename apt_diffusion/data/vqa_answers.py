@@ -140,7 +140,7 @@ def _score(question: Question, answer: str) -> float:
 
 
 def submission(questions: Sequence[Question], answers: Sequence[str]) -> list[dict[str, Any]]:
-    """What the evaluation server takes."""
+    """The list that the evaluation server takes as JSON."""
     return [{"question_id": q.question_id, "answer": answer} for q, answer in zip(questions, answers, strict=True)]
 
 
@@ -173,7 +173,7 @@ MENDED = {
 def normalize_answer(answer: str) -> str:
     """Lower case, digits for small numbers, no articles, no punctuation, apostrophes where they belong.
 
-    Punctuation beside a space, or all of it where a comma stands within a number, vanishes; other punctuation becomes
+    Punctuation next to a space, or all of it where a comma stands within a number, vanishes; other punctuation becomes
     a space. Periods stay only before digits.
     """
     text = answer

@@ -116,8 +116,10 @@ class ClipClassifier(nn.Module):
         return self.model.logit_scale.exp() * self.image_features(pixel_values) @ self.class_weights().T
 
     def class_weights(self) -> Tensor:
-        """What pictures are compared with, `(C, d)`, length 1: the texts, or for the classes that it was made for the
-        linear classifier."""
+        """Vectors that pictures are compared with, `(C, d)`, length 1.
+
+        They are the text features; for the classes that a linear classifier was made for, its weights.
+        """
         head = getattr(self.model, "classifier", None)
         if head is not None and self.class_names == head.class_names:
             return F.normalize(head.weight, dim=-1)

@@ -1,6 +1,6 @@
 """Image-text retrieval by a model that reads picture and text together: objective, scoring, recall.
 
-A score needs a whole pass per pair. What of it depends on one side only is computed once: all of METER's encoders, and
+A score needs a whole pass per pair. The parts that depend on one side only are computed once: METER's encoders, and
 ViLT's embedding of patches. Axes: I pictures, C captions, B pairs.
 """
 
@@ -20,7 +20,7 @@ RANKS = (1, 5, 10)
 
 
 def encode_images(model: nn.Module, batch: Batch) -> Batch:
-    """All of a score that depends on the pictures alone; the first dimension is the picture.
+    """The part of a score that depends on the pictures alone; the first dimension is the picture.
 
     Exact: METER's encoders see one side only, whatever is attached to the model. ViLT's patches come in random order
     (each with its position, so that it does not matter), and none is left out as long as `config.max_image_length`
@@ -41,7 +41,7 @@ def encode_images(model: nn.Module, batch: Batch) -> Batch:
 
 
 def encode_texts(model: nn.Module, batch: Batch) -> Batch:
-    """All of a score that depends on the texts alone: METER's text encoder. ViLT has none."""
+    """The part of a score that depends on the texts alone: METER's text encoder. ViLT has none."""
     if "text_embeds" in batch or not hasattr(model, "meter"):
         return batch
     mask = batch["attention_mask"]
@@ -80,13 +80,13 @@ class RankingObjective(nn.Module):
             matched: for the matching loss, as `images`: each the true caption's own picture, or another.
             is_match: `(B,)`, which.
         """
-        encoded, told = encode_images(self.model, images), encode_texts(self.model, texts)
-        loss = ranking_loss(self.model, encoded, told)
+        encoded, encoded_texts = encode_images(self.model, images), encode_texts(self.model, texts)
+        loss = ranking_loss(self.model, encoded, encoded_texts)
         if self.matching_head is None:
             return loss
         if matched is None or is_match is None:
             raise ValueError("With a matching head a batch needs `matched` and `is_match`.")
-        true = {name: tensor[:: len(tensor) // len(is_match)] for name, tensor in told.items()}
+        true = {name: tensor[:: len(tensor) // len(is_match)] for name, tensor in encoded_texts.items()}
         matched = encode_images(self.model, matched)
         return loss + self.matching_weight * matching_loss(self.model, self.matching_head, matched, true, is_match)
 
@@ -106,7 +106,7 @@ def matching_loss(model: nn.Module, head: nn.Linear, images: Batch, texts: Batch
 
 
 def load_matching_head(place: str | Path, **hub: Any) -> nn.Linear | None:
-    """The pre-trained matching head beside a model, `MATCHING_HEAD_NAME` in its folder or repository; or nothing.
+    """The pre-trained matching head next to a model, `MATCHING_HEAD_NAME` in its folder or repository; or nothing.
 
     Raises:
         ValueError: where the file holds something else.

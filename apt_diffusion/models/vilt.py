@@ -1,4 +1,4 @@
-"""What transformers' ViLT lacks of the official code: a classifier token, its places of dropout, its two epsilons.
+"""Additions to transformers' ViLT: the official code's classifier token, places of dropout and epsilons.
 
 Also a fused kernel for its attention. Kernel, token and epsilons may be set before or after an adapter is attached;
 `use_official_dropout` comes after it.
@@ -18,7 +18,7 @@ from transformers.models.vilt.modeling_vilt import (
 class ViltSdpaSelfAttention(ViltSelfAttention):
     """`ViltSelfAttention` with `scaled_dot_product_attention`: same parameters, same numbers.
 
-    Probabilities, which no fused kernel gives, are computed as before where they are asked for.
+    Where `output_attentions` is set, probabilities, which no fused kernel gives, are computed as before.
     """
 
     def forward(
@@ -62,7 +62,7 @@ def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parame
     """Gives ViLT a learnable state in place of the first word's, as the official code of APT does.
 
     METER has this built in (`MeterConfig(use_classifier_token=True)`). The parameter
-    `embeddings.text_embeddings.classifier_token` (1, 1, d) begins as what the text embeddings say of [CLS]; name it in
+    `embeddings.text_embeddings.classifier_token` (1, 1, d) begins as the text embedding of [CLS]; name it in
     `modules_to_save` to train and keep it with an adapter, and call this before that adapter is loaded.
 
     Raises:

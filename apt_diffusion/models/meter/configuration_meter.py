@@ -1,4 +1,4 @@
-"""What a METER model is: two encoders and the cross-modal layers between them."""
+"""Configuration of METER: two encoders and the cross-modal layers between them."""
 
 from typing import Any
 

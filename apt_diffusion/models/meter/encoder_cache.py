@@ -1,4 +1,4 @@
-"""What METER's frozen encoders say, computed once and kept on disk, across epochs and runs.
+"""Outputs of METER's frozen encoders, computed once and kept on disk, across epochs and runs.
 
 Pays where only the cross-modal layers learn and pictures are not augmented. Features lie in a folder named after
 everything that they depend on: encoder weights, config and precision, and for pictures the settings of the image
@@ -208,13 +208,13 @@ def check_encoders_are_fixed(meter: MeterModel) -> None:
             if name not in own or parameter.requires_grad:
                 why = "is trainable" if parameter.requires_grad else "is an adapter's"
                 raise ValueError(
-                    f"{type(encoder).__name__}'s {name} {why}: what the encoders say is not fixed and cannot be kept. "
+                    f"{type(encoder).__name__}'s {name} {why}: the encoders' outputs are not fixed, so none is kept. "
                     "Freeze them, adapt the cross-modal layers only, or train without the cache."
                 )
 
 
 def fingerprint(encoder: nn.Module, *more: str) -> str:
-    """16 hex digits of everything that an encoder's output depends on, beside its input."""
+    """16 hex digits of everything that an encoder's output depends on, except its input."""
     config = {key: value for key, value in encoder.config.to_dict().items() if key not in CONFIG_NOISE}
     digest = hashlib.sha256(json.dumps([config, *more], sort_keys=True, default=str).encode())
     for name, tensor in sorted(encoder.state_dict().items()):

@@ -74,7 +74,7 @@ class FeatureStore:
             os.replace(temporary, shard)
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"{shard} could not be written ({error}). What was written before is kept: make room and run again."
+                f"{shard} could not be written ({error}). Everything written before is kept: make room and run again."
             ) from error
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -52,8 +52,8 @@ class MeterAttention(nn.Module):
         """`(B, N, d)` attends to `encoder_hidden_states` (B, M, d), or to itself.
 
         Args:
-            hidden_states: asks.
-            encoder_hidden_states: answers, `hidden_states` if `None`.
+            hidden_states: of the queries.
+            encoder_hidden_states: of keys and values; `hidden_states` if `None`.
             attention_mask: `(B, M)`, true where there is something to attend to.
             output_attentions: return the probabilities `(B, heads, N, M)` too, which no fused kernel gives.
         """
@@ -139,7 +139,7 @@ class MeterPreTrainedModel(PreTrainedModel):
 
 
 class MeterModel(MeterPreTrainedModel):
-    """The bare model. `pooler_output` `(B, 2d)` is the pooled text beside the pooled image."""
+    """The bare model. `pooler_output` `(B, 2d)` is the pooled text followed by the pooled image."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__(config)
@@ -166,11 +166,11 @@ class MeterModel(MeterPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What the text encoder says before the modalities meet, `(B, T, d_text)`: frozen, it can be kept."""
+        """Output of the text encoder before the modalities meet, `(B, T, d_text)`: frozen, it can be kept."""
         return self.text_model(input_ids, attention_mask=attention_mask).last_hidden_state
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """What the vision encoder says, `(B, I, d_vision)`; METER takes all tokens through CLIP's last norm."""
+        """Output of the vision encoder, `(B, I, d_vision)`; METER takes all tokens through CLIP's last norm."""
         other_size = tuple(pixel_values.shape[-2:]) != (self.config.vision_config.image_size,) * 2
         states = self.vision_model(pixel_values, interpolate_pos_encoding=other_size).last_hidden_state
         return self.vision_model.post_layernorm(states)

@@ -162,12 +162,12 @@ def _input_flags(add, recipes: dict[str, Recipe]) -> None:
         "--augment",
         action=argparse.BooleanOptionalAction,
         help="RandAugment (2 operations of magnitude 9) on training pictures, as published; on unless outputs are "
-        "cached. It changes colours: switch it off where they are asked for.",
+        "cached. It changes colours: switch it off where questions are about them.",
     )
     add(
         "--cache_encoder_outputs",
         metavar="FOLDER",
-        help="METER: compute what its frozen encoders say once, and keep it here for all epochs and runs.",
+        help="METER: compute the outputs of its frozen encoders once, and keep them here for all epochs and runs.",
     )
 
 

@@ -23,7 +23,7 @@ def make_inputs(
     labels: Callable[[list[Any]], Tensor],
     parts: Sequence[Sequence[Example]],
 ) -> ModelInputs:
-    """What collates examples. Texts that will be cut are named; encoder outputs to be kept are computed.
+    """The collate function of the run. Texts that will be cut are named; encoder outputs to be kept are computed.
 
     Args:
         session: with the flags.

@@ -28,7 +28,7 @@ def attach(session: Session, model: nn.Module) -> None:
         if not args.eval_only:
             check_same_method(model, config, source)
     elif args.eval_only:
-        model.requires_grad_(False)  # evaluated as it is: what its encoders say may be kept
+        model.requires_grad_(False)  # evaluated as it is: the outputs of its encoders may be kept
     else:
         attach_method(model, config)
     if args.freeze_scale:
@@ -42,7 +42,7 @@ def attach(session: Session, model: nn.Module) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Dropout where something learns. What METER's encoders say is fixed while they are frozen, and can be cached."""
+    """Training mode, except for METER's frozen encoders: without dropout their outputs can be cached."""
     model.train()
     for encoder in (getattr(model.base_model, name, None) for name in ("text_model", "vision_model")):
         if encoder is not None and not any(parameter.requires_grad for parameter in encoder.parameters()):

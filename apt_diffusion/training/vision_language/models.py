@@ -125,7 +125,7 @@ def take_over_classifier_token(args: argparse.Namespace, source: Any) -> None:
 
 
 def _finish_vilt(args: argparse.Namespace, base: BaseModel, model: PreTrainedModel) -> None:
-    """What transformers' ViLT does not take from its config."""
+    """Settings of ViLT that transformers does not read from its config."""
     text_epsilon = getattr(base.config, "text_layer_norm_eps", None)  # written by the conversion
     if text_epsilon is not None:
         use_text_epsilon(model, text_epsilon)

@@ -1,4 +1,4 @@
-"""Files of a finished run of a vision-language task beside its weights: `results.json`, and the card's contents."""
+"""Files of a finished run of a vision-language task, next to its weights: `results.json`, and the card's contents."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def card(
         plotted: names of the metrics whose course is drawn.
         summary: a sentence or two on what was trained.
         usage: Python that loads it, with `{base_model!r}` and `{place!r}`.
-        tags: for the hub, beside the package's and the method's.
+        tags: for the hub, in addition to the package's and the method's.
     """
     args = session.args
     names = ("method", *get_method(args.method).defaults(), *CARD_SETTINGS)

@@ -5,7 +5,7 @@ a known model are known, too. `register_architecture` adds a row from outside.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -30,12 +30,15 @@ class Stream:
         position: the parameter that is X where the forward has none of that name; `None` refuses such a module.
         output: which output is O, where a single tensor counts as the first; `None`: the argument itself is corrected
             before the attention runs.
+        per_sample: whether the batch has one entry per sample, so that each may have an adapter of its own; not where
+            the tokens of all samples stand in one row, or a picture is a batch of parts.
     """
 
     child: str
     argument: str
     position: int | None = None
     output: int | None = 0
+    per_sample: bool = True
 
 
 STREAMS = {
@@ -43,6 +46,7 @@ STREAMS = {
     "context": Stream("apt_context", "encoder_hidden_states", output=None),
     "text": Stream("apt_text", "encoder_hidden_states", output=1),  # of joint attention
 }
+WHOLE_BATCH = {"query": dataclasses.replace(STREAMS["query"], per_sample=False)}
 CHILDREN = tuple(stream.child for stream in STREAMS.values())
 
 
@@ -52,7 +56,8 @@ class Architecture:
 
     Args:
         model_classes: names of the model's classes, or of their base classes.
-        target_modules: regular expression for the full names of the attention modules.
+        target_modules: regular expression for the full names of the attention modules; or a function that gives it for
+            one model, where the configuration decides.
         init, query_source, streams: defaults of `APTConfig`.
         text_modules: regular expression for the modules whose attention is joint, with the text as second output;
             `None`: those that have a projection for it, `to_add_out` or `to_out_t`.
@@ -61,7 +66,7 @@ class Architecture:
     """
 
     model_classes: tuple[str, ...]
-    target_modules: str
+    target_modules: str | Callable[[nn.Module], str]
     init: str = "paper"
     query_source: str = "hidden_states"
     streams: tuple[str, ...] = ("query",)
@@ -72,6 +77,20 @@ class Architecture:
     def stream(self, name: str) -> Stream:
         """The stream as this family has it."""
         return self.bindings.get(name, STREAMS[name])
+
+    def places(self, model: nn.Module) -> str:
+        """The regular expression of the default places in `model`."""
+        return self.target_modules if isinstance(self.target_modules, str) else self.target_modules(model)
+
+
+def llava_vision_places(model: nn.Module) -> str:
+    """The attentions of a vision tower's layers up to the last one whose output LLaVA reads."""
+    count, feature_layers = model.config.vision_config.num_hidden_layers, model.config.vision_feature_layer
+    chosen = [feature_layers] if isinstance(feature_layers, int) else feature_layers
+    # Hidden state 0 is the embeddings, so hidden state k is the output of layer k - 1.
+    read = max(index if index >= 0 else count + 1 + index for index in chosen)
+    layers = "|".join(str(index) for index in range(read))
+    return rf".*vision_tower\.(.*\.)?layers\.({layers})\.(self_attn|attention)"
 
 
 ARCHITECTURES = [
@@ -84,6 +103,39 @@ ARCHITECTURES = [
     Architecture(("CLIPPreTrainedModel",), r".*\.self_attn"),
     Architecture(("ViltPreTrainedModel",), r".*encoder\.layer\.\d+\.attention"),
     Architecture(("MeterPreTrainedModel",), r".*cross_modal_(text|image)_layers\.\d+\.(attention|crossattention)"),
+    # Vision and language. In text towers made as BERT is, the projection stands in one module with residual and norm:
+    # what is corrected there is `self`, the attention before its projection.
+    Architecture(("SiglipPreTrainedModel", "Siglip2PreTrainedModel"), r".*\.self_attn", init="identity"),
+    Architecture(
+        ("ChineseCLIPPreTrainedModel", "AltCLIPPreTrainedModel"), r".*\.(self_attn|attention\.self)", init="identity"
+    ),
+    Architecture(
+        ("BlipPreTrainedModel", "BlipTextPreTrainedModel"),
+        r".*\.(self_attn|attention\.self|crossattention\.self)",
+        init="identity",
+    ),
+    Architecture(
+        ("BlipModel",), r".*\.(self_attn|attention\.self)", init="identity"
+    ),  # its text never sees the picture
+    Architecture(  # picture and Q-Former, not the language model
+        ("Blip2PreTrainedModel",),
+        r"(?!.*\blanguage_model\.).*\.(self_attn|attention\.attention|crossattention\.attention)",
+        init="identity",
+    ),
+    Architecture(
+        ("ViTPreTrainedModel", "Dinov2PreTrainedModel", "Dinov2WithRegistersPreTrainedModel"),
+        r".*layers?\.\d+\.attention",
+        init="identity",
+    ),
+    # The vision tower, not the language model.
+    Architecture(("LlavaPreTrainedModel",), llava_vision_places, init="identity"),
+    Architecture(("LlavaNextPreTrainedModel",), llava_vision_places, init="identity", bindings=WHOLE_BATCH),
+    Architecture(
+        ("Qwen2VLPreTrainedModel", "Qwen2_5_VLPreTrainedModel"),
+        r"(.*\.)?blocks\.\d+\.attn",
+        init="identity",
+        bindings=WHOLE_BATCH,
+    ),
 ]
 # Any other model: `target_modules` must be given, the rest is the paper's.
 UNKNOWN_ARCHITECTURE = Architecture((), "")
@@ -100,7 +152,8 @@ def register_architecture(row: Architecture) -> None:
     unknown = {*row.streams, *row.bindings} - set(STREAMS)
     if unknown:
         raise ValueError(f"Unknown streams {sorted(unknown)} in {row}: there are {list(STREAMS)}.")
-    APTConfig(init=row.init, query_source=row.query_source, target_modules=row.target_modules)
+    pattern = row.target_modules if isinstance(row.target_modules, str) else None
+    APTConfig(init=row.init, query_source=row.query_source, target_modules=pattern)
     ARCHITECTURES.insert(0, row)
 
 
@@ -126,8 +179,10 @@ def resolve_config(model: nn.Module, config: APTConfig) -> APTConfig:
             f"APT has no default places for {type(model).__name__}: name its attention modules in "
             "APTConfig(target_modules=[...]), for example ['self_attn']."
         )
-    defaults = {name: getattr(row, name) for name in ("init", "query_source", "streams", "target_modules")}
+    defaults = {name: getattr(row, name) for name in ("init", "query_source", "streams")}
     missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.target_modules is None:
+        missing["target_modules"] = row.places(model)
     return dataclasses.replace(config, **missing)
 
 

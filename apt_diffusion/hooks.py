@@ -63,7 +63,12 @@ def bind(name: str, module: nn.Module, stream: Stream) -> Binding:
             f"no parameter {stream.argument!r}. Name the parameters, or choose other target_modules."
         )
     by_keyword = parameters[by_name[argument]].kind is inspect.Parameter.KEYWORD_ONLY
-    return Binding(argument, None if by_keyword else by_name[argument], stream.output, _batch_dim(module))
+    return Binding(
+        argument,
+        None if by_keyword else by_name[argument],
+        stream.output,
+        _batch_dim(module) if stream.per_sample else None,
+    )
 
 
 def _batch_dim(module: nn.Module) -> int | None:
@@ -141,7 +146,14 @@ def _corrected(core: APTProcessorCore, args: tuple, kwargs: dict[str, Any], outp
 
 
 def _batch_first(core: APTProcessorCore, attn_output: Tensor, states: Tensor) -> Tensor:
-    if core.adapters_per_sample is None or core.binding.batch_dim == 0:
+    if core.adapters_per_sample is None:
+        return core(attn_output, states)
+    if attn_output.ndim < 3:
+        raise ValueError(
+            "One adapter per sample needs a batch axis; this attention has the tokens of all samples in one row, "
+            "whose parts APT does not know. Use one adapter for the whole batch."
+        )
+    if core.binding.batch_dim == 0:
         return core(attn_output, states)
     if core.binding.batch_dim is None:
         raise ValueError(

@@ -227,8 +227,8 @@ class ModelAdapters:
         unknown = [name for name, core in self.cores() if core.binding is not None and core.binding.batch_dim is None]
         if unknown:
             raise ValueError(
-                f"One adapter per sample needs to know the batch axis; {unknown[0]} belongs to a wrapper around a "
-                "module with batch_first=False. Use one adapter for the whole batch."
+                f"One adapter per sample needs to know the batch axis; {unknown[0]} is a wrapper around a module with "
+                "batch_first=False, or its batch has not one entry per sample. Use one adapter for the whole batch."
             )
 
     def parameters(self) -> list[nn.Parameter]:

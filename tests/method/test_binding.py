@@ -124,7 +124,7 @@ def test_a_wrapper_with_unknown_axes_is_refused_for_mixed_batches():
     model = nn.ModuleDict({"attn": Wrapper()})
     model["attn"].hidden_size = 12
     apt.add_apt(model, apt.APTConfig(num_prompts=4, rank=2, target_modules=r"attn"))
-    message = r"attn.apt belongs to a wrapper around a module with batch_first=False"
+    message = r"attn.apt is a wrapper around a module with batch_first=False"
     with pytest.raises(ValueError, match=message), apt.apt_call(model, None, ["default"]):
         raise AssertionError("not reached")
     apt.set_apt_adapters(model, "default", 0.5)  # and nothing is left under way

@@ -87,7 +87,7 @@ METER = {"hidden_size": 768, "num_tokens": [40] * 12 + [577] * 12, "num_modules"
 
 
 class Cell(NamedTuple):
-    """One row of a published table beside what the closed form gives."""
+    """One row of a published table, and what the closed form gives."""
 
     table: str
     method: str

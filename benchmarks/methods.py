@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 
 @dataclass(frozen=True)
 class Task:
-    """A trainer's script, its data, and how its budget is said.
+    """A trainer's script, its data, and the flags of its budget.
 
     Args:
         data: the drawn task.
         models: which of the miniature models it trains.
         flags: the budget.
-        chosen_by: the metric that chooses a learning rate; of the validation split where there is one beside the test.
+        chosen_by: the metric that chooses a learning rate, on the validation split where the task has one.
         reported: metrics of the table, by column.
         seed_flag: of the script.
         script: `train_apt_<script>.py`; the task's name if `None`.

@@ -46,9 +46,9 @@ class Subject:
 SUBJECTS = (
     Subject(
         "Attaching and steering adapters",
-        "APT corrects the output of an attention module before the residual. A module of which that cannot be "
-        "said, an unknown name or a weight that is no number would give a model that draws something else "
-        "without a word. Everything is checked for all components before the first is touched.",
+        "APT corrects the output of an attention module before the residual. A module that hides this output, an "
+        "unknown name or a weight that is no number would change results without a word. Everything is checked for "
+        "all components before the first one is changed.",
         ("apt_diffusion/",),
     ),
     Subject(

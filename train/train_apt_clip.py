@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from transformers import CLIPModel
 
-from apt_diffusion.baselines import method_in
+from apt_diffusion.baselines import find_method_file, method_in, save_method
 from apt_diffusion.data.classification import (
     Item,
     Labelled,
@@ -35,7 +35,7 @@ from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
-from apt_diffusion.training.methods import find_trained, save_trained, trained_parameters
+from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.clip_arguments import RECIPES, parse_args
@@ -126,7 +126,7 @@ def run_seed(
             return with_harmonic_mean(metrics)
 
         def save(folder: Path) -> None:
-            save_trained(model, folder, session.header(base_model=base.name, task=session.script))
+            save_method(model, folder, session.header(base_model=base.name, task=session.script))
 
         if args.eval_only:
             network = session.accelerator.prepare_model(classifier, evaluation_mode=True)
@@ -159,7 +159,7 @@ def method_to_train(session: Session) -> str | None:
     """The method of the weights that are loaded, else that of the flags; `None` for the model as it is."""
     source = trained_source(session)
     if source is not None:
-        return method_in(find_trained(source))
+        return method_in(find_method_file(source))
     return None if session.args.eval_only else session.args.method
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForImagesAndTextClassification
 
+from apt_diffusion.baselines import save_method
 from apt_diffusion.data.image_text import Batch, TrainingStream, class_labels, unchanged
 from apt_diffusion.data.nlvr2 import (
     OFFICIAL_PROMPT,
@@ -26,7 +27,7 @@ from apt_diffusion.data.nlvr2 import (
     nlvr2_accuracy,
 )
 from apt_diffusion.models.meter import MeterForImagesAndTextClassification
-from apt_diffusion.training.methods import save_trained, trained_parameters
+from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import HelpFormatter, add_shared_flags, check_shared
 from apt_diffusion.training.vision_language.inputs import make_inputs
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return metrics
 
         def save(folder: Path) -> None:
-            save_trained(model, folder, session.header(base_model=base.name, task=session.script))
+            save_method(model, folder, session.header(base_model=base.name, task=session.script))
 
         if args.eval_only:
             network = session.accelerator.prepare_model(model, evaluation_mode=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViltForImageAndTextRetrieval
 
+from apt_diffusion.baselines import save_method
 from apt_diffusion.data.image_text import Batch, Example
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
 from apt_diffusion.data.retrieval import (
@@ -41,7 +42,7 @@ from apt_diffusion.models.retrieval import (
     load_matching_head,
     recall,
 )
-from apt_diffusion.training.methods import save_trained, trained_parameters
+from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
     HelpFormatter,
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return metrics
 
         def save(folder: Path) -> None:
-            save_trained(model, folder, session.header(base_model=base.name, task=session.script))
+            save_method(model, folder, session.header(base_model=base.name, task=session.script))
 
         if args.eval_only:
             network = session.accelerator.prepare_model(objective, evaluation_mode=True)

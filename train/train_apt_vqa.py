@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViltForQuestionAnswering
 
+from apt_diffusion.baselines import find_method_file, save_method
 from apt_diffusion.data.image_text import Batch, Example, TrainingStream, unchanged
 from apt_diffusion.data.nlvr2 import OFFICIAL_PROMPT
 from apt_diffusion.data.vqa import SPLITS, Question, load_hub_questions, load_questions
@@ -30,7 +31,7 @@ from apt_diffusion.data.vqa_answers import (
     vqa_accuracy,
 )
 from apt_diffusion.models.meter import MeterForQuestionAnswering
-from apt_diffusion.training.methods import answers_of, find_trained, save_trained, tensor_shapes, trained_parameters
+from apt_diffusion.training.methods import answers_of, tensor_shapes, trained_parameters
 from apt_diffusion.training.metrics import write_json
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
@@ -148,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         def save(folder: Path) -> None:
             known = {"base_model": base.name, "task": session.script}
-            save_trained(model, folder, session.header(**known, answers=json.dumps(answers, ensure_ascii=False)))
+            save_method(model, folder, session.header(**known, answers=json.dumps(answers, ensure_ascii=False)))
 
         if session.is_main:
             write_json(answers, session.output_dir / ANSWERS_NAME)
@@ -207,7 +208,7 @@ def choose_answers(session: Session, base: BaseModel, questions: dict[str, list[
     args, source = session.args, trained_source(session)
     count = None
     if source is not None:
-        file = find_trained(source)
+        file = find_method_file(source)
         stored = answers_of(file)
         if stored is not None:
             return stored

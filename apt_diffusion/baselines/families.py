@@ -35,7 +35,7 @@ class Family:
     parallel: tuple[Branch, ...]  # where parallel adapters go
     encoders: str | None  # regular expression for what shallow prompts are carried through; `None`: METER's two stacks
     lora: tuple[str, ...]  # query and value maps
-    trained: tuple[str, ...] = ()  # beside the method itself: the released code's choice, where present in the model
+    trained: tuple[str, ...] = ()  # with every method: the released code's choice, where the model has it
     frozen: tuple[str, ...] = ()  # suffixes of full names that are not, although the last part of the name is
 
 

@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
         """Forward hook of the branch's last linear layer: an adapter."""
         return output + self(output)
 
-    def beside(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def parallel(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of an attention: a parallel adapter."""
         update = self(args[0] if args else kwargs["hidden_states"])
         return (output[0] + update, *output[1:]) if isinstance(output, tuple) else output + update

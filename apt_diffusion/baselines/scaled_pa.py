@@ -26,7 +26,7 @@ class ScaledParallelAdapter(Method):
                 adapter = Bottleneck(branch.width(layer), bottleneck, scaled=True)
                 add_child(attention, adapter)
                 if branch.later_norm is None:
-                    attention.register_forward_hook(adapter.beside, with_kwargs=True)
+                    attention.register_forward_hook(adapter.parallel, with_kwargs=True)
                 else:
                     attention.register_forward_pre_hook(adapter.remember, with_kwargs=True)
                     layer.get_submodule(branch.later_norm).register_forward_hook(adapter.after_norm)

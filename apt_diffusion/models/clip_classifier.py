@@ -35,7 +35,7 @@ class ClipClassifier(nn.Module):
             backward pass, which encodes them again: memory is that of one part, however many classes there are.
     """
 
-    template: str
+    template: str | Sequence[str]
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ClipClassifier(nn.Module):
             self._check(names, texts)
             self._checked.add(hash(tuple(texts)))
         self.class_names, self.texts = names, texts
-        self.template: str | Sequence[str] = given
+        self.template = given
 
     def _check(self, names: list[str], texts: list[str]) -> None:
         repeated = sorted({name for name in names if names.count(name) > 1})

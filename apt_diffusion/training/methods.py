@@ -14,14 +14,12 @@ from ..baselines import (
     MethodConfig,
     Setting,
     add_method,
-    find_method_file,
     freeze_for_method,
     get_method,
     load_method,
     method_names,
     method_of,
     read_header,
-    save_method,
 )
 from ..config import APTConfig
 from ..model import ModelAdapters
@@ -84,13 +82,8 @@ def attach_method(model: nn.Module, config: APTConfig | MethodConfig) -> None:
     logger.info("%s%s: %s of %s parameters are trained.", method_of(model), where, f"{trainable:,}", f"{total:,}")
 
 
-def save_trained(model: nn.Module, folder: str | Path, metadata: dict[str, str]) -> Path:
-    """The method's parameters and the heads as one file in `folder`, with `metadata` in its header."""
-    return save_method(model, folder, metadata)
-
-
 def load_trained(model: nn.Module, place: str | Path, **hub: Any) -> None:
-    """Attaches what `save_trained` wrote to a model without a method, ready to be trained on.
+    """Attaches what `save_method` wrote to a model without a method, ready to be trained on.
 
     Args:
         model: the base model.
@@ -129,11 +122,6 @@ def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place:
     heads = [name for name, _ in model.named_children() if name in TASK_HEADS]
     if not trained.issuperset(heads):
         raise ValueError(f"{place} has no weights for {heads}: a new head would stay untrained. Leave --adapter out.")
-
-
-def find_trained(place: str | Path, **hub: Any) -> Path:
-    """The file of `save_trained`, whichever method it holds."""
-    return find_method_file(place, **hub)
 
 
 def answers_of(file: Path) -> list[str] | None:

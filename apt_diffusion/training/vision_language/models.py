@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 import apt_diffusion.models.meter.configuration_meter  # noqa: F401 (makes its type known to AutoConfig)
 
+from ...baselines import find_method_file
 from ...miniature import MODELS, resolve_model
 from ...models.meter import MeterModel
 from ...models.retrieval import load_matching_head, start_from_matching_head
 from ...models.vilt import add_classifier_token, use_text_epsilon
-from ..methods import find_trained, tensor_shapes
+from ..methods import tensor_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +118,10 @@ def take_over_classifier_token(args: argparse.Namespace, source: Any) -> None:
 
     Args:
         args: whose `use_classifier_token` is filled in.
-        source: of the adapter, as for `find_trained`; or `None`.
+        source: of the adapter, as for `find_method_file`; or `None`.
     """
     if source is not None and args.use_classifier_token is None:
-        has_one = any(name.endswith("classifier_token") for name in tensor_shapes(find_trained(source)))
+        has_one = any(name.endswith("classifier_token") for name in tensor_shapes(find_method_file(source)))
         args.use_classifier_token = True if has_one else None
 
 

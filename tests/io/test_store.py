@@ -272,6 +272,7 @@ def test_what_leaves_with_a_call_leaves_room_for_a_swap(pipe, trained):
     assert np.allclose(draw(pipe), pictures["cat"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_hot_swap_compiles_nothing_again(pipe, trained):
     """UNet and text encoder, adapters of four and five prompts."""
     folder, pictures = trained

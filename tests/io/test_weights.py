@@ -338,6 +338,7 @@ def test_hub(unet, file, monkeypatch, tmp_path):
     assert apt.get_list_apt_adapters(unet) == ["a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["paper", "identity"])
 def test_hotswap_writes_in_place_between_sizes(unet, tmp_path, init):
     outputs, paths = {}, {}

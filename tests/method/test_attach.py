@@ -31,6 +31,7 @@ def test_context_stream_is_the_equation_on_the_encoder_states():
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scales_and_weights_do_not_compile_anew():
     torch.manual_seed(0)
     unet = make_unet().eval()
@@ -52,6 +53,7 @@ def test_scales_and_weights_do_not_compile_anew():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_steered_like_any_other():
     torch.manual_seed(0)
     model = make_text_encoder().eval()

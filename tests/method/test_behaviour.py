@@ -259,6 +259,7 @@ def test_folded_weights_follow_every_change(family, model, monkeypatch):
     assert not core.keep_folded
 
 
+@pytest.mark.slow
 def test_attachment_after_a_compiled_call_is_seen(family, model):
     if family.run is vilt_output:
         model = model.encoder  # the whole ViltModel has data-dependent shapes, with or without APT

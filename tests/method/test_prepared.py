@@ -214,6 +214,7 @@ def test_what_is_kept_for_mixed_batches_does_not_grow(unet):
             assert len(core.kept()) <= 3  # two adapters and one stack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [False, True])
 @torch.no_grad()
 def test_one_whole_graph_prepared_and_not(unet, mixed):

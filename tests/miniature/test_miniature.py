@@ -99,12 +99,14 @@ def test_embedded_files_are_small_and_not_pickled():
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".ckpt", ".pkl")]
 
 
+@pytest.mark.slow
 def test_the_grader_reads_real_pictures(miniature):
     table = grade_real(load_grader(), miniature.vae, 64)
     for row, values in table.items():
         assert values["shape"] > 0.9 and values["color"] > 0.95 and values["background"] > 0.95, (row, values)
 
 
+@pytest.mark.slow
 def test_the_model_draws_what_a_caption_says(miniature):
     for row, least in (
         ("one shape, plain, large", 0.85),

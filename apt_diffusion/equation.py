@@ -94,6 +94,7 @@ class ApproximatedPrompt(nn.Module):
 
     @property
     def active_dropout(self) -> float:
+        """The dropout on affinities that acts now: 0 outside of training."""
         return self.dropout if self.training else 0.0
 
 

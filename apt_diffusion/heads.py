@@ -46,12 +46,14 @@ class Heads:
         return {name: tensor.detach().clone() for name, tensor in source.items()}
 
     def write(self, model: nn.Module, adapter_name: str, values: dict[str, Tensor]) -> None:
+        """Gives the adapter other head values: in the model where they are in use, else in the store."""
         if self.in_use == adapter_name:
             _write(model, values)
         else:
             self.stored[adapter_name] = {name: tensor.clone() for name, tensor in values.items()}
 
     def delete(self, model: nn.Module, adapter_name: str) -> None:
+        """Forgets an adapter's heads; the base model's are put back where they were in use."""
         if self.in_use == adapter_name:
             self.use(model, None)
         self.stored.pop(adapter_name, None)

@@ -127,6 +127,9 @@ def check_free(files: list[Path], overwrite: bool) -> None:
 
 def load_pipeline(args: argparse.Namespace, adapters: list[tuple[str, float]]) -> Any:
     """The pipeline with its adapters. Adapter files are found before the model is loaded."""
+    from ..quiet import hide_torchvision_notices
+
+    hide_torchvision_notices()
     import diffusers
     import torch
 

@@ -43,6 +43,7 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """The number of steps after which it was written."""
         return self.state["step"]
 
 

@@ -29,6 +29,7 @@ class LossLog:
         temporary.replace(self.path)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows; each is one line of JSON."""
         with self.path.open("a") as file:
             file.writelines(_line(row) for row in rows)
 

@@ -66,4 +66,5 @@ class Progress:
         return int(gathered[:, -1].max().item())
 
     def close(self) -> None:
+        """Ends the bar."""
         self.bar.close()

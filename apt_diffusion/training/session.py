@@ -114,6 +114,7 @@ class Session:
 
     @property
     def output_dir(self) -> Path:
+        """The folder that the run writes to."""
         return Path(self.args.output_dir)
 
     @property

@@ -1,8 +1,10 @@
-"""Tests use public names only."""
+"""Tests use public names only, and every public name says what it is."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("apt_diffusion", "train", "tools", "benchmarks", "examples")
@@ -52,3 +54,31 @@ def test_tests_use_no_private_name_of_the_package():
         for line, name in uses_of_private_names(ast.parse(path.read_text()), ours)
     ]
     assert not found
+
+
+def undocumented(path: Path) -> Iterator[str]:
+    """Public classes, functions and methods without a docstring. Overridden dunders say nothing new."""
+    module = ast.parse(path.read_text())
+    if ast.get_docstring(module) is None and path.read_text().strip():
+        yield f"{path.relative_to(ROOT)} (the file)"
+    stack: list[tuple[str, ast.AST]] = [("", module)]
+    while stack:
+        prefix, parent = stack.pop()
+        for node in getattr(parent, "body", []):
+            if isinstance(node, ast.If | ast.Try | ast.With):
+                stack.append((prefix, node))
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if node.name.startswith("_"):
+                continue
+            decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+            is_overload = any(name.endswith(("overload", ".setter")) for name in decorators)
+            if ast.get_docstring(node) is None and not is_overload:
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {prefix}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                stack.append((f"{prefix}{node.name}.", node))
+
+
+@pytest.mark.parametrize("folder", ["apt_diffusion", "train"])
+def test_every_public_name_has_a_docstring(folder):
+    assert not [missing for path in SOURCES if path.is_relative_to(ROOT / folder) for missing in undocumented(path)]

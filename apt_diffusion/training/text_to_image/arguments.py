@@ -64,6 +64,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags of the trainer."""
     parser = argparse.ArgumentParser(
         description="Teach a Stable Diffusion a subject from a few pictures, as an APT adapter.",
         epilog=EXAMPLES,
@@ -279,6 +280,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def apt_config(args: argparse.Namespace) -> APTConfig:
+    """The settings of the adapter that the flags ask for."""
     return APTConfig(
         num_prompts=args.num_prompts,
         rank=args.rank,

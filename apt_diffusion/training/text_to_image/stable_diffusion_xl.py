@@ -38,22 +38,27 @@ class StableDiffusionXLBase(StableDiffusionBase):
             )
 
     def skeletons(self) -> dict[str, nn.Module]:
+        """As for Stable Diffusion, with two text encoders."""
         second = self.text_config("text_encoder_2")
         with torch.device("meta"):
             return super().skeletons() | {"text_encoder_2": CLIPTextModelWithProjection(second)}
 
     def tokenizers(self, name: str | None = None) -> dict[str, Any]:
+        """The two tokenizers, by text encoder."""
         second = CLIPTokenizer.from_pretrained(self.path, subfolder="tokenizer_2", revision=self.revision)
         return super().tokenizers(name) | {"text_encoder_2": second}
 
     def text_encoders(self, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """The two text encoders, by name."""
         return super().text_encoders(dtype) | {"text_encoder_2": self.text_encoder_2(dtype)}
 
     def text_encoder_2(self, dtype: torch.dtype) -> CLIPTextModelWithProjection:
+        """The second text encoder, whose pooled output is a condition of the UNet."""
         place = {"subfolder": "text_encoder_2", "dtype": dtype, **self.files}
         return CLIPTextModelWithProjection.from_pretrained(self.path, **place).requires_grad_(False)
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+        """The stock pipeline around these components."""
         parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
         return StableDiffusionXLPipeline.from_pretrained(
             self.path, dtype=dtype, add_watermarker=False, **parts, **self.files
@@ -71,11 +76,13 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return re.match(rf"text_encoder\..*\blayers\.{last}\.", parameter_name) is not None
 
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """What the UNet takes besides the text: pooled text, and sizes and cut of each picture."""
         pooled = embeddings["pooled_prompt_embeds"].to(dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.float()}  # bfloat16 has no 1000 different sizes
         return super().conditions(embeddings, time_ids, dtype) | {"added_cond_kwargs": added}
 
     def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
+        """The pipeline that draws samples."""
         return (self.image_to_image_class if image_to_image else self.pipeline_class)(
             vae=self.vae(unet.dtype).to(unet.device),
             text_encoder=None,
@@ -96,6 +103,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
         start_images: list[Image.Image] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
+        """Draws samples from prompts that are encoded already."""
         prompt, negative = conditioning
         if self.settings.get("force_zeros_for_empty_prompt", True):  # what the pipeline takes for no negative prompt
             negative = {name: torch.zeros_like(embedding) for name, embedding in negative.items()}

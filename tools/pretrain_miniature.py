@@ -160,8 +160,13 @@ def denoiser_stage(args: argparse.Namespace, vae: nn.Module, text_encoder: nn.Mo
 
 
 @torch.no_grad()
-def encode_world(args: argparse.Namespace, vae: nn.Module, tokenizer) -> tuple[Tensor, Tensor]:
-    """Latents `(N, 4, 16, 16)` in half precision and token ids `(N, 32)`; sets the autoencoder's scaling factor."""
+def encode_world(
+    args: argparse.Namespace, vae: nn.Module, tokenizer, scaling_factor: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Latents `(N, 4, 16, 16)` in half precision and token ids `(N, 32)`; sets the autoencoder's scaling factor.
+
+    Without `scaling_factor` it is the one that gives the latents a standard deviation of 1.
+    """
     file = Path(args.output_dir) / "latents.pt"
     if file.is_file():
         latents, ids, scaling_factor = torch.load(file, weights_only=True)
@@ -175,7 +180,7 @@ def encode_world(args: argparse.Namespace, vae: nn.Module, tokenizer) -> tuple[T
             ids = tokenize(tokenizer, [caption(scenes, index) for index in range(size)])
             parts.append((vae.encode(pictures).latent_dist.mean, ids))
         latents, ids = (torch.cat(column) for column in zip(*parts, strict=True))
-        scaling_factor = 1 / latents.std().item()
+        scaling_factor = scaling_factor or 1 / latents.std().item()
         latents = (latents * scaling_factor).half()
         torch.save((latents, ids, scaling_factor), file)
     vae.register_to_config(scaling_factor=scaling_factor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # Each draws from seeds of its own.
-STREAMS = ("autoencoder", "text", "denoiser", "grader", "export", "clip", "vilt", "meter", "decoder", "judge")
+STREAMS = ("autoencoder", "text", "denoiser", "grader", "export", "clip", "vilt", "meter", "decoder", "judge", "sd3")
 
 
 @dataclass

@@ -4,8 +4,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 STABLE_DIFFUSION = FOLDER / "stable_diffusion"
+STABLE_DIFFUSION_3 = FOLDER / "stable_diffusion_3"
 MODELS = {
     "miniature": STABLE_DIFFUSION,
+    "miniature-sd3": STABLE_DIFFUSION_3,
     "miniature-emoji": FOLDER / "emoji" / "stable_diffusion",
     "miniature-clip": FOLDER / "clip",
     "miniature-vilt": FOLDER / "vilt",

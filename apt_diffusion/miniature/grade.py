@@ -119,13 +119,19 @@ def grade_real(grader: Grader, vae: nn.Module, count: int, seed: int = 0) -> dic
 
 
 def grade_pipeline(
-    pipeline: Any, grader: Grader, count: int, seed: int = 0, steps: int = 15, guidance_scale: float = 3.0
+    pipeline: Any,
+    grader: Grader,
+    count: int,
+    seed: int = 0,
+    steps: int = 15,
+    guidance_scale: float = 3.0,
+    **settings: Any,
 ) -> tuple[dict[str, dict[str, float]], dict[str, tuple[list[str], Tensor]]]:
     """`(table, {row: (captions, pictures)})` of pictures that the pipeline draws from the rows' captions."""
     table, drawn = {}, {}
     for row, scenes in row_scenes(count, seed).items():
         captions = [caption(scenes, index) for index in range(count)]
-        pictures = draw(pipeline, captions, seed, steps, guidance_scale)
+        pictures = draw(pipeline, captions, seed, steps, guidance_scale, **settings)
         table[row], drawn[row] = grade(grader, pictures, scenes), (captions, pictures)
     return table, drawn
 

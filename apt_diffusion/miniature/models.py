@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 TRIGGERS = ("sks", "zwx", "qpl", "vrf")  # single tokens that no caption of the world uses
 CLASS_WORD = "glyph"
+GRAMMAR = ("a", "an", "the", "on", "and", "background", "picture", "of", "photo")
+# Of captions and of names for subjects, each once.
+WORDS = tuple(
+    dict.fromkeys([*COLORS, *SHAPES, *PATTERNS, *" ".join(LAYOUTS).split(), *GRAMMAR, *TRIGGERS, CLASS_WORD])
+)
 MAX_TOKENS = 32
 LATENT_SIZE = SIZE // 4
 
@@ -21,8 +26,7 @@ def make_tokenizer(words: Sequence[str] | None = None) -> "CLIPTokenizer":
     from transformers import CLIPTokenizer
 
     symbols = byte_symbols()
-    grammar = ["a", "an", "the", "on", "and", "background", "picture", "of", "photo"]
-    words = words or [*COLORS, *SHAPES, *PATTERNS, *" ".join(LAYOUTS).split(), *grammar, *TRIGGERS, CLASS_WORD]
+    words = words or WORDS
     vocabulary = [*symbols, *(f"{symbol}</w>" for symbol in symbols)]
     merges = make_merges(list(dict.fromkeys(words)))
     vocabulary += list(dict.fromkeys("".join(pair) for pair in merges))

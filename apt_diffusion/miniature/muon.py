@@ -6,7 +6,7 @@ together.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class Muon(torch.optim.Optimizer):
         return self.state[parameter].setdefault("momentum", torch.zeros_like(parameter).flatten(1))
 
 
-def split_for_muon(modules: dict[str, nn.Module]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Inner matrices and filters for Muon; embeddings, first and last layers, vectors for AdamW."""
-    outer = ("conv_in", "conv_out", "time_embedding", "embeddings")
+def split_for_muon(
+    modules: dict[str, nn.Module], outer: Sequence[str] = ("conv_in", "conv_out", "time_embedding", "embeddings")
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Inner matrices and filters for Muon; vectors, and what has a word of `outer` in its name, for AdamW."""
     named = [pair for module in modules.values() for pair in module.named_parameters()]
     matrices = [p for name, p in named if p.ndim >= 2 and not any(part in name for part in outer)]
     chosen = {id(p) for p in matrices}

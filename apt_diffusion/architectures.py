@@ -61,7 +61,7 @@ class Architecture:
         init, query_source, streams: defaults of `APTConfig`.
         text_modules: regular expression for the modules whose attention is joint, with the text as second output;
             `None`: those that have a projection for it, `to_add_out` or `to_out_t`.
-        idle_text: regular expression for modules whose text output nobody reads: the stream `"text"` leaves them out.
+        last_text_is_idle: nobody reads the text output of the last joint attention: the stream `"text"` leaves it out.
         bindings: streams whose arguments are named or placed differently in this family, by stream name.
     """
 
@@ -71,7 +71,7 @@ class Architecture:
     query_source: str = "hidden_states"
     streams: tuple[str, ...] = ("query",)
     text_modules: str | None = None
-    idle_text: str | None = None
+    last_text_is_idle: bool = False
     bindings: Mapping[str, Stream] = field(default_factory=dict)
 
     def stream(self, name: str) -> Stream:
@@ -136,7 +136,39 @@ ARCHITECTURES = [
         init="identity",
         bindings=WHOLE_BATCH,
     ),
-]
+    # Diffusion transformers: the attention that the image takes part in, joint with the text or alone, before the gate
+    # of the block's modulation. Refiners, and cross-attention to an un-normalised stream, are left out.
+    Architecture(
+        (
+            "SD3Transformer2DModel", "FluxTransformer2DModel", "Flux2Transformer2DModel", "ChromaTransformer2DModel",
+            "BriaTransformer2DModel", "OvisImageTransformer2DModel", "HunyuanImageTransformer2DModel",
+        ),
+        r"(single_)?transformer_blocks\.\d+\.attn", init="identity",
+    ),
+    Architecture(
+        ("QwenImageTransformer2DModel",), r"transformer_blocks\.\d+\.attn", init="identity", last_text_is_idle=True
+    ),
+    Architecture(
+        ("CogView4Transformer2DModel", "GlmImageTransformer2DModel"), r"transformer_blocks\.\d+\.attn1",
+        init="identity", text_modules=r"transformer_blocks\.\d+\.attn1", last_text_is_idle=True,
+    ),
+    Architecture(("AuraFlowTransformer2DModel",), r"(joint|single)_transformer_blocks\.\d+\.attn", init="identity"),
+    Architecture(
+        ("HiDreamImageTransformer2DModel",), r"(double|single)_stream_blocks\.\d+\.block\.attn1", init="identity",
+        text_modules=r"double_stream_blocks\.\d+\.block\.attn1",
+        bindings={
+            "query": Stream("apt", "norm_hidden_states", position=0),
+            "text": Stream("apt_text", "norm_encoder_hidden_states", position=2, output=1),
+        },
+    ),
+    Architecture(("ZImageTransformer2DModel",), r"layers\.\d+\.attention", init="identity"),
+    Architecture(("Lumina2Transformer2DModel",), r"layers\.\d+\.attn", init="identity"),
+    Architecture(
+        ("PixArtTransformer2DModel", "SanaTransformer2DModel", "LTXVideoTransformer3DModel"),
+        r"transformer_blocks\.\d+\.attn1", init="identity",
+    ),
+    Architecture(("HunyuanDiT2DModel", "WanTransformer3DModel"), r"blocks\.\d+\.attn1", init="identity"),
+]  # fmt: skip
 # Any other model: `target_modules` must be given, the rest is the paper's.
 UNKNOWN_ARCHITECTURE = Architecture((), "")
 

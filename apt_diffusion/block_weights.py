@@ -1,35 +1,55 @@
-"""Adapter weights per component and per UNet block, in the form that diffusers' `set_adapters` takes.
+"""Adapter weights per component and per block.
 
-`{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`; what is not named weighs 1.
-A list names one number per transformer of the block, or one for all of them.
+For UNets in the form that diffusers' `set_adapters` takes, where a list names one number per transformer of the block:
+`{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`. For other models by the
+beginning of module names: `{"transformer": {"transformer_blocks.0": 0.5, "single_transformer_blocks": 0.0}}`; the
+longest that fits holds. What is not named weighs 1.
 """
 
 import math
 import numbers
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
+
+from .places import named_modules
 
 _UNET_PLACE = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.attentions\.(\d+)(?=\.|$)")
 
 Place = tuple[str, str | None, str]  # part, number of the block, number of the transformer in it
 
 
-def transformers_of(model: nn.Module) -> list[Place]:
-    """Where the transformers of a UNet are, adapted or not."""
-    found = (_UNET_PLACE.fullmatch(name) for name, _ in model.named_modules())
-    return [(place[1], place[2], place[3]) for place in found if place]
+class Blocks(NamedTuple):
+    """What weights by block can name in one model.
+
+    Args:
+        transformers: places of a UNet's transformers, adapted or not; none in another model.
+        names: of all modules.
+    """
+
+    transformers: list[Place]
+    names: frozenset[str]
 
 
-def weight_of(value: Any, component: str, module_name: str, transformers: list[Place]) -> float:
+NO_BLOCKS = Blocks([], frozenset())
+
+
+def blocks_of(model: nn.Module) -> Blocks:
+    """The blocks of a component."""
+    names = frozenset(name for name, _ in named_modules(model))
+    found = (_UNET_PLACE.fullmatch(name) for name, _ in named_modules(model))
+    return Blocks([(place[1], place[2], place[3]) for place in found if place], names)
+
+
+def weight_of(value: Any, component: str, module_name: str, blocks: Blocks) -> float:
     """The weight that `value` gives to one attention module.
 
     Args:
         value: a number or a nested dict.
         component: name of the component in a pipeline, `""` for a single model.
         module_name: full name of the attention module in its component.
-        transformers: those of the component (`transformers_of`); they tell which blocks exist.
+        blocks: those of the component (`blocks_of`); needed where `value` is a dict.
 
     Raises:
         ValueError: for a weight that is no finite number, a block that does not exist, or a list of a wrong length.
@@ -39,13 +59,23 @@ def weight_of(value: Any, component: str, module_name: str, transformers: list[P
     if not isinstance(value, dict):
         return check_number("An adapter weight", value)
     place = _UNET_PLACE.search(module_name)
-    if place is None:
-        raise ValueError(f"Weights per block are for UNets; {module_name} is in no block. Give one number.")
+    if not blocks.transformers or place is None:
+        return _weight_by_name(value, module_name, blocks.names)
     unknown = set(value) - {"down", "mid", "up"}
     if unknown:
         raise ValueError(f"Unknown UNet parts {sorted(unknown)} in the weights; use 'down', 'mid' and 'up'.")
     part, block, attention = place.groups()
-    return _weight_in_part(value.get(part, 1.0), part, block, int(attention), transformers)
+    return _weight_in_part(value.get(part, 1.0), part, block, int(attention), blocks.transformers)
+
+
+def _weight_by_name(value: dict[str, Any], module_name: str, names: frozenset[str]) -> float:
+    unknown = sorted(set(value) - names)
+    if unknown:
+        parts = module_name.split(".")
+        some = [".".join(parts[: length + 1]) for length in range(len(parts) - 1)]
+        raise ValueError(f"Unknown blocks {unknown} in the weights: a block is the name of a module, such as {some}.")
+    fitting = [name for name in value if f"{module_name}.".startswith(f"{name}.")]
+    return check_number("An adapter weight", value[max(fitting, key=len)] if fitting else 1.0)
 
 
 def _weight_in_part(value: Any, part: str, block: str | None, attention: int, transformers: list[Place]) -> float:

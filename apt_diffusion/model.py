@@ -16,7 +16,7 @@ from torch import nn
 
 from .adapter_names import check_name
 from .architectures import CHILDREN, resolve_config
-from .block_weights import transformers_of, weight_of
+from .block_weights import NO_BLOCKS, Blocks, blocks_of, weight_of
 from .compiled import forget_graphs
 from .config import APTConfig, pattern_matches
 from .equation import ApproximatedPrompt
@@ -178,9 +178,9 @@ class ModelAdapters:
 
     def check_weights(self, active: dict[str, AdapterWeight], component: str) -> None:
         """`ValueError` for weights that `set_active` could not apply."""
-        transformers = self._transformers(active)
+        blocks = self._blocks(active)
         for name, core in self.cores():
-            _core_weights(core, name, active, component, transformers)
+            _core_weights(core, name, active, component, blocks)
 
     def set_scale(self, scale: float) -> None:
         """Sets the factor on all weights; during a call, in place of the call's scale."""
@@ -264,14 +264,12 @@ class ModelAdapters:
         active = self.active if call.active is None else call.active
         active = {name: weight for name, weight in active.items() if name in self.configs}
         scale = self.scale if call.scale is None else call.scale
-        transformers = self._transformers(active, *(s for s in call.samples or () if isinstance(s, dict)))
+        blocks = self._blocks(active, *(s for s in call.samples or () if isinstance(s, dict)))
         for name, core in self.cores():
-            core.weights = _core_weights(core, name, active, self._component, transformers)
+            core.weights = _core_weights(core, name, active, self._component, blocks)
             core.scale, core.enabled = scale, self.enabled
             core.adapters_per_sample = call.samples and tuple(
-                _core_weights(core, name, sample, self._component, transformers)
-                if isinstance(sample, dict)
-                else sample
+                _core_weights(core, name, sample, self._component, blocks) if isinstance(sample, dict) else sample
                 for sample in call.samples
             )
         with_heads = [name for name in active if name in self.heads.stored] if self.enabled else []
@@ -284,19 +282,19 @@ class ModelAdapters:
         else:
             vars(self.model)[_ATTRIBUTE] = self
 
-    def _transformers(self, *weights: dict[str, AdapterWeight]) -> list:
+    def _blocks(self, *weights: dict[str, AdapterWeight]) -> Blocks:
         by_block = any(isinstance(weight, dict) for active in weights for weight in active.values())
-        return transformers_of(self.model) if by_block else []
+        return blocks_of(self.model) if by_block else NO_BLOCKS
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "call": None, "_model": None}
 
 
 def _core_weights(
-    core: APTProcessorCore, name: str, active: dict[str, AdapterWeight], component: str, transformers: list
+    core: APTProcessorCore, name: str, active: dict[str, AdapterWeight], component: str, blocks: Blocks
 ) -> dict[str, float]:
     return {
-        adapter: weight_of(weight, component, name, transformers)
+        adapter: weight_of(weight, component, name, blocks)
         for adapter, weight in active.items()
         if adapter in core.adapters
     }

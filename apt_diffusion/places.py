@@ -47,7 +47,7 @@ def places_at(model: nn.Module, name: str, module: nn.Module, streams: tuple[str
     return [
         place_at(model, name, module, row.stream(stream))
         for stream in streams
-        if stream != "text" or _has_text_output(row, name, module)
+        if stream != "text" or _reads_text_output(model, row, name, module)
     ]
 
 
@@ -95,9 +95,20 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _has_text_output(row: Architecture, name: str, module: nn.Module) -> bool:
-    if row.idle_text is not None and re.fullmatch(row.idle_text, name):
+def _reads_text_output(model: nn.Module, row: Architecture, name: str, module: nn.Module) -> bool:
+    """Whether the attention has a text output, and a later block reads it."""
+    if not _has_text_output(row, name, module):
         return False
+    if row.last_text_is_idle:
+        joint = [
+            other for other, part in base_modules(model)
+            if matches(other, row.places(model)) and _has_text_output(row, other, part)
+        ]  # fmt: skip
+        return name != joint[-1]
+    return True
+
+
+def _has_text_output(row: Architecture, name: str, module: nn.Module) -> bool:
     if row.text_modules is not None:
         return re.fullmatch(row.text_modules, name) is not None
     return any(getattr(module, projection, None) is not None for projection in ("to_add_out", "to_out_t"))

@@ -196,6 +196,15 @@ def draw(pipe: Any, args: argparse.Namespace, wanted: list[tuple[str, int]]) -> 
     return pictures
 
 
+def labels(prompts: list[str], wanted: list[tuple[str, int]]) -> tuple[list[str], str]:
+    """A short label for each picture of the grid, and the title: the prompts, numbered where there are several."""
+    if len(prompts) == 1:
+        return [f"seed {seed}" for _, seed in wanted], prompts[0]
+    title = "; ".join(f"{number}: {prompt}" for number, prompt in enumerate(prompts, 1))
+    count = len(wanted) // len(prompts)
+    return [f"{index // count + 1}, seed {seed}" for index, (_, seed) in enumerate(wanted)], title
+
+
 def save(picture: Any, file: Path) -> None:
     """Writes under a temporary name and renames: the file is whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +232,7 @@ def main(argv: list[str], prog: str) -> int:
         if args.grid:
             from ..training.grids import save_grid
 
-            save_grid(pictures, [f"{prompt[:40]} ({seed})" for prompt, seed in wanted], args.model, args.grid)
+            save_grid(pictures, *labels(args.prompts, wanted), args.grid)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

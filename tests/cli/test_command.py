@@ -188,6 +188,13 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(tiny_sd_path, tmp_path,
     assert "cannot be sampled with --scheduler flow_euler; these go: ddim" in capsys.readouterr().err
 
 
+def test_labels_of_the_grid_are_short_and_its_title_has_the_prompts():
+    assert generate.labels(["a dog"], [("a dog", 5), ("a dog", 6)]) == (["seed 5", "seed 6"], "a dog")
+    wanted = [("a dog", 5), ("a dog", 6), ("a cat", 5), ("a cat", 6)]
+    expected = ["1, seed 5", "1, seed 6", "2, seed 5", "2, seed 6"]
+    assert generate.labels(["a dog", "a cat"], wanted) == (expected, "1: a dog; 2: a cat")
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from apt_diffusion import APTConfig, StableDiffusionAPTPipeline, add_apt, freeze_base
-from apt_diffusion.data.pictures import find_pictures
+from apt_diffusion.data.folders import find_pictures
 from apt_diffusion.miniature.personalise import draw_test, judge, save_class_pictures
 from apt_diffusion.miniature.pictures import save_picture_grid, to_images
 from apt_diffusion.miniature.subjects import SUBJECTS, save_subject

@@ -8,8 +8,9 @@ The command line is that of diffusers' `train_dreambooth_lora.py` and more; see 
 """
 
 import argparse
+import dataclasses
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
-from apt_diffusion.data.pictures import check_picture, find_pictures
+from apt_diffusion.data.folders import check_picture, find_pictures
+from apt_diffusion.data.held_out import HeldOutData, split_off
+from apt_diffusion.data.pictures import Picture
 from apt_diffusion.data.reading import read_picture
 from apt_diffusion.training.activations import checkpoint_activations
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
+from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
 from apt_diffusion.training.optimizer import make_adamw, make_schedule
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
@@ -31,6 +35,7 @@ from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures, find_class_pictures
 from apt_diffusion.training.text_to_image.latents import encode_views
+from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
 from apt_diffusion.training.text_to_image.prompts import Prompts
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
@@ -47,7 +52,7 @@ image = pipe({prompt!r}).images[0]
 """
 
 
-@dataclass
+@dataclasses.dataclass
 class Learner:
     """What a training step computes with."""
 
@@ -57,6 +62,7 @@ class Learner:
     unet: nn.Module
     text_encoders: dict[str, nn.Module]  # none where their embeddings are kept
     vae: nn.Module | None  # `None` where its latents are kept
+    held_out: HeldOutData
     adapted: dict[str, nn.Module]  # the parts with an adapter, as they were loaded
     parameters: dict[str, nn.Parameter]  # the adapter's, by name
     dtype: torch.dtype  # of the frozen weights
@@ -74,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         # 1. Whatever can be wrong shows before weights are loaded.
         instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
         of_class = find_class_pictures(args)
+        instance, held_out = hold_out(session, instance)
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
         base = open_base(
@@ -81,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         args.resolution = base.check_resolution(args.resolution)
         objective = make_objective(base.scheduler(), args.snr_gamma)
-        named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class]]
+        named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class, *held_out]]
         named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation else []
         prompts = Prompts(
             [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
@@ -92,23 +99,30 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2. Pictures, and how they become samples.
         of_class = complete_class_pictures(args, of_class, base, session.accelerator, session.seed)
-        session.logger.info("%d pictures of the subject, %d of its class.", len(instance), len(of_class))
+        counts = len(set(instance)), len(of_class), len(held_out)
+        session.logger.info("%d pictures of the subject, %d of its class, %d held out.", *counts)
+        framing = Framing(
+            args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, base.stride
+        )
+        latent_shape = base.latent_shape(args.resolution)
         data = DreamBoothData(
             instance,
             of_class,
-            Framing(args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, base.stride),
-            base.latent_shape(args.resolution),
+            framing,
+            latent_shape,
             session.seed,
             repeats=args.repeats,
             noise_offset=args.noise_offset,
             draw_timestep=objective.draw_timestep,
+            caption_dropout=args.caption_dropout_rate,
         )
-        session.plan(data.epoch_length, evaluates_after=lambda step: samples_are_due(session, step))
+        held_out_data = HeldOutData(held_out, framing, latent_shape, objective.num_timesteps)
+        session.plan(data.epoch_length, evaluates_after=lambda step: evaluation_is_due(session, step))
         warn_of_idle_flags(args, build_parser(), idle_rules(args, base), session.logger)
         warn_of_long_warmup(args.lr_warmup_steps, args, session.logger)
 
         # 3. The base model with its adapter, and what optimizes it.
-        learner = load(session, base, objective, prompts, data)
+        learner = load(session, base, objective, prompts, data, held_out_data)
         optimizer, rates = make_optimizer(session, learner.parameters)
         schedule = make_schedule(
             args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
@@ -133,17 +147,35 @@ def main(argv: list[str] | None = None) -> None:
             if session.checkpoint_due:
                 session.save_checkpoint(save)
             if session.evaluation_due and session.is_main:
-                draw_samples(session, learner)
+                measure(session, learner, save)
+                if args.validation_prompt is not None:
+                    draw_samples(session, learner)
 
         # 5. What the run leaves behind.
         if session.is_main:
+            metrics = measure(session, learner, save)
             samples = draw_samples(session, learner)
-            session.finish(save, make_card(session, learner, len(instance), samples))
+            session.finish(save, make_card(session, learner, counts[0], samples) | {"metrics": metrics})
             session.upload()
 
 
+def hold_out(session: Session, instance: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on, and those whose loss is measured."""
+    args = session.args
+    if args.validation_split:
+        return split_off(instance, args.validation_split, session.seed)
+    if args.validation_data_dir is not None:
+        return instance, find_pictures(args.validation_data_dir, args.instance_prompt, args.caption_column)
+    return instance, []
+
+
 def load(
-    session: Session, base: StableDiffusionBase, objective: Objective, prompts: Prompts, data: DreamBoothData
+    session: Session,
+    base: StableDiffusionBase,
+    objective: Objective,
+    prompts: Prompts,
+    data: DreamBoothData,
+    held_out: HeldOutData,
 ) -> Learner:
     """The base model with its adapter. Modules needed only for precomputation are loaded, used and freed first."""
     args, accelerator = session.args, session.accelerator
@@ -156,11 +188,13 @@ def load(
         text_encoders = {}
 
     vae = base.vae().to(device)
+    encode = functools.partial(base.latent_distribution, vae)
+    held_out.cache = encode_views(encode, held_out, range(len(held_out)), show_progress=False)
     if args.cache_latents:
         positions = (position for batch in session.positions for position in batch)
-        encode = functools.partial(base.latent_distribution, vae)
         data.cache = encode_views(encode, data, positions, accelerator.is_local_main_process)
         vae = None
+    del encode  # it holds the VAE
 
     unet = base.unet(dtype).to(device)
     models = {"unet": unet} | text_encoders
@@ -176,7 +210,7 @@ def load(
         if args.train_text_encoder:
             for text_encoder in text_encoders.values():
                 checkpoint_activations(text_encoder)
-    return Learner(base, objective.to(device), prompts, unet, text_encoders, vae, adapted, parameters, dtype)
+    return Learner(base, objective.to(device), prompts, unet, text_encoders, vae, held_out, adapted, parameters, dtype)
 
 
 def make_optimizer(
@@ -201,8 +235,16 @@ def make_optimizer(
 
 def training_loss(args: argparse.Namespace, learner: Learner, batch: Batch) -> Tensor:
     """The denoising error of a batch, a number."""
+    distribution = batch.images
+    if learner.vae is not None:
+        distribution = learner.base.latent_distribution(learner.vae, batch.images)
+    errors = denoising_errors(args, learner, distribution, batch)
+    return batch_loss(errors, args.prior_loss_weight if args.with_prior_preservation else None)
+
+
+def denoising_errors(args: argparse.Namespace, learner: Learner, distribution: Tensor, batch: Batch) -> Tensor:
+    """The weighted error of each sample, `(B,)`; `distribution` `(B, 2, c, h, w)` is that of its latents."""
     base, objective = learner.base, learner.objective
-    distribution = batch.images if learner.vae is None else base.latent_distribution(learner.vae, batch.images)
     mean, std = distribution.unbind(1)  # (B, c, h, w)
     latents = mean + std * batch.posterior_noise
     noisy, times = objective.model_inputs(latents, batch.noise, batch.timesteps)
@@ -215,19 +257,49 @@ def training_loss(args: argparse.Namespace, learner: Learner, batch: Batch) -> T
         return_dict=False,
     )[0]
     target = objective.target(latents, batch.noise, batch.timesteps)
-    prior_weight = args.prior_loss_weight if args.with_prior_preservation else None
-    return objective.loss(prediction, target, batch.timesteps, prior_weight)
+    return objective.errors(prediction, target, batch.timesteps, distance_of(args.loss_type, args.huber_c))
 
 
-def samples_are_due(session: Session, step: int) -> bool:
+def evaluation_is_due(session: Session, step: int) -> bool:
     """Every `--validation_steps`, or as diffusers counts: after the first epoch and every `--validation_epochs`."""
     args = session.args
-    if args.validation_prompt is None or args.num_validation_images == 0:
+    draws = args.validation_prompt is not None and args.num_validation_images > 0
+    if not (draws or args.validation_split or args.validation_data_dir):
         return False
     if args.validation_steps is not None:
         return step % args.validation_steps == 0
     epoch, rest = divmod(step, session.steps_per_epoch)
     return rest == 0 and (epoch - 1) % args.validation_epochs == 0
+
+
+def measure(session: Session, learner: Learner, save: Callable[[Path], None]) -> dict[str, float]:
+    """The loss on held-out pictures, logged; with `--keep_best` the adapter is kept where it is the lowest so far."""
+    if len(learner.held_out) == 0:
+        return {}
+    metrics = {VALIDATION_LOSS: validation_loss(session, learner)}
+    session.log(metrics)
+    lowest = min(row[VALIDATION_LOSS] for row in read_log(session.output_dir / METRICS_NAME))
+    if session.args.keep_best and metrics[VALIDATION_LOSS] <= lowest:
+        save(session.output_dir / "best")
+    return metrics
+
+
+@torch.no_grad()
+def validation_loss(session: Session, learner: Learner) -> float:
+    """The loss on held-out pictures, without dropout, always at the same timesteps and with the same noise."""
+    args, held_out, size = session.args, learner.held_out, session.args.train_batch_size
+    # Only the main process measures, so the models must not look for the others.
+    unwrap = session.accelerator.unwrap_model
+    text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
+    alone = dataclasses.replace(learner, unet=unwrap(learner.unet), text_encoders=text_encoders)
+    alone.train(False)
+    errors = []
+    for start in range(0, len(held_out), size):
+        samples = [held_out[index] for index in range(start, min(start + size, len(held_out)))]
+        batch = collate(samples).to(session.accelerator.device)
+        errors.append(denoising_errors(args, alone, batch.images, batch))
+    learner.train()
+    return torch.cat(errors).mean().item()
 
 
 def sample_prompt(args: argparse.Namespace) -> str:

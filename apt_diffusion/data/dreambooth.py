@@ -83,6 +83,7 @@ class DreamBoothData(Dataset):
         repeats: how often an epoch shows each instance picture.
         noise_offset: size of a random offset per sample and channel that is added to the noise.
         draw_timestep: the timestep of a sample, from its random numbers.
+        caption_dropout: how often a sample has no caption, from 0 to 1.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class DreamBoothData(Dataset):
         repeats: int = 1,
         noise_offset: float = 0.0,
         draw_timestep: Callable[[np.random.Generator], int] = uniform_timestep,
+        caption_dropout: float = 0.0,
     ) -> None:
         self.instance = instance
         self.class_pictures = class_pictures
@@ -103,6 +105,7 @@ class DreamBoothData(Dataset):
         self.seed = seed
         self.noise_offset = noise_offset
         self.draw_timestep = draw_timestep
+        self.caption_dropout = caption_dropout
         self.cache: LatentCache | None = None
         self.epoch_length = max(len(instance) * repeats, len(class_pictures))
 
@@ -150,17 +153,25 @@ class DreamBoothData(Dataset):
         posterior_noise, noise = draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
+        prompt = picture.prompt
+        if self.caption_dropout and draws.random() < self.caption_dropout:
+            prompt = ""
         image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
         noises = torch.from_numpy(posterior_noise), torch.from_numpy(noise)
-        return Sample(picture.prompt, image, time_ids(picture, view), timestep, *noises)
+        return Sample(prompt, image, time_ids(picture, view), timestep, *noises)
 
     def pixels(self, views: list[View]) -> dict[View, Tensor]:
-        """Pixels `(3, size, size)` of several views; each picture is opened once."""
-        found: dict[View, Tensor] = {}
-        for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
-            image = read_picture(path)
-            found |= {view: cut(image, view, self.framing.interpolation) for view in of_picture}
-        return found
+        """Pixels `(3, size, size)` of several views."""
+        return pixels_of(views, self.framing)
+
+
+def pixels_of(views: list[View], framing: Framing) -> dict[View, Tensor]:
+    """Pixels `(3, size, size)` of several views; each picture is opened once."""
+    found = {}
+    for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
+        image = read_picture(path)
+        found |= {view: cut(image, view, framing.interpolation) for view in of_picture}
+    return found
 
 
 def collate(samples: list[list[Sample]]) -> Batch:

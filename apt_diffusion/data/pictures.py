@@ -1,7 +1,5 @@
-"""Pictures in a folder: found, captioned, checked, and cut to squares."""
+"""Pictures as the trainer sees them: which square of each, and its pixels."""
 
-import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +8,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-
-from .reading import is_picture, read_picture
-
-logger = logging.getLogger(__name__)
-
-CAPTIONS_FILE = "metadata.jsonl"
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -47,37 +39,6 @@ class View:
     left: int = 0
     top: int = 0
     flipped: bool = False
-
-
-def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text") -> list[Picture]:
-    """All pictures of a folder, sorted by name, each read once to be sure that it can be.
-
-    Captions come from `<name>.txt` beside a picture, else from `metadata.jsonl`, else they are `prompt`. Hidden files,
-    folders and files that are no pictures are ignored with one warning that names them.
-
-    Raises:
-        ValueError: for a folder that is missing or holds no picture, a picture that cannot be read, or captions that
-            make no sense; the message names the file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder} with pictures.")
-    entries = sorted(folder.iterdir())
-    paths = [path for path in entries if is_picture(path)]
-    sidecars = {path.with_suffix(".txt") for path in paths}
-    ignored = [path.name for path in entries if path not in {*paths, *sidecars, folder / CAPTIONS_FILE}]
-    if ignored:
-        logger.warning("Ignored in %s, as they are no pictures: %s", folder, ", ".join(ignored))
-    if not paths:
-        raise ValueError(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).")
-    captions = _captions_of(folder, {path.name for path in paths}, caption_column)
-    return [check_picture(path, _sidecar(path) or captions.get(path.name) or prompt) for path in paths]
-
-
-def has_pictures(folder: str | Path) -> bool:
-    """Whether `find_pictures` would find any."""
-    folder = Path(folder)
-    return folder.is_dir() and any(is_picture(path) for path in folder.iterdir())
 
 
 def cut(image: Image.Image, view: View, interpolation: str = "lanczos") -> Tensor:
@@ -126,40 +87,3 @@ def scaled_size(width: int, height: int, size: int) -> tuple[int, int]:
     """A picture's width and height once its short side is scaled to `size`."""
     short = min(width, height)
     return max(size, width * size // short), max(size, height * size // short)
-
-
-def check_picture(path: Path, prompt: str) -> Picture:
-    """The picture, read once; `ValueError` with its name where it cannot be."""
-    return Picture(path, prompt, *read_picture(path).size)
-
-
-def _sidecar(path: Path) -> str | None:
-    sidecar = path.with_suffix(".txt")
-    return _read_text(sidecar).strip() if sidecar.is_file() else None
-
-
-def _captions_of(folder: Path, names: set[str], column: str) -> dict[str, str]:
-    """`{file name: caption}` of `metadata.jsonl`."""
-    file = folder / CAPTIONS_FILE
-    captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(file).split("\n") if file.is_file() else [], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, caption = row["file_name"], row[column]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}, got {line[:200]!r}.'
-            ) from error
-        if name not in names:
-            raise ValueError(f"{file}, line {number}: there is no picture {name!r} in this folder.")
-        captions[name] = str(caption).strip()
-    return captions
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The captions in {file} are not UTF-8 text: {error}.") from error

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.dreambooth import DreamBoothData, Framing, View
-from ..data.pictures import find_pictures
+from ..data.folders import find_pictures
 from .uploads import keep_pictures
 
 

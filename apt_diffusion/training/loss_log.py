@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 LOG_NAME = "losses.jsonl"
+METRICS_NAME = "metrics.jsonl"
+VALIDATION_LOSS = "validation_loss"  # among the metrics
 PLOT_NAME = "loss.png"
 
 
@@ -50,7 +52,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(folder: str | Path) -> Path | None:
-    """Draws `losses.jsonl` as `loss.png`: every step, and a running mean over a twentieth of the run."""
+    """Draws `losses.jsonl` as `loss.png`: each step, a running mean over a twentieth of the run, held-out losses."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -65,6 +67,10 @@ def plot_losses(folder: str | Path) -> Path | None:
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(steps[window - 1 :], mean, color="tab:blue", linewidth=2, label=f"mean of {window}")
+    held_out = [row for row in read_log(folder / METRICS_NAME) if VALIDATION_LOSS in row and row["step"] <= steps[-1]]
+    if held_out:
+        points = [row["step"] for row in held_out], [row[VALIDATION_LOSS] for row in held_out]
+        axes.plot(*points, color="tab:orange", marker=".", label="held-out pictures")
     axes.set(xlabel="step", ylabel="loss", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .loss_log import read_log
+from .loss_log import METRICS_NAME, read_log
 
-METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "metrics.png"
 RESULTS_NAME = "results.json"
 

@@ -38,8 +38,7 @@ from . import checkpoints, hub, provenance
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
 from .loading import make_loader
-from .loss_log import LOG_NAME, LossLog, plot_losses, read_log
-from .metrics import METRICS_NAME
+from .loss_log import LOG_NAME, METRICS_NAME, LossLog, plot_losses, read_log
 from .model_card import write_model_card
 from .optimizer import Schedule, set_learning_rates, without_gradient
 from .progress import Progress

@@ -10,8 +10,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing, collate
+from apt_diffusion.data.folders import find_pictures, has_pictures
 from apt_diffusion.data.order import Purpose, entry_at, micro_batches, random_at
-from apt_diffusion.data.pictures import INTERPOLATIONS, Picture, View, choose_view, cut, find_pictures, scaled_size
+from apt_diffusion.data.pictures import INTERPOLATIONS, Picture, View, choose_view, cut, scaled_size
 
 LATENTS = (4, 8, 8)
 
@@ -107,6 +108,60 @@ def test_wrong_metadata_is_refused_with_its_line(tmp_path, content, message):
     with pytest.raises(ValueError, match=r"metadata\.jsonl") as error:
         find_pictures(tmp_path, "default")
     assert message in str(error.value)
+
+
+def test_a_folder_in_kohyas_layout_repeats_its_subfolders(tmp_path, caplog):
+    for name in ("10_sks dog", "2_dog", "plain"):
+        (tmp_path / name).mkdir()
+        save(tmp_path / name / "a.png")
+    save(tmp_path / "10_sks dog" / "b.png")
+    (tmp_path / "10_sks dog" / "b.caption").write_text("sks dog in a bucket\n")
+    (tmp_path / "2_dog" / "notes.md").write_text("x")
+    (tmp_path / "3_empty").mkdir()
+    with caplog.at_level(logging.WARNING):
+        found = find_pictures(tmp_path, "default")
+    assert [(p.path.parent.name, p.path.name, p.prompt) for p in found] == [
+        *[("10_sks dog", "a.png", "sks dog"), ("10_sks dog", "b.png", "sks dog in a bucket")] * 10,
+        *[("2_dog", "a.png", "dog")] * 2,
+    ]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.endswith("2_dog/notes.md, 3_empty, plain")
+    assert has_pictures(tmp_path) and not has_pictures(tmp_path / "3_empty")
+    data = DreamBoothData(found, [], Framing(32, stride=4), LATENTS, 0)
+    assert data.epoch_length == 22 and len(set(found)) == 3
+
+
+@pytest.mark.parametrize("repeats", ["0", "999999999"])
+def test_repeats_that_make_no_sense_are_refused(tmp_path, repeats):
+    (tmp_path / f"{repeats}_dog").mkdir()
+    save(tmp_path / f"{repeats}_dog" / "a.png")
+    with pytest.raises(ValueError, match=f"asks for {repeats} repeats: expected a number from 1 to 10000"):
+        find_pictures(tmp_path, "default")
+
+
+def test_two_captions_of_one_picture_are_refused(tmp_path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.caption").write_text("two")
+    with pytest.raises(ValueError, match=r"a\.png has two captions, a\.txt and a\.caption: remove one"):
+        find_pictures(tmp_path, "default")
+
+
+def test_captions_are_dropped_at_places_that_the_seed_decides(tmp_path):
+    save(tmp_path / "a.png")
+
+    def prompts(rate, seed=0):
+        data = DreamBoothData(find_pictures(tmp_path, "x"), [], Framing(32), LATENTS, seed, caption_dropout=rate)
+        return [data[position][0].prompt for position in range(200)]
+
+    assert prompts(0.0) == ["x"] * 200
+    dropped = prompts(0.25)
+    assert 30 < dropped.count("") < 70 and dropped == prompts(0.25) != prompts(0.25, seed=1)
+    data = [
+        DreamBoothData(find_pictures(tmp_path, "x"), [], Framing(32), LATENTS, 0, caption_dropout=r) for r in (0, 1)
+    ]
+    kept, empty = (one[3][0] for one in data)
+    assert torch.equal(kept.noise, empty.noise) and kept.timestep == empty.timestep  # nothing else changes
 
 
 def test_captions_that_are_not_utf8_are_refused_by_name(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from apt_diffusion.data.pictures import find_pictures
+from apt_diffusion.data.folders import find_pictures
 from apt_diffusion.data.reading import MAX_ASPECT, MAX_PIXELS, read_picture
 
 

@@ -15,7 +15,7 @@ from support.studio_helpers import ANNA, BERT, bomb, copy_adapter, cut_off, disg
 
 from apt_diffusion.costs import published_tables
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing
-from apt_diffusion.data.pictures import find_pictures
+from apt_diffusion.data.folders import find_pictures
 from apt_diffusion.studio import charts, costs, uploads
 from apt_diffusion.studio.background import in_background
 from apt_diffusion.studio.framing import as_trained

@@ -10,8 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils.data import Dataset
 
-from apt_diffusion.training.loss_log import LOG_NAME, read_log
-from apt_diffusion.training.metrics import METRICS_NAME
+from apt_diffusion.training.loss_log import LOG_NAME, METRICS_NAME, read_log
 from apt_diffusion.training.session import Session
 
 

@@ -495,7 +495,10 @@ def test_the_resolution_follows_the_model(go, tiny_sd_path):
 
 def test_loss_flags_act(go):
     plain = go()
-    for flags in ({"snr_gamma": 5.0}, {"noise_offset": 0.3}):
+    for flags in (
+        {"snr_gamma": 5.0}, {"noise_offset": 0.3}, {"loss_type": "l1"}, {"loss_type": "huber"},
+        {"loss_type": "huber", "huber_c": 3.0}, {"caption_dropout_rate": 0.9},
+    ):  # fmt: skip
         assert losses(go(**flags)) != losses(plain), flags
 
 

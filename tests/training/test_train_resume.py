@@ -45,6 +45,9 @@ SCENES = {
         "with_prior_preservation": True, "class_prompt": "a glyph", "num_class_images": 3, "num_inference_steps": 1,
     },
     "with bfloat16": {"mixed_precision": "bf16"},
+    "with dropped captions, held-out pictures and Huber's loss": {
+        "caption_dropout_rate": 0.5, "validation_split": 0.2, "validation_steps": 1, "loss_type": "huber",
+    },
 }  # fmt: skip
 
 

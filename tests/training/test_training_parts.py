@@ -19,6 +19,7 @@ from apt_diffusion.training.interrupt import Interrupt
 from apt_diffusion.training.loss_log import LOG_NAME, LossLog, plot_losses, read_log
 from apt_diffusion.training.optimizer import make_adamw, make_schedule, set_learning_rates
 from apt_diffusion.training.progress import Progress
+from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of
 from apt_diffusion.training.text_to_image.objectives import DiffusionObjective
 from apt_diffusion.training.trackers import log_images
 
@@ -255,18 +256,32 @@ def test_min_snr_weights_are_those_of_diffusers(schedule):
     assert (weights["epsilon"][-1], weights["v_prediction"][-1], weights["sample"][-1]) == (1, 0, 0)
 
 
-def test_the_loss_weighs_timesteps_and_the_class(schedule):
+def test_errors_are_weighed_by_timestep_and_the_class_by_its_weight(schedule):
     torch.manual_seed(0)
     prediction, target = torch.randn(2, 4, 2, 3, 3)
     timesteps = torch.tensor([10, 900, 10, 900])
     errors = ((prediction - target) ** 2).mean((1, 2, 3))
-    plain = DiffusionObjective(schedule.alphas_cumprod, "epsilon")
-    assert torch.allclose(plain.loss(prediction, target, timesteps), ((prediction - target) ** 2).mean())
-    with_class = errors[:2].mean() + 0.3 * errors[2:].mean()
-    assert torch.allclose(plain.loss(prediction, target, timesteps, prior_weight=0.3), with_class)
+    plain = DiffusionObjective(schedule.alphas_cumprod, "epsilon").errors(prediction, target, timesteps)
+    assert torch.allclose(plain, errors)
+    assert torch.allclose(batch_loss(plain), ((prediction - target) ** 2).mean())
+    assert torch.allclose(batch_loss(plain, prior_weight=0.3), errors[:2].mean() + 0.3 * errors[2:].mean())
     weighted = DiffusionObjective(schedule.alphas_cumprod, "epsilon", 5.0)
-    expected = (errors * weighted.weights[timesteps]).mean()
-    assert torch.allclose(weighted.loss(prediction, target, timesteps), expected)
+    expected = errors * weighted.weights[timesteps]
+    assert torch.allclose(weighted.errors(prediction, target, timesteps), expected)
+
+
+def test_distances_are_those_of_numpy(schedule):
+    error = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    e = error.numpy()
+    assert np.allclose(distance_of("l2", 0.1)(error), e**2)
+    assert np.allclose(distance_of("l1", 0.1)(error), np.abs(e))
+    assert np.allclose(distance_of("huber", 0.5)(error), np.sqrt(e**2 + 0.25) - 0.5)
+    assert np.allclose(distance_of("huber", 1e3)(error), e**2, rtol=1e-4)  # all errors are small
+    assert np.allclose(distance_of("huber", 1e-4)(error) / 2e-4, np.abs(e), atol=2e-4)  # all are large
+    half = torch.full((2, 1, 2, 2), 0.5)
+    objective = DiffusionObjective(schedule.alphas_cumprod, "epsilon")
+    found = objective.errors(half, torch.zeros_like(half), torch.tensor([1, 2]), distance_of("l1", 0.1))
+    assert found.tolist() == [0.5, 0.5]
 
 
 # Interruption

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ...data.pictures import INTERPOLATIONS
+from .losses import LOSS_TYPES
 
 
 def number(kind: type, is_allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -126,6 +127,12 @@ def _data_flags(add) -> None:
     add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
     add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl beside the pictures.")
     add(
+        "--caption_dropout_rate",
+        type=fraction,
+        default=0.0,
+        help="How often a sample is trained without its caption, for guidance.",
+    )
+    add(
         "--resolution",
         type=positive_int,
         help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
@@ -210,6 +217,13 @@ def _optimizer_flags(add) -> None:
     add("--lr_warmup_steps", type=count, default=500, help="Warmup steps, for schedules that have one.")
     add("--lr_num_cycles", type=positive_int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=positive, default=1.0, help="Power of polynomial.")
+    add(
+        "--loss_type",
+        default="l2",
+        choices=LOSS_TYPES,
+        help="How an error counts: squared, absolute, or pseudo-Huber, which is squared below --huber_c.",
+    )
+    add("--huber_c", type=positive, default=0.1, help="Where pseudo-Huber turns from squared to absolute.")
     add("--snr_gamma", type=positive, help="Min-SNR weighting of the loss (5 in its paper); off if not set.")
     add(
         "--noise_offset",
@@ -233,6 +247,17 @@ def _sample_flags(add) -> None:
     add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws none, ever.")
     add("--validation_epochs", type=positive_int, default=50, help="Epochs between samples.")
     add("--validation_steps", type=positive_int, help="Steps between samples; overrides --validation_epochs.")
+    add(
+        "--validation_split",
+        type=fraction,
+        default=0.0,
+        help="Share of the subject's pictures that is held out: their loss, at fixed noise and timesteps, is measured "
+        "as often as samples are drawn (--validation_steps, --validation_epochs).",
+    )
+    add("--validation_data_dir", help="A folder of held-out pictures in place of --validation_split.")
+    add(
+        "--keep_best", action="store_true", help="The adapter with the lowest loss on held-out pictures goes to best/."
+    )
     add("--validation_images", nargs="+", help="Pictures to start the samples from (image to image).")
     add("--num_inference_steps", type=positive_int, default=25, help="Denoising steps of all images drawn here.")
     add("--guidance_scale", type=finite, default=7.5, help="Guidance of all images drawn here.")
@@ -330,6 +355,10 @@ def _check_output(args: argparse.Namespace) -> None:
         )
     if args.seed is not None and not 0 <= args.seed < 2**32:
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {args.seed}.")
+    if args.validation_split and args.validation_data_dir is not None:
+        raise ValueError("--validation_split and --validation_data_dir both say what is held out: give one.")
+    if args.keep_best and not (args.validation_split or args.validation_data_dir):
+        raise ValueError("--keep_best needs pictures to measure by: --validation_split or --validation_data_dir.")
     for path in args.validation_images or ():
         if not os.path.isfile(path):
             raise ValueError(f"--validation_images: there is no file {path}.")

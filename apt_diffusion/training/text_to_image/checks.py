@@ -23,7 +23,8 @@ def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[s
 
 def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule]:
     """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
-    prompted = args.validation_prompt is not None
+    measured = bool(args.validation_split or args.validation_data_dir)
+    evaluated = measured or args.validation_prompt is not None
     none_drawn = args.num_validation_images == 0
     without_prior = not args.with_prior_preservation
     return [
@@ -37,13 +38,14 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("prior_generation_precision", without_prior, "needs --with_prior_preservation"),
         ("validation_prompt", none_drawn, "draws nothing with --num_validation_images 0"),
         ("validation_images", none_drawn, "draws nothing with --num_validation_images 0"),
-        ("validation_steps", not prompted, "needs --validation_prompt: samples are drawn at the end only"),
-        ("validation_epochs", not prompted, "needs --validation_prompt: samples are drawn at the end only"),
+        ("validation_steps", not evaluated, "needs --validation_prompt: samples are drawn at the end only"),
+        ("validation_epochs", not evaluated, "needs --validation_prompt: samples are drawn at the end only"),
         ("validation_epochs", args.validation_steps is not None, "is overridden by --validation_steps"),
         (
             "validation_steps",
-            prompted and (args.validation_steps or 0) >= args.max_train_steps,
-            f"is not below the {args.max_train_steps} steps of the run: samples are drawn at the end only",
+            evaluated and (args.validation_steps or 0) >= args.max_train_steps,
+            f"is not below the {args.max_train_steps} steps of the run: samples and losses come at the end only",
         ),
+        ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

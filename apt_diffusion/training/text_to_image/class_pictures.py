@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ...data.pictures import Picture, find_pictures, has_pictures
+from ...data.folders import find_pictures, has_pictures
+from ...data.pictures import Picture
 from .stable_diffusion import StableDiffusionBase
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -18,7 +19,8 @@ def find_class_pictures(args: Any) -> list[Picture]:
     """At most `--num_class_images` pictures of the class; none where the folder has none yet."""
     if not args.with_prior_preservation or not has_pictures(args.class_data_dir):
         return []
-    return find_pictures(args.class_data_dir, args.class_prompt, args.caption_column)[: args.num_class_images]
+    found = find_pictures(args.class_data_dir, args.class_prompt, args.caption_column)
+    return list(dict.fromkeys(found))[: args.num_class_images]  # each once, also in a folder that repeats them
 
 
 def complete_class_pictures(

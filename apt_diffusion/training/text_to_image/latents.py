@@ -1,13 +1,14 @@
 """A VAE's latents as the denoiser takes them, and those of the training pictures, encoded before the first step."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.dreambooth import DreamBoothData, LatentCache
+from ...data.dreambooth import LatentCache
+from ...data.pictures import View
 
 
 class LatentSpace:
@@ -35,8 +36,20 @@ class LatentSpace:
         return latents * self.std.to(latents) / self.scale + self.mean.to(latents)
 
 
+class Views(Protocol):
+    """Data whose samples are squares of pictures, known beforehand."""
+
+    def views_at(self, position: int) -> list[View]:
+        """The squares at a position."""
+        ...
+
+    def pixels(self, views: list[View]) -> dict[View, Tensor]:
+        """Their pixels, `(3, H, W)` each."""
+        ...
+
+
 def encode_views(
-    encode: Callable[[Tensor], Tensor], data: DreamBoothData, positions: Iterable[int], show_progress: bool
+    encode: Callable[[Tensor], Tensor], data: Views, positions: Iterable[int], show_progress: bool
 ) -> LatentCache:
     """Encodes every view that these positions show, once, and one by one so that none depends on the others.
 

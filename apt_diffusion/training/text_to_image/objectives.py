@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .losses import Distance, mean_errors, squared
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 T = TypeVar("T")
 
@@ -38,8 +40,8 @@ class Objective(Protocol):
         """What the model should predict, `(B, c, h, w)`."""
         ...
 
-    def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor, prior_weight: float | None = None) -> Tensor:
-        """The weighted squared error, a number; with `prior_weight` the second half of the batch is the class."""
+    def errors(self, prediction: Tensor, target: Tensor, timesteps: Tensor, distance: Distance = squared) -> Tensor:
+        """What each sample's prediction counts, weighted by its timestep, `(B,)`."""
         ...
 
 
@@ -108,12 +110,10 @@ class DiffusionObjective:
             return latents
         return _at(self.signal, timesteps) * noise - _at(self.noise_level, timesteps) * latents
 
-    def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor, prior_weight: float | None = None) -> Tensor:
+    def errors(self, prediction: Tensor, target: Tensor, timesteps: Tensor, distance: Distance = squared) -> Tensor:
         """See `Objective`."""
-        errors = _squared_errors(prediction, target)
-        if self.weights is not None:
-            errors = errors * self.weights[timesteps]
-        return _mean(errors, prior_weight)
+        errors = mean_errors(prediction, target, distance)
+        return errors if self.weights is None else errors * self.weights[timesteps]
 
 
 class EDMObjective:
@@ -160,9 +160,9 @@ class EDMObjective:
         noisy = self._noisy(latents, noise, timesteps)
         return (latents - _at(self.skip, timesteps) * noisy) / _at(self.output_scale, timesteps)
 
-    def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor, prior_weight: float | None = None) -> Tensor:
+    def errors(self, prediction: Tensor, target: Tensor, timesteps: Tensor, distance: Distance = squared) -> Tensor:
         """See `Objective`."""
-        return _mean(_squared_errors(prediction, target), prior_weight)
+        return mean_errors(prediction, target, distance)
 
     def _noisy(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return latents + _at(self.sigmas, timesteps) * noise
@@ -178,18 +178,6 @@ def _on(objective: T, device: torch.device) -> T:
 
 def _at(values: Tensor, timesteps: Tensor) -> Tensor:
     return values[timesteps].view(-1, 1, 1, 1)
-
-
-def _squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)  # (B,)
-
-
-def _mean(errors: Tensor, prior_weight: float | None) -> Tensor:
-    """Over the batch; with `prior_weight` the second half of it is the class and weighs that much."""
-    if prior_weight is None:
-        return errors.mean()
-    instance, prior = errors.chunk(2)
-    return instance.mean() + prior_weight * prior.mean()
 
 
 def _min_snr(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:

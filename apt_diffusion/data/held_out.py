@@ -1,0 +1,70 @@
+"""Pictures that are not trained on: their loss at fixed noise and timesteps can be compared between steps and runs."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .dreambooth import Framing, LatentCache, Sample, pixels_of
+from .order import Purpose, random_at
+from .pictures import Picture, View, choose_view, time_ids
+
+TIMESTEPS = 8  # of each picture, spread evenly
+SEED = 0  # of the noise: the same in every run
+
+
+def split_off(pictures: list[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on, and those held out: `share` of the distinct ones, at least one of either.
+
+    Raises:
+        ValueError: where there are not two pictures.
+    """
+    distinct = list(dict.fromkeys(pictures))
+    if len(distinct) < 2:
+        raise ValueError("--validation_split needs two pictures at least: one to train on, and one to hold out.")
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    order = random_at(seed, 2**60, Purpose.ORDER).permutation(len(distinct))  # a place that no epoch reaches
+    held_out = {distinct[index] for index in order[:count]}
+    return [p for p in pictures if p not in held_out], [p for p in distinct if p in held_out]
+
+
+class HeldOutData(Dataset):
+    """index -> `[sample]`: each picture's middle, at `TIMESTEPS` timesteps.
+
+    Args:
+        pictures: those held out.
+        framing: how pictures become squares.
+        latent_shape: `(c, h, w)` of the latents.
+        num_timesteps: of the noise schedule.
+    """
+
+    def __init__(
+        self, pictures: list[Picture], framing: Framing, latent_shape: tuple[int, int, int], num_timesteps: int
+    ) -> None:
+        self.pictures = pictures
+        self.framing = dataclasses.replace(framing, center_crop=True, random_flip=False)
+        self.latent_shape = latent_shape
+        self.num_timesteps = num_timesteps
+        self.cache: LatentCache = {}
+
+    def __len__(self) -> int:
+        return len(self.pictures) * TIMESTEPS
+
+    def views_at(self, index: int) -> list[View]:
+        """The square of this sample."""
+        picture, framing = self.pictures[index // TIMESTEPS], self.framing
+        return [choose_view(picture, framing.size, framing.stride, True, False, (0.0, 0.0))]
+
+    def pixels(self, views: list[View]) -> dict[View, torch.Tensor]:
+        """Pixels `(3, size, size)` of several views."""
+        return pixels_of(views, self.framing)
+
+    def __getitem__(self, index: int) -> list[Sample]:
+        """`cache` must hold the sample's view."""
+        picture, (view,) = self.pictures[index // TIMESTEPS], self.views_at(index)
+        timestep = math.floor((index % TIMESTEPS + 0.5) / TIMESTEPS * self.num_timesteps)
+        draws = random_at(SEED, index, Purpose.SAMPLE)
+        noises = map(torch.from_numpy, draws.standard_normal((2, *self.latent_shape), dtype=np.float32))
+        return [Sample(picture.prompt, self.cache[view], time_ids(picture, view), timestep, *noises)]

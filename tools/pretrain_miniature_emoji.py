@@ -312,7 +312,7 @@ def report(args: argparse.Namespace, world: World) -> None:
     from diffusers import StableDiffusionPipeline
 
     folder = Path(args.export_dir)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder / MODEL_FOLDER, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder / MODEL_FOLDER, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(world.device)
     judge = load_judge(folder / JUDGE_FILE.name, folder / VOCABULARY_FILE.name).to(world.device)

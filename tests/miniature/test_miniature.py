@@ -39,7 +39,7 @@ def miniature():
     """As a user without this library would load it."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

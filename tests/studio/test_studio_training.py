@@ -16,6 +16,8 @@ from apt_diffusion import StableDiffusionAPTPipeline
 from apt_diffusion.studio.library import Library
 from apt_diffusion.studio.training import JOB_NAME, Lesson, Trainings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def trainings(tmp_path, tiny_sd_path):

@@ -9,6 +9,8 @@ import pytest
 from support import training_helpers, vl_helpers
 from support.faults import MESSAGE, assert_ended, fault_server
 
+pytestmark = pytest.mark.slow
+
 ENDLESS = {"max_train_steps": 1000, "train_batch_size": 1}
 
 

@@ -13,6 +13,8 @@ from support.training_helpers import SCRIPT, assert_same_adapter, command, losse
 
 from apt_diffusion.training.checkpoints import list_checkpoints
 
+pytestmark = pytest.mark.slow
+
 COUNTER = Path(__file__).parents[1] / "support" / "count_reductions.py"
 TIMEOUT = 120
 

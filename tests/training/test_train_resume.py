@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from support.training_helpers import WEIGHTS, assert_same_adapter, checkpoint_names, losses, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):

@@ -5,6 +5,7 @@ functions read the module's children instead. Which argument is X is bound once,
 """
 
 import inspect
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,20 +82,37 @@ def _batch_dim(module: nn.Module) -> int | None:
 
 def register(module: nn.Module, child: str, core: APTProcessorCore) -> None:
     """Adds a core as `child` of an attention module, and the hook that calls it."""
+    _set_tables(module, OrderedDict)
     module.add_module(child, core)
-    if child == _CONTEXT:
-        module.register_forward_pre_hook(apply_apt_context, with_kwargs=True)
-    elif not any(hook is apply_apt for hook in module._forward_hooks.values()):
-        module.register_forward_hook(apply_apt, with_kwargs=True)
+    _renew_hooks(module)
 
 
 def unregister(module: nn.Module, child: str) -> None:
     """Undoes `register`."""
     delattr(module, child)
-    if child == _CONTEXT:
-        _remove_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, apply_apt_context)
-    elif not any(other in module._modules for other in _OUTPUT_CHILDREN):
-        _remove_hook(module._forward_hooks, module._forward_hooks_with_kwargs, apply_apt)
+    if not any(other in module._modules for other in CHILDREN):
+        _set_tables(module, dict)
+    _renew_hooks(module)
+
+
+# A graph of `torch.compile` does not check that a module has no hooks, but it checks the types of the tables in which
+# the module keeps its children and parameters, and the numbers of the hooks that were there. Other tables and numbers
+# make graphs of before invalid for this module, and for no other; with the tables of before they are valid again.
+
+
+def _set_tables(module: nn.Module, kind: type[dict]) -> None:
+    for table in ("_modules", "_parameters"):
+        if type(vars(module)[table]) is not kind:
+            vars(module)[table] = kind(vars(module)[table])
+
+
+def _renew_hooks(module: nn.Module) -> None:
+    _remove_hook(module._forward_hooks, module._forward_hooks_with_kwargs, apply_apt)
+    _remove_hook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, apply_apt_context)
+    if any(child in module._modules for child in _OUTPUT_CHILDREN):
+        module.register_forward_hook(apply_apt, with_kwargs=True)
+    if _CONTEXT in module._modules:
+        module.register_forward_pre_hook(apply_apt_context, with_kwargs=True)
 
 
 def accept_base_states(model: nn.Module) -> None:

@@ -17,7 +17,6 @@ from torch import nn
 from .adapter_names import check_name
 from .architectures import CHILDREN, resolve_config
 from .block_weights import NO_BLOCKS, Blocks, blocks_of, weight_of
-from .compiled import forget_graphs
 from .config import APTConfig, pattern_matches
 from .equation import ApproximatedPrompt
 from .heads import Heads, head_tensors
@@ -120,9 +119,8 @@ class ModelAdapters:
         self.configs[adapter_name] = config
         try:
             accept_base_states(self.model)
-            changed = [
-                place.module for place, adapter in planned if self._register(adapter_name, config, place, adapter)
-            ]
+            for place, adapter in planned:
+                self._register(adapter_name, config, place, adapter)
             if config.modules_to_save:
                 self.heads.add(self.model, adapter_name, config.modules_to_save)
             if activate:
@@ -134,19 +132,16 @@ class ModelAdapters:
             self.active = before
             self.delete(adapter_name)
             raise
-        forget_graphs(self.model, changed)
 
-    def _register(self, adapter_name: str, config: APTConfig, place: Place, adapter: ApproximatedPrompt) -> bool:
+    def _register(self, adapter_name: str, config: APTConfig, place: Place, adapter: ApproximatedPrompt) -> None:
         core = place.module._modules.get(place.child)
-        new = core is None
-        if new:
+        if core is None:
             core = APTProcessorCore(place.width)
             core.full_name, core.binding = f"{place.module_name}.{place.child}", place.binding
             register(place.module, place.child, core)
         adapter.train(place.module.training)
         # A context core has one input, so both sources are the same there.
         core.add(adapter_name, adapter, "hidden_states" if place.binding.output is None else config.query_source)
-        return new
 
     def delete(self, adapter_name: str) -> None:
         """Takes one adapter away, and the hooks of cores that are empty then."""

@@ -137,7 +137,7 @@ def test_text_and_image_in_files_and_mixed_batches(registered, tmp_path):
 def test_a_block_whose_text_nobody_reads(registered):
     """And a row that names the joint attentions, where no projection shows them."""
     registered(
-        apt.Architecture(("ToyTransformer",), r"blocks\.\d+", idle_text=r"blocks\.1", streams=("query", "text"))
+        apt.Architecture(("ToyTransformer",), r"blocks\.\d+", last_text_is_idle=True, streams=("query", "text"))
     )
     model = make()
     apt.add_apt(model, SMALL)

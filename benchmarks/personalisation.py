@@ -1,15 +1,17 @@
 #!/usr/bin/env python
-"""Which settings of APT learn a subject best, and how does that compare with LoRA of the same size?
+"""How well does APT teach a thing, beside LoRA of the same size, textual inversion and full cross-attention tuning?
 
-    python benchmarks/personalisation.py                       # the table of docs/miniature.md: an hour on two cores
-    python benchmarks/personalisation.py --methods lora apt --seeds 0 --steps 100
+    python benchmarks/personalisation.py                            # every method, six things, three seeds: a day
+    python benchmarks/personalisation.py --methods APT LoRA --things robot --seeds 0
+    python benchmarks/personalisation.py --steps 50 --pictures 1    # few steps, one picture
+    python benchmarks/personalisation.py --world shapes --steps 400 --images 8     # the table of docs/miniature.md
 
-Every method teaches the miniature Stable Diffusion the same pictures with the same noise, schedule and prior
-preservation. Finished runs are kept in --output_dir, so an interrupted sweep goes on, and more methods can be added.
+Every method teaches an embedded model the same pictures with the same noise, schedule and prior preservation.
+A judge looks at the pictures that come out; that of emoji is a network that was trained apart. Finished runs are kept
+in --output_dir, so an interrupted sweep goes on, and more methods, things or seeds can be added.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -23,16 +25,15 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from _worlds import WORLDS
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from apt_diffusion import APTConfig, StableDiffusionAPTPipeline, add_apt, freeze_base
 from apt_diffusion.data.folders import find_pictures
-from apt_diffusion.miniature.personalise import draw_test, judge, save_class_pictures
+from apt_diffusion.miniature.personalise import class_captions, save_class_pictures
 from apt_diffusion.miniature.pictures import save_picture_grid, to_images
-from apt_diffusion.miniature.subjects import SUBJECTS, save_subject
 
-COLUMNS = ("subject", "recognised", "bleeding", "drift")
 LORA_MODULES = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0"],
     "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
@@ -41,109 +42,141 @@ LORA_MODULES = {
 
 @dataclass(frozen=True)
 class Method:
-    """An adapter of UNet and text encoder, and its learning rate."""
+    """What is trained, and its learning rate."""
 
     lr: float
+    kind: str = "apt"  # or lora, inversion, cross-attention
     unet: dict[str, Any] = field(default_factory=dict)  # APTConfig's, or LoRA's rank
     text_encoder: dict[str, Any] = field(default_factory=dict)
-    lora: bool = False
 
-    def attach(self, components: dict[str, nn.Module]) -> list[dict[str, Any]]:
-        """Attaches the adapter; parameter groups for the optimizer."""
-        settings = {"unet": self.unet, "text_encoder": self.text_encoder}
-        for part, model in components.items():
-            if self.lora:
+    def attach(self, pipeline: Any, words: str) -> list[nn.Parameter]:
+        """Prepares the pipeline for training; the parameters to train. `words` name what is taught."""
+        parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        for model in parts.values():
+            model.requires_grad_(False)
+        if self.kind == "inversion":
+            return [invert(pipeline, words)]
+        if self.kind == "cross-attention":
+            chosen = [p for name, p in pipeline.unet.named_parameters() if ".attn2." in name]
+            return [parameter.requires_grad_(True) for parameter in chosen]
+        for part, model in parts.items():
+            settings = getattr(self, part)
+            if self.kind == "lora":
                 from peft import LoraConfig, inject_adapter_in_model
 
-                rank = settings[part]["rank"]
+                rank = settings["rank"]
                 config = LoraConfig(
                     r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES[part]
                 )
-                model.requires_grad_(False)
                 inject_adapter_in_model(config, model)
             else:
-                add_apt(model, APTConfig(**settings[part]))
+                add_apt(model, APTConfig(**settings))
                 freeze_base(model)
-        return [
-            {"params": [p for p in model.parameters() if p.requires_grad], "lr": self.lr, "initial_lr": self.lr}
-            for model in components.values()
-        ]
+        return [p for model in parts.values() for p in model.parameters() if p.requires_grad]
+
+
+class InvertedEmbedding(nn.Module):
+    """A frozen embedding in which the rows of a few tokens are learnt."""
+
+    def __init__(self, embedding: nn.Embedding, tokens: list[int]) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
+        self.rows = nn.Parameter(embedding.weight[tokens].detach().clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`(B, T)` to `(B, T, d)`."""
+        states = self.embedding(ids)
+        for token, row in zip(self.tokens, self.rows, strict=True):
+            states = torch.where((ids == token)[..., None], row, states)
+        return states
+
+
+def invert(pipeline: Any, words: str) -> nn.Parameter:
+    """Textual inversion: the embeddings of these words, `(W, d)`."""
+    tokens = pipeline.tokenizer(words, add_special_tokens=False).input_ids
+    embedding = InvertedEmbedding(pipeline.text_encoder.get_input_embeddings(), tokens)
+    pipeline.text_encoder.set_input_embeddings(embedding)
+    return embedding.rows
 
 
 def apt(lr: float, num_prompts: int = 200, **unet: Any) -> Method:
+    """APT on the cross-attention and the text encoder; `unet` holds settings of the UNet's part alone."""
     prompts = {"num_prompts": num_prompts}
-    return Method(lr, prompts | unet, prompts)
+    return Method(lr, "apt", prompts | unet, prompts)
 
 
 def lora(lr: float, rank: int) -> Method:
-    return Method(lr, {"rank": rank}, {"rank": rank}, lora=True)
+    """LoRA on all projections of the attentions."""
+    return Method(lr, "lora", {"rank": rank}, {"rank": rank})
 
 
-BOTH = {"query_source": "attn_output", "streams": ("query", "context")}  # O asks, and the text is corrected too
 METHODS = {
-    # At about 245,000 parameters: the defaults, beside the LoRA of that size.
-    "APT 200, the paper's form": apt(3e-3),
+    "APT": apt(3e-3),
+    "APT, lr 1.5e-3": apt(1.5e-3),
+    "APT, lr 6e-3": apt(6e-3),
+    "APT, asked by O": apt(3e-3, query_source="attn_output"),
+    "APT, asked by O, context too": apt(3e-3, query_source="attn_output", streams=("query", "context")),
+    "APT, context too": apt(3e-3, streams=("query", "context")),
+    "APT, self-attention too": apt(3e-3, 100, target_modules=("attn1", "attn2")),
+    "LoRA r16": lora(2e-3, 16),
+    "LoRA r16, lr 1e-3": lora(1e-3, 16),
+    "LoRA r16, lr 4e-3": lora(4e-3, 16),
+    # As in the table of shapes, where APT has as many parameters as LoRA of rank 15.
     "LoRA r15, lr 1e-3": lora(1e-3, 15),
     "LoRA r15, lr 2e-3": lora(2e-3, 15),
     "LoRA r15, lr 4e-3": lora(4e-3, 15),
-    "APT 200, asked by O": apt(3e-3, query_source="attn_output"),
-    # At about 430,000 parameters, beside the LoRA of that size.
-    "APT 200, both": apt(3e-3, **BOTH),
-    "APT 200, both, lr 1.5e-3": apt(1.5e-3, **BOTH),
-    "LoRA r27, lr 2e-3": lora(2e-3, 27),
-    "LoRA r27, lr 1e-3": lora(1e-3, 27),
     "LoRA r4, lr 2e-3": lora(2e-3, 4),
-    "LoRA r4, lr 1e-3": lora(1e-3, 4),
-    "LoRA r4, lr 4e-3": lora(4e-3, 4),
-    "APT 50, both, lr 3e-3": apt(3e-3, 50, **BOTH),
-    "APT 50, both, lr 1.5e-3": apt(1.5e-3, 50, **BOTH),
-    "APT 50, both, lr 6e-3": apt(6e-3, 50, **BOTH),
-    "APT 50, both, paper init": apt(3e-3, 50, init="paper", **BOTH),
-    "APT 50, asked by O, lr 6e-3": apt(6e-3, 50, query_source="attn_output"),
-    "APT 50, context alone": apt(3e-3, 50, streams=("context",)),
-    "APT 24, asked by O, self-attention too": apt(
-        3e-3, 24, query_source="attn_output", target_modules=("attn1", "attn2")
-    ),
+    "textual inversion": Method(1e-2, "inversion"),
+    "textual inversion, lr 3e-2": Method(3e-2, "inversion"),
+    "full cross-attention": Method(3e-4, "cross-attention"),
+    "full cross-attention, lr 1e-3": Method(1e-3, "cross-attention"),
 }
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command-line settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/personalisation", help="results, pictures, table")
-    parser.add_argument("--model", default="miniature", help="a pipeline of the drawn world")
+    parser.add_argument("--output_dir", default="runs/personalisation", help="results, pictures, table, plots")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or beginnings of names")
-    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
+    parser.add_argument("--world", choices=list(WORLDS), default="emoji", help="model, things and judge")
+    parser.add_argument("--things", nargs="+", help="to teach (default: all six emoji, or all three shapes)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures of the thing; as many of the class")
+    parser.add_argument("--pictures", type=int, default=5, help="that teach, from 1 to 5")
+    parser.add_argument("--images", type=int, default=2, help="per test prompt")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--images", type=int, default=8, help="per test prompt")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not 1 <= args.pictures <= 5:
+        parser.error(f"--pictures must be from 1 to 5, not {args.pictures}")
+    known = WORLDS[args.world].things
+    args.things = args.things or list(known)
+    if unknown := [thing for thing in args.things if thing not in known]:
+        parser.error(f"no such thing: {', '.join(unknown)}; there are {', '.join(known)}")
+    return args
 
 
 class Lesson:
-    """Latents and tokens of the subject's and the class's pictures; batches that depend on seed and step alone."""
+    """Latents and tokens of the thing's and the class's pictures; batches that depend on seed and step alone."""
 
-    def __init__(self, pipeline: Any, instance_dir: Path, class_dir: Path) -> None:
+    def __init__(self, pipeline: Any, things: Path, class_dir: Path, pictures: int) -> None:
         self.pipeline = pipeline
-        self.instance = [self.encode(picture) for picture in find_pictures(instance_dir, "", "text")]
+        self.instance = [self.encode(picture) for picture in find_pictures(things, "", "text")[:pictures]]
         self.of_class = [self.encode(picture) for picture in find_pictures(class_dir, "", "text")]
 
     @torch.no_grad()
     def encode(self, picture: Any) -> tuple[Tensor, Tensor]:
+        """Latent `(8, 16, 16)` and token ids `(T,)`."""
         from PIL import Image
 
         image = self.pipeline.image_processor.preprocess(Image.open(picture.path).convert("RGB"))
         latent = self.pipeline.vae.encode(image).latent_dist.mean * self.pipeline.vae.config.scaling_factor
-        tokens = self.pipeline.tokenizer(
-            picture.prompt,
-            padding="max_length",
-            max_length=self.pipeline.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
+        tokens = self.pipeline.tokenizer(picture.prompt, padding="max_length", return_tensors="pt")
         return latent[0], tokens.input_ids[0]
 
     def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """`size` pictures of the subject, then as many of the class."""
+        """`size` pictures of the thing, then as many of the class."""
         chosen = torch.randint(2**20, (2, size), generator=generator).tolist()
         pictures = [self.instance[index % len(self.instance)] for index in chosen[0]]
         pictures += [self.of_class[index % len(self.of_class)] for index in chosen[1]]
@@ -151,118 +184,180 @@ class Lesson:
         return torch.stack(latents), torch.stack(tokens)
 
 
-def learn(pipeline: Any, method: Method, lesson: Lesson, steps: int, seed: int) -> tuple[int, float]:
-    """Trains `method` with a cosine schedule. Returns its number of parameters and seconds per step."""
+def learn(
+    pipeline: Any, method: Method, words: str, lesson: Lesson, steps: int, batch_size: int, seed: int
+) -> tuple[int, float, float]:
+    """Trains `method` with a cosine schedule: its number of parameters, seconds and processor seconds per step."""
     torch.manual_seed(seed)
-    groups = method.attach({"unet": pipeline.unet, "text_encoder": pipeline.text_encoder})
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    parameters = [parameter for group in groups for parameter in group["params"]]
+    parameters = method.attach(pipeline, words)
+    optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=1e-2)
     scheduler = pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        latents, tokens = lesson.batch(generator, 4)
+            group["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        latents, tokens = lesson.batch(generator, batch_size)
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(1000, (len(latents),), generator=generator)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(tokens)[0]).sample
         error = (prediction - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
-        (2 * error).backward()  # the class pictures' loss weighs as much as the subject's, as in the trainer
+        (2 * error).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return sum(p.numel() for p in parameters), (time.perf_counter() - start) / steps
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    return sum(p.numel() for p in parameters), wall / steps, processor / steps
 
 
 def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
-    """One method, subject and seed: trained, drawn, judged, written."""
+    """One method, thing and seed: trained, drawn, judged, written."""
     torch.set_num_threads(1)
-    name, subject_name, seed = job
-    output_dir, subject = Path(args.output_dir), SUBJECTS[subject_name]
-    pipeline = load_pipeline(args.model)
-    lesson = Lesson(pipeline, output_dir / subject_name, output_dir / "class")
-    base_others = torch.load(output_dir / "base_others.pt", weights_only=True)
-    parameters, seconds = learn(pipeline, METHODS[name], lesson, args.steps, seed)
-    asked, others = draw_test(pipeline, subject, args.images)
-    judgement = judge(asked, others, base_others, subject)
-    pictures = torch.cat([asked[:: args.images // 2], others[:: args.images]])
-    save_picture_grid(to_images(pictures), [""] * len(pictures), picture_file(output_dir, job), len(pictures))
-    return {"method": name, "subject_name": subject_name, "seed": seed, "steps": args.steps, "parameters": parameters,
-            "seconds": seconds} | dataclasses.asdict(judgement)  # fmt: skip
+    name, thing, seed = job
+    output_dir, world = Path(args.output_dir), WORLDS[args.world]
+    pipeline = load_pipeline(world.model)
+    lesson = Lesson(pipeline, output_dir / thing, output_dir / "class", args.pictures)
+    base = torch.load(base_file(output_dir, thing, args), weights_only=True)
+    parameters, seconds, processor = learn(
+        pipeline, METHODS[name], world.name, lesson, args.steps, args.batch_size, seed
+    )
+    drawn = world.draw(pipeline, thing, args.images)
+    shown = to_images(drawn[:: args.images])
+    save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))
+    return {
+        "method": name,
+        "thing": thing,
+        "seed": seed,
+        "parameters": parameters,
+        "seconds": seconds,
+        "processor_seconds": processor,
+    } | world.judge(thing, drawn, base)
 
 
-def picture_file(output_dir: Path, job: tuple[str, str, int]) -> Path:
-    name, subject_name, seed = job
-    return output_dir / f"{re.sub(r'[^A-Za-z0-9.]+', '_', name)}-{subject_name}-{seed}.png"
+def settings_name(args: argparse.Namespace) -> str:
+    """Of what all runs of a table have in common."""
+    return f"{args.steps}-steps-{args.pictures}-pictures-batch-{args.batch_size}-images-{args.images}"
+
+
+def picture_file(output_dir: Path, job: tuple[str, str, int], args: argparse.Namespace) -> Path:
+    """Where a run's sheet goes."""
+    name, thing, seed = job
+    words = re.sub(r"[^A-Za-z0-9.]+", "_", f"{name}-{thing}-{seed}")
+    return output_dir / f"{words}-{settings_name(args)}.png"
+
+
+def base_file(output_dir: Path, thing: str, args: argparse.Namespace) -> Path:
+    """Where the base model's test pictures are."""
+    of = f"{thing}-" if WORLDS[args.world].own_prompts else ""
+    return output_dir / f"base-{of}{args.images}.pt"
 
 
 def load_pipeline(model: str) -> Any:
+    """An embedded model, in silence."""
     pipeline = StableDiffusionAPTPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """What all runs share: the subjects' pictures, the class pictures, the base model's test pictures."""
-    output_dir = Path(args.output_dir)
-    if (output_dir / "base_others.pt").is_file():
-        return
-    for name, subject in SUBJECTS.items():
-        save_subject(subject, output_dir / name)
-    pipeline = load_pipeline(args.model)
-    save_class_pictures(pipeline, output_dir / "class")
-    _, others = draw_test(pipeline, SUBJECTS["tree"], args.images)
-    torch.save(others, output_dir / "base_others.pt")
+    """What all runs share: training pictures, class pictures, the base model's test pictures."""
+    output_dir, world = Path(args.output_dir), WORLDS[args.world]
+    for thing in args.things:
+        if not (output_dir / thing).is_dir():
+            world.save(thing, output_dir / thing)
+    pipeline = load_pipeline(world.model)
+    if not (output_dir / "class").is_dir():
+        count = 64 if args.world == "shapes" else 32
+        save_class_pictures(pipeline, output_dir / "class", class_captions(world.model, count))
+    for thing in args.things:
+        if not (file := base_file(output_dir, thing, args)).is_file():
+            torch.save(world.draw(pipeline, thing, args.images), file)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
+    """Of the runs that are finished."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def format_table(results: list[dict[str, Any]]) -> str:
-    """Markdown, one row per method: means and standard deviations over subjects and seeds."""
+def format_table(results: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """Markdown, one row per method: means over things and seeds, with standard deviations."""
     lines = [
-        "| method | parameters | runs | " + " | ".join(COLUMNS) + " | ms/step |",
-        "|---" * (len(COLUMNS) + 4) + "|",
+        "| method | parameters | MB | runs | " + " | ".join(columns) + " | s/step (processor) |",
+        "|---" * (len(columns) + 5) + "|",
     ]
     for name in dict.fromkeys(result["method"] for result in results):
         rows = [result for result in results if result["method"] == name]
-        cells = [spread([row[column] for row in rows]) for column in COLUMNS]
-        milliseconds = 1000 * mean(row["seconds"] for row in rows)
+        cells = [spread([row[column] for row in rows]) for column in columns]
+        parameters = rows[0]["parameters"]
         lines.append(
-            f"| {name} | {rows[0]['parameters']:,} | {len(rows)} | {' | '.join(cells)} | {milliseconds:.0f} |"
+            f"| {name} | {parameters:,} | {4 * parameters / 1e6:.2f} | {len(rows)} | {' | '.join(cells)} "
+            f"| {mean(row['processor_seconds'] for row in rows):.2f} |"
         )
     return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    """Mean and standard deviation."""
+    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def plot(results: list[dict[str, Any]], column: str, file: Path) -> None:
+    """A column against drift, size and time, one point per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(result["method"] for result in results))
+    axes_of = {
+        "drift": lambda row: row["drift"],
+        "parameters": lambda row: row["parameters"],
+        "processor seconds per step": lambda row: row["processor_seconds"],
+    }
+    figure, axes = pyplot.subplots(1, len(axes_of), figsize=(15, 4.5), sharey=True)
+    for axis, (label, value) in zip(axes, axes_of.items(), strict=True):
+        for name in names:
+            rows = [result for result in results if result["method"] == name]
+            x, y = mean(map(value, rows)), mean(row[column] for row in rows)
+            axis.scatter(x, y)
+            axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        axis.set_xlabel(label)
+    axes[1].set_xscale("log")
+    axes[0].set_ylabel(column)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
 
 
 def jobs_left(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[tuple[str, str, int]]:
-    finished = {(row["method"], row["subject_name"], row["seed"]) for row in done if row["steps"] == args.steps}
-    for name in METHODS:
-        for subject in args.subjects:
-            for seed in args.seeds:
-                if name.startswith(tuple(args.methods)) and (name, subject, seed) not in finished:
-                    yield name, subject, seed
+    """Seeds first, then things, then methods, so that what is finished can be compared."""
+    finished = {(row["method"], row["thing"], row["seed"]) for row in done}
+    for seed in args.seeds:
+        for thing in args.things:
+            for name in METHODS:
+                if name.startswith(tuple(args.methods)) and (name, thing, seed) not in finished:
+                    yield name, thing, seed
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs what is not finished, then prints the table and plots it."""
     args = parse_args(argv)
-    output_dir = Path(args.output_dir)
+    output_dir = Path(args.output_dir) / args.world
+    args.output_dir = output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     prepare(args)
-    file = output_dir / f"results-{args.steps}.jsonl"
+    file = output_dir / f"results-{settings_name(args)}.jsonl"
     jobs = list(jobs_left(args, read_results(file)))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for future in tqdm([pool.submit(run, job, args) for job in jobs], desc="runs"):
             with file.open("a") as log:
                 log.write(json.dumps(future.result()) + "\n")
-    table = format_table(read_results(file))
-    (output_dir / f"table-{args.steps}.md").write_text(table + "\n")
+    results = read_results(file)
+    columns = WORLDS[args.world].columns
+    table = format_table(results, columns)
+    file.with_suffix(".md").write_text(table + "\n")
+    plot(results, columns[0], file.with_suffix(".png"))
     print(table)
 
 

@@ -178,7 +178,7 @@ def draw(pipe: Any, args: argparse.Namespace, wanted: list[tuple[str, int]]) -> 
     """One picture per prompt and seed. Each has a generator of its own, so that the batch size does not matter."""
     import torch
 
-    is_embedded = args.model == "miniature"
+    is_embedded = args.model in ("miniature", "miniature-emoji")
     settings = {
         "num_inference_steps": args.steps or (15 if is_embedded else None),
         "guidance_scale": 3.0 if is_embedded and args.guidance_scale is None else args.guidance_scale,

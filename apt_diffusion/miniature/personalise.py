@@ -1,5 +1,6 @@
 """Around a trainer, to teach the miniature model a subject: pictures for prior preservation, and a judge."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .emoji.prompts import random_prompts
 from .grade import draw
 from .pictures import to_images
 from .subjects import OTHER_PROMPTS, RECOGNISED, Subject, prompt_on, subject_score
@@ -23,16 +25,32 @@ class Judgement:
     drift: float  # root mean square difference from the base model's pictures there, of pixels in [0, 1]
 
 
-def save_class_pictures(pipeline: Any, folder: str | Path, count: int = 64, seed: int = 0) -> None:
-    """The base model's own pictures of the world's captions, with the caption in a `.txt` file beside each.
+def class_captions(model: str, count: int = 64, seed: int = 0) -> list[str]:
+    """Captions that the embedded Stable Diffusion of this name knows.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    known = {"miniature": random_captions, "miniature-emoji": random_prompts}
+    if model not in known:
+        raise ValueError(f"{model!r} is no embedded Stable Diffusion: {', '.join(known)} are.")
+    return known[model](count, seed)
+
+
+def random_captions(count: int, seed: int = 0) -> list[str]:
+    """Captions of scenes of the drawn world."""
+    scenes = sample_scenes(count, torch.Generator().manual_seed(seed), two=0.4)
+    return [caption(scenes, index) for index in range(count)]
+
+
+def save_class_pictures(pipeline: Any, folder: str | Path, captions: Sequence[str], seed: int = 0) -> None:
+    """The base model's own pictures of captions that it knows, with the caption in a `.txt` file beside each.
 
     The model knows no word for "any shape", so that its pictures of many captions are its class pictures.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = sample_scenes(count, torch.Generator().manual_seed(seed), two=0.4)
-    captions = [caption(scenes, index) for index in range(count)]
-    pictures = to_images(draw(pipeline, captions, seed))
+    pictures = to_images(draw(pipeline, list(captions), seed))
     for index, (text, picture) in enumerate(zip(captions, pictures, strict=True)):
         picture.save(folder / f"{index:03d}.png")
         (folder / f"{index:03d}.txt").write_text(f"{text}\n")

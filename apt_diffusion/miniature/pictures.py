@@ -28,6 +28,12 @@ def composition(count: int, generator: torch.Generator) -> Tensor:
     return image * 2 - 1
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """A PIL image as `(3, H, W)` in [-1, 1]."""
+    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).float().div(127.5).sub(1)
+
+
 def to_images(pictures: Tensor) -> list[Image.Image]:
     """`(B, 3, H, W)` in [-1, 1] as PIL images."""
     array = pictures.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -105,7 +105,7 @@ class APTLoaderMixin(Stock):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As the stock method; `"miniature"` names the embedded model, and adapters saved beside it come back.
+        """As the stock method; the name of an embedded model will do, and adapters saved beside it come back.
 
         Without `dtype` everything is loaded in float32, whatever the files hold.
         """

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..pipelines import StableDiffusionAPTPipeline
 from .background import Watcher, in_background
+from .embedded import EMBEDDED, Embedded
 from .gates import recorded_gates, step_maps
 from .library import Adapter, download_name, slug
 
@@ -82,7 +83,7 @@ class Painter:
     """The Stable Diffusion that everybody draws with.
 
     Args:
-        model: `"miniature"`, a folder or a hub id.
+        model: the name of an embedded one, a folder or a hub id.
     """
 
     def __init__(self, model: str) -> None:
@@ -96,19 +97,19 @@ class Painter:
         self.lock = threading.Lock()
 
     @property
-    def is_miniature(self) -> bool:
-        """Whether this is the embedded model."""
-        return self.model == "miniature"
+    def embedded(self) -> Embedded | None:
+        """What is known of an embedded model; `None` for any other."""
+        return EMBEDDED.get(self.model)
 
     @property
     def default_steps(self) -> int:
         """Denoising steps that suit the model."""
-        return 15 if self.is_miniature else 25
+        return self.embedded.steps if self.embedded else 25
 
     @property
     def default_guidance(self) -> float:
         """The guidance scale that suits the model."""
-        return 3.0 if self.is_miniature else 7.5
+        return self.embedded.guidance_scale if self.embedded else 7.5
 
     def check_size(self, order: Order) -> None:
         """`ValueError` for a width or height that the model cannot draw."""

@@ -5,21 +5,21 @@ from pathlib import Path
 import torch
 
 from ..miniature.pictures import to_images
-from ..miniature.subjects import SUBJECTS, save_subject
 from ..miniature.tasks.classes import class_name, draw_classes
 from ..miniature.tasks.draw import CHUNK, drawn_chunks
 from ..miniature.tasks.questions import questions_of
+from .embedded import Embedded
 
 COUNT = 4
 CLASSES_SHOWN = (0, 1, 2, 9, 10, 11)  # two things, each plain, striped and checkered
 CLASS_LABELS = [class_name(label) for label in CLASSES_SHOWN]
 
 
-def subject_pictures(name: str, folder: Path) -> list[Path]:
+def subject_pictures(embedded: Embedded, name: str, folder: Path) -> list[Path]:
     """Pictures of a subject, to train on."""
     folder = folder / name
     if not folder.is_dir():
-        save_subject(SUBJECTS[name], folder)
+        embedded.save(name, folder)
     return sorted(folder.glob("*.png"))
 
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..miniature.personalise import save_class_pictures
+from ..miniature.personalise import class_captions, save_class_pictures
 from .generation import MAX_ADAPTERS, Order, Painter
 from .library import Library
 from .training import CLASS_PICTURES, Trainings
@@ -15,7 +15,7 @@ class Studio:
     """See the module.
 
     Args:
-        model: `"miniature"`, a folder or a hub id.
+        model: the name of an embedded one, a folder or a hub id.
         adapters: the folder of adapters, where visitors' work is kept, too.
         script: the trainer, `train_apt_sd.py`.
         max_train_steps: what a visitor may ask for.
@@ -26,7 +26,7 @@ class Studio:
         self.painter = Painter(model)
         self.reader = Reader()
         # Its words are few: pictures of many captions keep it from forgetting, not those of one class prompt.
-        own_class = self._class_pictures if self.painter.is_miniature else None
+        own_class = self._class_pictures if self.painter.embedded else None
         sampling = {
             "num_inference_steps": self.painter.default_steps,
             "guidance_scale": self.painter.default_guidance,
@@ -46,6 +46,7 @@ class Studio:
             if not folder.is_dir():
                 unfinished = folder.with_suffix(".unfinished")
                 shutil.rmtree(unfinished, ignore_errors=True)
-                save_class_pictures(self.painter.pipe, unfinished, CLASS_PICTURES)
+                captions = class_captions(self.painter.model, CLASS_PICTURES)
+                save_class_pictures(self.painter.pipe, unfinished, captions)
                 unfinished.rename(folder)
         return folder

@@ -10,7 +10,7 @@ from PIL import Image
 from apt_diffusion.miniature import STABLE_DIFFUSION
 from apt_diffusion.miniature.grade import GRADER_FILE, draw, grade, grade_real, load_grader, row_scenes
 from apt_diffusion.miniature.models import CLASS_WORD, MAX_TOKENS, TRIGGERS, make_tokenizer
-from apt_diffusion.miniature.personalise import save_class_pictures
+from apt_diffusion.miniature.personalise import class_captions, save_class_pictures
 from apt_diffusion.miniature.subjects import (
     OTHER_PROMPTS,
     RECOGNISED,
@@ -143,11 +143,15 @@ def test_training_pictures_of_the_repository_are_those_of_the_subject(tmp_path):
 
 
 def test_class_pictures_are_the_base_models_own_with_captions(miniature, tmp_path):
-    save_class_pictures(miniature, tmp_path, count=2, seed=3)
+    save_class_pictures(miniature, tmp_path, class_captions("miniature", 2, seed=3), seed=3)
     text = (tmp_path / "001.txt").read_text().strip()
     picture = draw(miniature, [(tmp_path / "000.txt").read_text().strip(), text], seed=3)[1]
     expected = picture.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "001.png")), expected.numpy().astype(np.uint8))
+    with pytest.raises(
+        ValueError, match="'someone/model' is no embedded Stable Diffusion: miniature, miniature-emoji"
+    ):
+        class_captions("someone/model")
 
 
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch):

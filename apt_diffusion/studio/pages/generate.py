@@ -15,12 +15,6 @@ from ..visitors import visitor_of
 from .downloads import offer
 from .events import AT_ONCE, help_line, in_turn, stop, told
 
-MINIATURE_EXAMPLES = [
-    "a sks glyph on a red background",
-    "a large green star on a striped purple and white background",
-    "a small cyan heart on a black background",
-    "a red circle left of a yellow square on a blue background",
-]
 EXAMPLES = [
     "a photo of sks dog on a beach at sunset",
     "a watercolour painting of a lighthouse in a storm",
@@ -35,15 +29,14 @@ class GeneratePage:
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
         painter = studio.painter
+        examples = list(painter.embedded.prompts if painter.embedded else EXAMPLES)
         with gr.Row(elem_classes="apt-columns"):
             with gr.Column(scale=4, min_width=300):
                 self.prompt = gr.Textbox(
                     label="Prompt", info="What the picture should show.", lines=2, max_length=1000,
-                    value=(MINIATURE_EXAMPLES if painter.is_miniature else EXAMPLES)[0], elem_id="prompt",
+                    value=examples[0], elem_id="prompt",
                 )  # fmt: skip
-                gr.Examples(
-                    MINIATURE_EXAMPLES if painter.is_miniature else EXAMPLES, self.prompt, label="Examples to try"
-                )
+                gr.Examples(examples, self.prompt, label="Examples to try")
                 self.adapters = gr.Dropdown(
                     [], multiselect=True, max_choices=MAX_ADAPTERS, label="Adapters", elem_id="adapters",
                     info="What the model has been taught. Several are mixed, each with its own weight.",
@@ -67,7 +60,8 @@ class GeneratePage:
                         info="Untick it to keep the seed shown.",
                     )  # fmt: skip
                 self.count = gr.Slider(
-                    1, MAX_IMAGES, 4 if painter.is_miniature else 1, step=1, label="Number of pictures",
+                    1, MAX_IMAGES, painter.embedded.num_images if painter.embedded else 1, step=1,
+                    label="Number of pictures",
                     info="Each has its own seed: the one shown, the next, and so on.", elem_id="count",
                 )  # fmt: skip
                 with gr.Accordion("More settings", open=False):

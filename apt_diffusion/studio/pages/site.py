@@ -31,8 +31,8 @@ CACHE_SECONDS = (600, 6 * 3600)  # how often Gradio's copies of pictures are loo
 def build_site(studio: Studio, queue_size: int = 32) -> gr.Blocks:
     """The pages. Whatever uses the model waits in one queue of `queue_size` places."""
     name = studio.painter.model
-    if studio.painter.is_miniature:
-        model = "the embedded miniature model"
+    if studio.painter.embedded:
+        model = studio.painter.embedded.title
     else:
         model = Path(name).name if Path(name).is_dir() else name  # where it lies is nobody's business
     with gr.Blocks(title="APT studio", analytics_enabled=False, delete_cache=CACHE_SECONDS) as site:

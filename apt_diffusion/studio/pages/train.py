@@ -6,7 +6,6 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from ...miniature.subjects import PROMPT, SUBJECTS, prompt_on
 from ..charts import curve, problem, progress
 from ..framing import as_trained
 from ..samples import subject_pictures
@@ -36,7 +35,7 @@ class TrainPage:
         self.studio = studio
         self.generate = generate
         painter = studio.painter
-        miniature = painter.is_miniature
+        embedded = painter.embedded
         most = studio.trainings.max_steps
         with gr.Row(elem_classes="apt-columns"):
             with gr.Column(scale=4, min_width=300):
@@ -48,24 +47,26 @@ class TrainPage:
                     f"From 3 to 10 are best; at most {MAX_PICTURES}, of {MAX_BYTES // 2**20} MB each. Several can be "
                     "dropped, or chosen, at once."
                 )
-                with gr.Row(visible=miniature, elem_classes="apt-examples"):
+                with gr.Row(visible=embedded is not None, elem_classes="apt-examples"):
                     help_line("No pictures at hand? Take five of a", "apt-inline")
                     self.examples = {
-                        name: gr.Button(name, size="sm", min_width=70, elem_id=f"example-{name}") for name in SUBJECTS
+                        name: gr.Button(name, size="sm", min_width=70, elem_id=f"example-{name}")
+                        for name in (embedded.subjects if embedded else ())
                     }
                 self.name = gr.Textbox(
                     "my subject", label="Name of the adapter", info="By which you find it again.", max_length=60,
                     elem_id="adapter-name",
                 )  # fmt: skip
                 self.prompt = gr.Textbox(
-                    PROMPT if miniature else "a photo of sks dog", label="What shall stand for your subject",
-                    info=PROMPT_HELP, max_length=200, elem_id="instance-prompt",
+                    embedded.instance_prompt if embedded else "a photo of sks dog",
+                    label="What shall stand for your subject", info=PROMPT_HELP, max_length=200,
+                    elem_id="instance-prompt",
                 )  # fmt: skip
                 self.captions = gr.Textbox(
                     label="Captions (optional, but they help much)", info=CAPTIONS_HELP, lines=4, elem_id="captions"
                 )
                 self.class_prompt = gr.Textbox(
-                    "a glyph" if miniature else "", label="Kind of thing (optional)", max_length=200,
+                    embedded.class_prompt if embedded else "", label="Kind of thing (optional)", max_length=200,
                     info="The phrase without the rare word, such as “a dog”. The model then draws "
                     f"{CLASS_PICTURES} pictures of what it knows and trains on them, too, so that other dogs do not "
                     "turn into yours. Leave it empty to save that time.",
@@ -139,10 +140,11 @@ class TrainPage:
 
     def _example(self, name: str) -> Callable[[], dict]:
         def pictures() -> dict:
-            captions = "\n".join(prompt_on(ground) for ground in SUBJECTS[name].grounds)
+            embedded = self.studio.painter.embedded
+            assert embedded is not None  # only then is there a button
             return {
-                self.pictures: [str(file) for file in subject_pictures(name, examples_folder())],
-                self.captions: captions,
+                self.pictures: [str(file) for file in subject_pictures(embedded, name, examples_folder())],
+                self.captions: "\n".join(embedded.subjects[name]),
                 self.name: name,
             }
 
@@ -167,7 +169,7 @@ class TrainPage:
             raise ValueError("Add some pictures of your subject first.")
         lesson = Lesson(name, prompt, class_prompt.strip(), int(steps), float(rate or 0))
         visitor = visitor_of(request)
-        # The first time, the miniature model draws its class pictures now.
+        # The first time, an embedded model draws its class pictures now.
         yield {self.status: progress("Starting; the model may first draw what it knows …")}
         self.studio.trainings.start(visitor, files, lines_of(captions), lesson)
         yield self._view(visitor, {})

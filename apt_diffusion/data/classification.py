@@ -7,7 +7,7 @@ A data set's folder holds a `split_zhou_*.json`, or FGVC Aircraft's lists, or a 
 import logging
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,10 @@ def few_shot(data: Labelled, num_shots: int, seed: int) -> Labelled:
     training, then for validation. A class with fewer pictures gives all.
     """
     draws = random.Random(seed)
+    per_class = Counter(label for _, label in data.train)
+    scarce = sum(per_class[label] < num_shots for label in range(len(data.class_names)))
+    if scarce and data.train:
+        logger.info("%d of %d classes have fewer than %d training pictures.", scarce, len(per_class), num_shots)
     train = _shots(data.train, num_shots, draws)
     return replace(data, train=train, val=_shots(data.val, min(num_shots, VAL_SHOTS), draws))
 

@@ -151,10 +151,12 @@ def test_names_and_templates_are_coops(name, folder, text):
     assert len(DATA_SETS) == 11
 
 
-def test_shots_are_the_draws_of_coop(tmp_path):
+def test_shots_are_the_draws_of_coop(tmp_path, caplog):
     write_zhou(tmp_path, classes=3, of_class=9)
     data = ours.read_data_set(tmp_path)
+    caplog.set_level("INFO")
     shots = ours.few_shot(data, num_shots=3, seed=2)
+    assert "1 of 3 classes have fewer than 3 training pictures." in caplog.text
     random.seed(2)  # as CoOp: one global generator, classes as they first appear, training before validation
     expected = {}
     for split, count in (("train", 3), ("val", 3)):

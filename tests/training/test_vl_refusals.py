@@ -99,6 +99,19 @@ def test_texts_that_are_cut_and_a_long_warmup_are_said(tiny_vl, vqa_dir, tmp_pat
     assert "--max_text_length 1000 is 40: the model has no more" in caplog.text
 
 
+def test_a_multiplier_without_effect_is_said(tiny_vl, vqa_dir, retrieval_dir, tmp_path, caplog):
+    """ViLT has no cross-modal layers, retrieval has no classifier."""
+    train("vqa", tiny_vl["vilt"], vqa_dir, tmp_path / "a", cross_modal_lr_multiplier=5, **SMALL)
+    assert "--cross_modal_lr_multiplier 5: without effect" in caplog.text
+    flags = {"max_train_steps": 1, "num_false_captions": 3, "max_evaluation_images": 2}
+    caplog.clear()
+    train("retrieval", tiny_vl["meter"], retrieval_dir, tmp_path / "b", head_lr_multiplier=7, **flags)
+    assert "--head_lr_multiplier 7: without effect" in caplog.text
+    caplog.clear()
+    train("retrieval", tiny_vl["meter"], retrieval_dir, tmp_path / "c", **flags)
+    assert "without effect, because nothing" not in caplog.text
+
+
 def spoil(folder, how):
     """Spoils one picture of the training data, so that it is there but cannot be used."""
     file = folder / "train2014" / "COCO_train2014_000000000003.jpg"

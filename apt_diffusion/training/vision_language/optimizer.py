@@ -22,15 +22,21 @@ def make_optimizer(
         parameters: by name.
     """
     groups: dict[tuple[float, float], dict[str, nn.Parameter]] = {}
+    multipliers = {"--head_lr_multiplier": args.head_lr_multiplier}
+    multipliers["--cross_modal_lr_multiplier"] = args.cross_modal_lr_multiplier
+    used = set()
     for name, parameter in parameters.items():
-        parts = set(name.split("."))
         rate = args.learning_rate
-        if "classifier" in parts:
-            rate *= args.head_lr_multiplier
-        elif "cross_modal" in name:
-            rate *= args.cross_modal_lr_multiplier
+        flag = "--cross_modal_lr_multiplier" if "cross_modal" in name else None
+        flag = "--head_lr_multiplier" if "classifier" in name.split(".") else flag
+        if flag is not None:
+            used.add(flag)
+            rate *= multipliers[flag]
         decay = 0.0 if name.endswith("bias") or "norm" in name.lower() else args.weight_decay
         groups.setdefault((rate, decay), {})[name] = parameter
+    for flag in sorted(multipliers.keys() - used):
+        if multipliers[flag] != 1:
+            logger.warning("%s %g: without effect, because nothing of this kind is trained.", flag, multipliers[flag])
     optimizer = make_adamw(
         [(group, rate) for (rate, _), group in groups.items()],
         betas=(args.adam_beta1, args.adam_beta2),

@@ -63,7 +63,8 @@ def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parame
 
     METER has this built in (`MeterConfig(use_classifier_token=True)`). The parameter
     `embeddings.text_embeddings.classifier_token` (1, 1, d) begins as the text embedding of [CLS]; name it in
-    `modules_to_save` to train and keep it with an adapter, and call this before that adapter is loaded.
+    `modules_to_save` to train and keep it with an adapter, and call this before that adapter is loaded. A model from the
+    conversion of an official checkpoint also gets the official epsilon of its text embeddings (`use_text_epsilon`).
 
     Raises:
         ValueError: for a model that is not ViLT, or has one already.
@@ -73,6 +74,9 @@ def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parame
         raise ValueError(f"{type(model).__name__} has no ViLT text embeddings.")
     if hasattr(embeddings, "classifier_token"):
         raise ValueError("This model has a classifier token already.")
+    text_epsilon = getattr(model.config, "text_layer_norm_eps", None)
+    if text_epsilon is not None:
+        use_text_epsilon(model, text_epsilon)
     training = embeddings.training
     device = embeddings.word_embeddings.weight.device
     with torch.no_grad():  # without dropout: the official code's initial value has some in it by accident

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..api import remove_apt, set_apt_scale
+from ..data.text_length import kept_and_lost
 from ..io.load import load_apt_weights
 from ..miniature import resolve_model
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
@@ -62,7 +63,10 @@ class Reader:
             raise ValueError(f"{adapter.name} was not trained to answer questions.")
         with self.lock, torch.no_grad():
             model, processor = self._question_answerer(adapter, len(answers))
-            inputs = processor(picture, question, truncation=True, return_tensors="pt")
+            limit = processor.tokenizer.model_max_length
+            for _, lost in kept_and_lost([question], processor.tokenizer, limit).values():
+                raise ValueError(f"This model reads {limit} tokens; it would not see {lost!r}. Ask something shorter.")
+            inputs = processor(picture, question, return_tensors="pt")
             try:
                 load_apt_weights(model, adapter.load())
                 with recorded_gates(model) as record, noted_patches(model) as order:

@@ -190,6 +190,8 @@ def test_questions_that_cannot_be_answered_are_refused_in_words(library, photo):
     for question in ("", "x" * 301):
         with pytest.raises(ValueError, match="Ask something"):
             reader.ask(photo, question, library.get(ANNA, "public/vilt", "vilt"))
+    with pytest.raises(ValueError, match=r"reads \d+ tokens; it would not see '.*red\?'. Ask something shorter"):
+        reader.ask(photo, "what color is it? " * 8 + "red?", library.get(ANNA, "public/vilt", "vilt"))
     with pytest.raises(ValueError, match="not trained to answer"):
         reader.ask(photo, "red?", library.get(ANNA, "public/clip", "clip"))
 

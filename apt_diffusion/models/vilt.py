@@ -64,7 +64,7 @@ def add_classifier_token(model: nn.Module, cls_token_id: int = 101) -> nn.Parame
     METER has this built in (`MeterConfig(use_classifier_token=True)`). The parameter
     `embeddings.text_embeddings.classifier_token` (1, 1, d) begins as the text embedding of [CLS]; name it in
     `modules_to_save` to train and keep it with an adapter, and call this before that adapter is loaded. A model from
-    the conversion of an official checkpoint also gets the official epsilon of its text embeddings (`use_text_epsilon`).
+    the conversion of an official checkpoint also gets the official epsilon in its text embeddings.
 
     Raises:
         ValueError: for a model that is not ViLT, or has one already.

@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import logging
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,9 @@ from ..miniature import resolve_model
 from ..model import AdapterWeight, ModelAdapters
 from ..processor import Sample
 from ..serving.store import AdapterStore
+from .prompt_tags import TEXT_ARGUMENTS, take_tags
 
 ADAPTERS_INDEX = "apt_adapters.json"
-_TEXT = re.compile(r"(negative_)?prompt(_\d)?")
 _LORA_SCALE = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 logger = logging.getLogger(__name__)
@@ -50,9 +49,12 @@ class APTLoaderMixin(Stock):
     Attributes:
         apt_store: an `AdapterStore`. Adapters that a call names and the pipeline does not have come from it, and
             leave when the call ends.
+        apt_prompt_tags: whether `<apt:name:0.8>` in a prompt names an adapter for it. A prompt with such tags is drawn
+            with exactly these adapters, one without with the active ones.
     """
 
     apt_store: AdapterStore | None = None
+    apt_prompt_tags: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,6 +94,8 @@ class APTLoaderMixin(Stock):
         if misspelt:
             raise TypeError(f"Unknown arguments {misspelt}: there are apt_scale and apt_adapter_names.")
         kwargs |= inspect.signature(super().__call__).bind_partial(*args).arguments
+        if self.apt_prompt_tags:
+            kwargs, apt_adapter_names = take_tags(kwargs, apt_scale, apt_adapter_names, self._active_weights())
         if apt_adapter_names is not None:
             kwargs = _repeated(apt_adapter_names, kwargs)
         apt_scale, kwargs = self._scale_of_lora(apt_scale, kwargs)
@@ -124,7 +128,7 @@ class APTLoaderMixin(Stock):
         folder = Path(save_directory)
         index = {}
         components = [ModelAdapters.of(component) for component in components_of(self).values()]
-        active = {name: weight for adapters in components for name, weight in adapters.active.items()}
+        active = self._active_weights()
         for name in dict.fromkeys(name for adapters in components for name in adapters.configs):
             place = "" if name == "default" else f"apt_adapters/{_folder_name(name)}"
             save_apt_weights(self, folder / place, name)
@@ -222,6 +226,10 @@ class APTLoaderMixin(Stock):
         with api.hidden_apt(self) if stay else contextlib.nullcontext():
             super().enable_group_offload(*args, **kwargs)
 
+    def _active_weights(self) -> dict[str, AdapterWeight]:
+        components = [ModelAdapters.of(component) for component in components_of(self).values()]
+        return {name: weight for adapters in components for name, weight in adapters.active.items()}
+
     def _from_store(
         self, apt_scale: float | dict[str, AdapterWeight] | None, apt_adapter_names: Sequence[Sample] | None
     ) -> contextlib.AbstractContextManager[None]:
@@ -270,7 +278,7 @@ def _repeated(samples: Sequence[Sample], kwargs: dict[str, Any]) -> dict[str, An
     if isinstance(samples, str | dict) or not samples:
         raise ValueError(f"apt_adapter_names must be a list with one name per prompt, got {samples!r}.")
     if isinstance(kwargs.get("prompt"), str):
-        texts = {key: text for key, text in kwargs.items() if _TEXT.fullmatch(key) and isinstance(text, str)}
+        texts = {key: text for key, text in kwargs.items() if TEXT_ARGUMENTS.fullmatch(key) and isinstance(text, str)}
         kwargs = kwargs | {key: [text] * len(samples) for key, text in texts.items()}
     prompt, embeds = kwargs.get("prompt"), kwargs.get("prompt_embeds")
     batch_size = len(prompt) if prompt is not None else len(embeds) if embeds is not None else len(samples)

@@ -1,7 +1,8 @@
-"""`apt-diffusion costs`: the published tables, or one method on a model of any size."""
+"""`apt-diffusion costs`: the published tables, all methods on a well-known model, or one on a model of any size."""
 
 import argparse
 
+from ..cost_models import MODELS, compare
 from ..costs import count_costs, format_published_tables, methods_with_costs
 
 
@@ -9,10 +10,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command's flags."""
     parser = argparse.ArgumentParser(
         prog,
-        description="What a method of adaptation adds to a frozen model: parameters, and multiply-accumulates per "
+        description="What a method of adaptation adds to a frozen model: parameters, and multiply-accumulates per\n"
         "forward pass of one sample. Without flags: the two published tables, cell by cell.",
-        epilog=f"example: {prog} --method apt --hidden_size 768 --num_tokens 241 --num_modules 12",
+        epilog=f"examples: {prog} --model Flux.1-dev\n          "
+        f"{prog} --method apt --hidden_size 768 --num_tokens 241 --num_modules 12",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--model", choices=list(MODELS), metavar="MODEL", help=f"all methods on {', '.join(MODELS)}")
     parser.add_argument("--method", choices=methods_with_costs(), help="count this one")
     parser.add_argument("--hidden_size", type=int, metavar="D", help="width of the adapted modules")
     parser.add_argument("--num_tokens", type=int, metavar="N", help="tokens at each of them")
@@ -28,9 +32,11 @@ def main(argv: list[str], prog: str) -> int:
     """Prints the counts."""
     parser = build_parser(prog)
     args = parser.parse_args(argv)
+    if args.model is not None:
+        return print_model(parser, args)
     if args.method is None:
         if argv:
-            parser.error("give --method, or no flag at all for the published tables")
+            parser.error("give --model or --method, or no flag at all for the published tables")
         print(format_published_tables())
         return 0
     sizes = {name: getattr(args, name) for name in ("hidden_size", "num_tokens", "num_modules")}
@@ -42,4 +48,21 @@ def main(argv: list[str], prog: str) -> int:
             parser.error(f"--{name} must be at least 1, got {value}")
     costs = count_costs(args.method, merged=not args.unmerged, **sizes)
     print(f"{args.method}: {costs.parameters:,} parameters, {costs.macs / 1e9:.4f} GMAC per forward pass")
+    return 0
+
+
+def print_model(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Prints what every method adds to a well-known model."""
+    own = {"--method": args.method, "--hidden_size": args.hidden_size, "--num_modules": args.num_modules}
+    for flag in [flag for flag, value in own.items() if value is not None]:
+        parser.error(f"--model knows its modules, and counts all methods: leave {flag} out")
+    model = MODELS[args.model]
+    tokens = model.tokens if args.num_tokens is None else args.num_tokens
+    try:
+        table = compare(args.model, args.num_prompts, args.rank, tokens, args.bottleneck, merged=not args.unmerged)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{args.model}, {tokens} {model.tokens_mean}")
+    for label, costs in table.items():
+        print(f"{label:<26}{costs.parameters:>14,} parameters{costs.macs / 1e9:>12.4f} GMAC")
     return 0

@@ -101,9 +101,27 @@ def test_costs_counts_one_method(capsys):
     assert capsys.readouterr().out == "apt: 1,916,940 parameters, 0.9032 GMAC per forward pass\n"
     assert cli.main(["costs"]) == 0
     assert "| ViLT | apt |" in capsys.readouterr().out
-    for wrong, message in ((words[:-2], "--method needs --num_modules"), (["costs", "--rank", "3"], "give --method")):
+    for wrong, message in ((words[:-2], "--method needs --num_modules"), (["costs", "--rank", "3"], "give --model")):
         with pytest.raises(SystemExit):
             cli.main(wrong)
+        assert message in capsys.readouterr().err
+
+
+def test_costs_counts_all_methods_on_a_known_model(capsys):
+    assert cli.main(["costs", "--model", "Flux.1-dev", "--unmerged"]) == 0
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == "Flux.1-dev, 4096 image tokens; next to them 512 words"
+    assert rows[0].split() == ["APT", "36,421,689", "parameters", "311.0781", "GMAC"]
+    lora = next(row.split() for row in rows if row.startswith("LoRA "))  # 4 d r for query and value, unmerged
+    assert lora[1:] == [
+        f"{57 * 4 * 3072 * 4:,}",
+        "parameters",
+        f"{4 * 3072 * 4 * (19 * 4096 + 38 * 4608) / 1e9:.4f}",
+        "GMAC",
+    ]
+    for words, message in ((["--num_modules", "3"], "leave --num_modules out"), (["--rank", "0"], "from 1 to 256")):
+        with pytest.raises(SystemExit):
+            cli.main(["costs", "--model", "METER", *words])
         assert message in capsys.readouterr().err
 
 

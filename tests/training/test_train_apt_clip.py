@@ -70,6 +70,7 @@ def test_evaluation_alone_gives_the_last_metric_and_zero_shot_is_plain_clip(mode
         assert results(zero_shot)["metrics"][f"{name}_accuracy"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_evaluated_again(model, data, tmp_path, method):
     folder = run(model, data, tmp_path / "out", method=method, learning_rate=0.1, max_train_steps=1)
@@ -99,6 +100,7 @@ def test_the_code_in_the_card_runs(model, data, tmp_path, monkeypatch, capsys, m
         assert any(parameter.abs().max() > 0 for name, parameter in loaded.items() if name.endswith("low_rank_up"))
 
 
+@pytest.mark.slow
 def test_several_seeds_give_means_and_spread_and_go_on(model, data, tmp_path, capsys):
     out = run(model, data, tmp_path / "out", seeds=[1, 2], max_train_steps=1)
     summary = results(out)

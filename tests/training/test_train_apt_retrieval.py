@@ -50,6 +50,7 @@ def test_evaluation_alone_gives_the_last_metric(model, data, tmp_path):
     assert results(base)["method"] is None and set(results(base)["metrics"]) == set(METRICS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(models, data, tmp_path, method):
     kind = "meter" if METHODS.index(method) % 2 else "vilt"
@@ -104,6 +105,7 @@ def losses(folder):
     return [row["loss"] for row in rows(folder)]
 
 
+@pytest.mark.slow
 def test_official_behaviours_change_what_they_say(models, data, tmp_path):
     folders = iter(tmp_path / str(index) for index in range(20))
     flags = {"max_train_steps": 1, "num_false_captions": 12}  # of 14 that are false: drawn at random, true ones join

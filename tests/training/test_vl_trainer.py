@@ -55,6 +55,7 @@ SCENES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scene", SCENES)
 def test_two_steps_and_two_resumed_are_four_straight(go, scene):
     script, kind, flags = SCENES[scene]
@@ -144,6 +145,7 @@ def test_evaluations_do_not_disturb_training(go):
 # Methods
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vilt", "meter"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_evaluates_to_the_same_answers_later(go, logits, kind, method):
@@ -159,6 +161,7 @@ def test_every_method_trains_and_evaluates_to_the_same_answers_later(go, logits,
     assert "load_apt_weights" in (out / "README.md").read_text() or method != "apt"
 
 
+@pytest.mark.slow
 def test_all_methods_train_what_they_should(go):
     sizes = {method: results(go("nlvr2", "vilt", method, method=method))["trained_parameters"] for method in METHODS}
     heads = sizes.pop("classifier_only")
@@ -216,6 +219,7 @@ def test_a_classifier_token_starts_from_the_first_word_and_is_kept(go, logits, t
 # Encoder outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["vqa", "nlvr2"])
 def test_cached_encoder_outputs_give_the_same_losses(go, script, tmp_path, monkeypatch):
     from apt_diffusion.models.meter import MeterModel
@@ -402,6 +406,7 @@ def test_the_code_in_the_card_runs(go, script, kind, method, monkeypatch, capsys
     assert f"| {metric} | " in card and "![loss](loss.png)" in card and f"| method | `{method}` |" in card
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_two_processes_is_one_with_twice_the_batch(tiny_vl, nlvr2_dir, tmp_path):
     flags = {"max_train_steps": 2, "hidden_dropout_prob": 0.0, "evaluation_steps": 1, "no-augment": True}
     flags["adam_epsilon"] = 1e-3  # so that AdamW does not blow up the rounding of vanishing gradients

@@ -1,13 +1,16 @@
 """The pre-trained ViLT, METER or CLIP of a run, with a head for the task."""
 
 import argparse
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, ViltModel
+from transformers.utils import logging as logging_of_transformers
 
 import apt_diffusion.models.meter.configuration_meter  # noqa: F401 (makes its type known to AutoConfig)
 
@@ -89,19 +92,23 @@ def load_model(
         settings["attention_probs_dropout_prob"] = args.hidden_dropout_prob  # the official drop_rate sets both
         if args.use_classifier_token is not None:
             settings["use_classifier_token"] = args.use_classifier_token
-    model, report = model_class.from_pretrained(
-        base.path,
-        revision=base.revision,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **settings,
-    )
+    with _without_load_report():
+        model, report = model_class.from_pretrained(
+            base.path,
+            revision=base.revision,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **settings,
+        )
     other_size = {key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]}
     tables = {key for key in other_size if key.endswith("token_type_embeddings.weight")}
     wrong = sorted(key for key in other_size - tables if not key.startswith("classifier."))
     if wrong:
         raise ValueError(f"{base.name} does not fit {model_class.__name__}: {wrong[:3]}.")
+    heads = sorted({key.split(".")[0] for key in {*other_size - tables, *report["missing_keys"]}} - {base.model_type})
+    if heads:
+        logger.info("Not in the base model, so it starts anew: %s.", ", ".join(heads))
     if tables:
         _take_over_modalities(base, model)
     if any(key.endswith("classifier_token") for key in report["missing_keys"]):
@@ -111,6 +118,17 @@ def load_model(
     if any(key.startswith("rank_output.") for key in report["missing_keys"]):
         _start_ranking(base, model)
     return model
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers lists every weight of a new head as missing; `load_model` checks the same keys itself."""
+    before = logging_of_transformers.get_verbosity()
+    logging_of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging_of_transformers.set_verbosity(before)
 
 
 def take_over_classifier_token(args: argparse.Namespace, source: Any) -> None:

@@ -33,8 +33,9 @@ def write_results(session: Session, model: nn.Module, metrics: dict[str, float])
         "versions": provenance.versions(),
     }
     write_json(content, session.output_dir / RESULTS_NAME)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    session.logger.info("Results are in %s: %s.", session.output_dir / RESULTS_NAME, shown)
+    if args.eval_only:  # else `Session.log` has shown them
+        session.logger.info("Evaluation: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    session.logger.info("Results are in %s.", session.output_dir / RESULTS_NAME)
 
 
 def card(

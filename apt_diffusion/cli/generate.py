@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import replacing
+
 # Names that people know schedulers by, and diffusers' classes.
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -207,13 +209,8 @@ def labels(prompts: list[str], wanted: list[tuple[str, int]]) -> tuple[list[str]
 
 def save(picture: Any, file: Path) -> None:
     """Writes under a temporary name and renames: the file is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
-    try:
+    with replacing(file) as temporary:
         picture.save(temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str], prog: str) -> int:

@@ -1,9 +1,7 @@
 """One official checkpoint to one folder: model, adapter, matching head, processor, and the account of every key."""
 
-import os
 import re
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from ..api import add_apt
 from ..baselines.families import trained_beside
 from ..config import APTConfig
+from ..io.atomic import new_folder
 from ..io.save import save_apt_weights
 from ..model import named_cores
 from ..models.retrieval import MATCHING_HEAD_NAME
@@ -265,9 +264,7 @@ def _write(converted: Converted, output: Path, source: str, processor: Any) -> N
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise OSError(f"No space for {output}: it needs {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free.")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        folder = Path(temporary) / output.name
-        folder.mkdir()
+    with new_folder(output) as folder:
         converted.model.save_pretrained(folder)
         if converted.matching_head:
             save_file(converted.matching_head, folder / MATCHING_HEAD_NAME, {"format": "pt"})
@@ -279,4 +276,3 @@ def _write(converted: Converted, output: Path, source: str, processor: Any) -> N
         (folder / ACCOUNT_NAME).write_text(
             f"From {source}, official keys and what became of them:\n\n{converted.account}\n"
         )
-        os.replace(folder, output)

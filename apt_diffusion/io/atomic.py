@@ -10,13 +10,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
-    """Gives a temporary name in the same folder; at the end of the block that file becomes `file`.
+    """Gives a hidden name in the same folder, with the same ending; at the end of the block that file becomes `file`.
 
     After an exception, or a kill, `file` is what it was before. Missing folders are made.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:40]}-", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.stem[:40]}-", suffix=f".tmp{file.suffix}")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -35,20 +35,30 @@ def write_text(file: str | Path, text: str) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Gives a temporary folder next to `folder`; at the end of the block it gets that name.
+def new_folder(folder: str | Path, replace: bool = False, prefix: str = ".unfinished-") -> Iterator[Path]:
+    """Gives a folder next to `folder`, whose name begins with `prefix`; at the end of the block it becomes `folder`.
 
-    After an exception nothing is left. An existing empty `folder` is replaced; one with content raises `OSError`.
+    After an exception nothing is left. An existing `folder` with content is replaced only with `replace`; else its
+    content raises `OSError`.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:40]}-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
     try:
         yield temporary
         os.chmod(temporary, 0o777 & ~_umask())
+        if replace and folder.exists():
+            remove_folder(folder, prefix)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: Path, prefix: str = ".unfinished-") -> None:
+    """Takes its name away first: a folder that is half deleted must not look like a whole one."""
+    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=prefix))
+    os.rename(folder, doomed / folder.name)
+    shutil.rmtree(doomed)
 
 
 def _umask() -> int:

@@ -1,12 +1,12 @@
 """Writing and reading the embedded pipelines."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..io.atomic import new_folder
 from .models import make_scheduler, make_tokenizer
 from .pictures import save_picture_grid, to_images
 from .transformer import make_flow_scheduler, make_t5_tokenizer
@@ -48,14 +48,11 @@ def export_sd3_pipeline(folder: str | Path, **parts: nn.Module) -> None:
 
 def write_pipeline(pipeline: Any, folder: Path, card: str) -> None:
     """A whole new folder in fp16, then the exchange: an interruption leaves the old one."""
-    temporary = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(temporary)
-    pipeline.to(dtype=torch.float32)
-    (temporary / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder, replace=True) as temporary:
+        pipeline.to(dtype=torch.float16)
+        pipeline.save_pretrained(temporary)
+        pipeline.to(dtype=torch.float32)
+        (temporary / "README.md").write_text(card)
 
 
 def build_pipeline(vae: nn.Module, text_encoder: nn.Module, unet: nn.Module) -> Any:

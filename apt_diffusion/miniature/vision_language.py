@@ -5,7 +5,6 @@ any other text still encodes, letter by letter.
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..io.atomic import new_folder
 from ..io.files import write_safetensors
 from .models import MAX_TOKENS, byte_symbols, make_merges, make_tokenizer
 from .tasks.picture import PLURAL
@@ -191,23 +191,19 @@ MORE = {
 
 def export(name: str, folder: str | Path, model: nn.Module, word_head: WordHead | None = None) -> None:
     """Writes model and processor to a new folder, then puts it in the place of the old one."""
-    folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    half = {key: value.half() for key, value in model.state_dict().items()}
-    model.save_pretrained(temporary, state_dict=half)
-    MAKERS[name][1]().save_pretrained(temporary)
-    config = temporary / "config.json"  # so that nobody gets half precision on a CPU unasked
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    if word_head is not None:
-        tensors = {key: value.detach().half().contiguous() for key, value in word_head.state_dict().items()}
-        write_safetensors(tensors, temporary / WORD_HEAD_FILE, {"format": "pt"})
-    title, more = MORE[name]
-    (temporary / "README.md").write_text(CARD.format(name=name, title=title, more=more))
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # weights come out readable for their owner only
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder, replace=True) as temporary:
+        half = {key: value.half() for key, value in model.state_dict().items()}
+        model.save_pretrained(temporary, state_dict=half)
+        MAKERS[name][1]().save_pretrained(temporary)
+        config = temporary / "config.json"  # so that nobody gets half precision on a CPU unasked
+        config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+        if word_head is not None:
+            tensors = {key: value.detach().half().contiguous() for key, value in word_head.state_dict().items()}
+            write_safetensors(tensors, temporary / WORD_HEAD_FILE, {"format": "pt"})
+        title, more = MORE[name]
+        (temporary / "README.md").write_text(CARD.format(name=name, title=title, more=more))
+        for file in temporary.iterdir():
+            file.chmod(0o644)  # weights come out readable for their owner only
 
 
 def load_word_head(folder: str | Path, model: nn.Module) -> WordHead:

@@ -13,7 +13,6 @@ and never joined to a path.
 import dataclasses
 import json
 import re
-import secrets
 import shutil
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from ..io.atomic import new_folder
 from ..io.files import WEIGHTS_NAME, AdapterFile
 from ..serving.store import AdapterStore
 
@@ -157,19 +157,13 @@ class Library:
             raise ValueError(f"{own.name} is published already.")
         taken = {adapter.name for adapter in _adapters_in(self.public, "public")}
         name = _free(own.name, lambda name: name in taken or (self.folder / name).exists())
-        # Under a hidden name first: nobody sees half an adapter.
-        unfinished = self.folder / f".{name}-{secrets.token_hex(4)}"
-        try:
-            unfinished.mkdir()
+        with new_folder(self.folder / name) as unfinished:  # nobody sees half an adapter
             for file in (own.file, own.file.parent / "README.md", own.file.parent / "loss.png"):
                 if file.is_file():
                     shutil.copyfile(file, unfinished / file.name)
             samples = own.file.parent / "samples"
             if samples.is_dir():
                 shutil.copytree(samples, unfinished / "samples")
-            unfinished.rename(self.folder / name)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
         return self.get(visitor, f"public/{name}")
 
 

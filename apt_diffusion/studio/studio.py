@@ -1,9 +1,9 @@
 """All that the pages share: one model, one library of adapters, one set of training jobs."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import new_folder
 from ..miniature.personalise import class_captions, save_class_pictures
 from .generation import MAX_ADAPTERS, Order, Painter
 from .library import Library
@@ -44,9 +44,7 @@ class Studio:
         folder = self.library.folder / ".class-pictures"
         with self.painter.lock:
             if not folder.is_dir():
-                unfinished = folder.with_suffix(".unfinished")
-                shutil.rmtree(unfinished, ignore_errors=True)
                 captions = class_captions(self.painter.model, CLASS_PICTURES)
-                save_class_pictures(self.painter.pipe, unfinished, captions)
-                unfinished.rename(folder)
+                with new_folder(folder) as unfinished:
+                    save_class_pictures(self.painter.pipe, unfinished, captions)
         return folder

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from ..io.atomic import replacing, write_text
 from ..io.files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.loss_log import LOG_NAME, read_log
@@ -194,10 +195,7 @@ class Trainings:
         return max(jobs, key=lambda job: job["created"], default=None)
 
     def _write(self, job: dict) -> None:
-        file = self._folder(job["visitor"], job["name"]) / JOB_NAME
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(job, indent=2))
-        temporary.replace(file)
+        write_text(self._folder(job["visitor"], job["name"]) / JOB_NAME, json.dumps(job, indent=2))
 
     def _read(self, job: dict) -> Status:
         output, lesson = self._output(job), Lesson(**job["lesson"])
@@ -226,9 +224,8 @@ class Trainings:
             newest = list(checkpoints.values())[-1] / WEIGHTS_NAME
             target = output / WEIGHTS_NAME
             if not target.is_file() or target.stat().st_mtime < newest.stat().st_mtime:
-                temporary = output / f".{WEIGHTS_NAME}.tmp"
-                shutil.copyfile(newest, temporary)
-                temporary.replace(target)
+                with replacing(target) as temporary:
+                    shutil.copyfile(newest, temporary)
 
     def _last_words(self, job: dict) -> str:
         """The error in which the trainer ended, as a sentence."""

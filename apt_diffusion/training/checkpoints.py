@@ -11,10 +11,8 @@ Nothing is pickled: a checkpoint from somebody else is safe to resume.
 import contextlib
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..io.atomic import new_folder, remove_folder
 from ..io.files import write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -95,18 +94,8 @@ def _read(folder: Path, names: str) -> Checkpoint:
 @contextlib.contextmanager
 def new_checkpoint(output_dir: str | Path, step: int) -> Iterator[Path]:
     """A folder to fill, which becomes `checkpoint-<step>` at the end, and vanishes after an exception."""
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=output_dir, prefix=_TEMPORARY))
-    try:
+    with new_folder(Path(output_dir) / f"checkpoint-{step}", replace=True, prefix=_TEMPORARY) as folder:
         yield folder
-        folder.chmod(0o777 & ~_umask())
-        target = output_dir / f"checkpoint-{step}"
-        if target.exists():
-            _remove(target)
-        os.rename(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_unfinished(output_dir: str | Path) -> None:
@@ -122,14 +111,7 @@ def prune_checkpoints(output_dir: str | Path, total_limit: int | None, newest: i
     others = [folder for step, folder in list_checkpoints(output_dir).items() if step != newest]
     for folder in others[: max(0, len(others) - total_limit + 1)]:
         logger.info("Removing %s: the limit is %d checkpoints.", folder, total_limit)
-        _remove(folder)
-
-
-def _remove(folder: Path) -> None:
-    """Takes its name away first: a checkpoint that is half deleted must not look like a whole one."""
-    doomed = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_TEMPORARY))
-    os.rename(folder, doomed / folder.name)
-    shutil.rmtree(doomed)
+        remove_folder(folder, _TEMPORARY)
 
 
 def save_training_state(
@@ -187,9 +169,3 @@ def load_training_state(
     optimizer.load_state_dict(current | {"state": found})
     if scaler is not None and checkpoint.state["scaler"]:
         scaler.load_state_dict(checkpoint.state["scaler"])
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..io.atomic import replacing
+
 _MARGIN = 8
 _SMALLEST_CELL = 192  # small pictures are enlarged, so that their labels fit and people can see them
 
@@ -28,8 +30,6 @@ def save_grid(images: list[Image.Image], labels: list[str], title: str, path: st
         grid.paste(cell, (left, upper))
         draw.text((left, upper + cell.height + 2), label, fill="dimgray", font=font)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    grid.save(temporary, format="PNG")
-    temporary.replace(path)  # whoever watches the folder sees whole pictures only
+    with replacing(path) as temporary:  # whoever watches the folder sees whole pictures only
+        grid.save(temporary, format="PNG")
     return path

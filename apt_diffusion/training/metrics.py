@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..io.atomic import write_text
 from .loss_log import METRICS_NAME, read_log
 
 PLOT_NAME = "metrics.png"
@@ -11,13 +12,8 @@ RESULTS_NAME = "results.json"
 
 
 def write_json(content: Any, file: str | Path) -> Path:
-    """Writes to a temporary name and renames: the file is whole or not there."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
-    return file
+    """Writes a JSON file, whole or as it was before."""
+    return write_text(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def plot_metrics(folder: str | Path, names: list[str]) -> Path | None:

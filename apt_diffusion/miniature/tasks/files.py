@@ -4,7 +4,6 @@ Each writer fills the folder that it is given and yields after every chunk of it
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ...io.atomic import new_folder
 from ..pictures import to_images
 from .captions import captions_of
 from .classes import CLASSES, class_name, draw_classes
@@ -47,17 +47,9 @@ def write(
         raise FileExistsError(f"{folder} is not empty: name a new folder, or remove it first.")
     if wrong := [f"{split} {size}" for split, size in sizes.items() if size < 1]:
         raise ValueError(f"Every split needs at least one item, got {', '.join(wrong)}.")
-    temporary = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(folder) as temporary:
         for items in WRITERS[task](temporary, sizes, seed):
             progress(items)
-        if folder.is_dir():
-            folder.rmdir()
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_json(values: Any, file: Path) -> None:

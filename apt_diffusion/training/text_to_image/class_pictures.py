@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ...data.folders import find_pictures, has_pictures
 from ...data.pictures import Picture
+from ...io.atomic import replacing
 from .stable_diffusion import StableDiffusionBase
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -59,7 +60,7 @@ def complete_class_pictures(
             )
             for number, image in zip(numbers, images, strict=True):
                 name = f"{number}-{hashlib.sha1(image.tobytes()).hexdigest()}.png"
-                image.save(folder / f".{name}", format="PNG")
-                (folder / f".{name}").rename(folder / name)  # a kill leaves no half picture
+                with replacing(folder / name) as temporary:  # a kill leaves no half picture
+                    image.save(temporary, format="PNG")
     accelerator.wait_for_everyone()
     return present if len(present) == args.num_class_images else find_class_pictures(args)

@@ -167,7 +167,7 @@ class DreamBoothData(Dataset):
 
 def pixels_of(views: list[View], framing: Framing) -> dict[View, Tensor]:
     """Pixels `(3, size, size)` of several views; each picture is opened once."""
-    found = {}
+    found: dict[View, Tensor] = {}
     for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
         image = read_picture(path)
         found |= {view: cut(image, view, framing.interpolation) for view in of_picture}

@@ -23,12 +23,14 @@ from apt_diffusion.data.folders import check_picture, find_pictures
 from apt_diffusion.data.held_out import HeldOutData, split_off
 from apt_diffusion.data.pictures import Picture
 from apt_diffusion.data.reading import read_picture
+from apt_diffusion.training import optimizer_choice
 from apt_diffusion.training.activations import checkpoint_activations
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
-from apt_diffusion.training.optimizer import make_adamw, make_schedule
+from apt_diffusion.training.optimizer import make_schedule
+from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
 from apt_diffusion.training.text_to_image.bases import open_base
@@ -216,20 +218,20 @@ def load(
 def make_optimizer(
     session: Session, parameters: dict[str, nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, dict[str, float]]:
-    """AdamW, with a learning rate of their own for text encoders; and the rates under the names that the log has."""
+    """With a learning rate of their own for text encoders; and the rates under the names that the log has."""
     args = session.args
     scale = session.examples_per_step if args.scale_lr else 1
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
     rates = {"unet": args.learning_rate * scale, "text_encoder": text_encoder_lr * scale}
     groups = {part: {n: p for n, p in parameters.items() if n.startswith(part)} for part in rates}
     groups = {part: group for part, group in groups.items() if group}
-    optimizer = make_adamw(
-        [(group, rates[part]) for part, group in groups.items()],
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        epsilon=args.adam_epsilon,
-        use_8bit=args.use_8bit_adam,
-    )
+    usual = {
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.adam_weight_decay,
+    }
+    pairs = [(group, rates[part]) for part, group in groups.items()]
+    optimizer = optimizer_choice.make_optimizer(args.optimizer, pairs, usual, parse_settings(args.optimizer_args))
     return optimizer, dict(zip(("lr", "text_encoder_lr"), (rates[part] for part in groups), strict=False))
 
 

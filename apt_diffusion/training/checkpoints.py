@@ -114,12 +114,19 @@ def prune_checkpoints(output_dir: str | Path, total_limit: int | None, newest: i
         remove_folder(folder, _TEMPORARY)
 
 
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Each group's settings, but for the learning rates, which follow a schedule."""
+    aside = ("params", "lr", "initial_lr")
+    return [{key: value for key, value in group.items() if key not in aside} for group in optimizer.param_groups]
+
+
 def save_training_state(
     folder: Path,
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, nn.Parameter],
     state: dict[str, Any],
     scaler: Any = None,
+    settings: list[dict[str, Any]] | None = None,
 ) -> None:
     """Writes the optimizer's state under the parameters' names, and `state` (JSON) with all other values.
 
@@ -129,6 +136,7 @@ def save_training_state(
         parameters: all that it optimizes, by name.
         state: at least `step`.
         scaler: the gradient scaler of fp16 training.
+        settings: the `group_settings` before the first step: what has changed since then is state (as Prodigy's `d`).
     """
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -140,6 +148,12 @@ def save_training_state(
                 plain.setdefault(name, {})[key] = value
     write_safetensors(tensors, folder / OPTIMIZER_NAME, {"format": "pt"})
     content = state | {"parameters": list(parameters), "optimizer": plain}
+    now = group_settings(optimizer)
+    before = now if settings is None else settings
+    content["groups"] = [
+        {key: value for key, value in new.items() if key not in old or old[key] != value}
+        for old, new in zip(before, now, strict=True)
+    ]
     content["scaler"] = None if scaler is None else scaler.state_dict()
     (folder / STATE_NAME).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -167,5 +181,7 @@ def load_training_state(
     current = optimizer.state_dict()
     found = {index: states[name] for index, name in enumerate(ordered) if name in states}
     optimizer.load_state_dict(current | {"state": found})
+    for group, changed in zip(optimizer.param_groups, checkpoint.state.get("groups") or [], strict=False):
+        group.update(changed)
     if scaler is not None and checkpoint.state["scaler"]:
         scaler.load_state_dict(checkpoint.state["scaler"])

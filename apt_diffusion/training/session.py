@@ -19,6 +19,7 @@ the agreement of several processes.
 
 import argparse
 import contextlib
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -211,6 +212,7 @@ class Session:
         self._trained = [model for model in wrapped.values() if any(p.requires_grad for p in model.parameters())]
         self._parameters, self._schedule = parameters, schedule
         self._rates = {"lr": self.args.learning_rate} if rates is None else rates
+        self._group_settings = copy.deepcopy(checkpoints.group_settings(optimizer))
         if self.resumed:
             checkpoints.load_training_state(self.resumed, self._optimizer.optimizer, parameters, accelerator.scaler)
         self._start_logs()
@@ -328,9 +330,8 @@ class Session:
         }
         with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:
             save(folder)
-            checkpoints.save_training_state(
-                folder, self._optimizer.optimizer, self._parameters, state, self.accelerator.scaler
-            )
+            optimizer, scaler = self._optimizer.optimizer, self.accelerator.scaler
+            checkpoints.save_training_state(folder, optimizer, self._parameters, state, scaler, self._group_settings)
         checkpoints.prune_checkpoints(self.output_dir, self.args.checkpoints_total_limit, newest=self.steps_done)
 
     def log(self, metrics: dict[str, float]) -> None:

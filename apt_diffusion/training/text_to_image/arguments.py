@@ -11,9 +11,13 @@ import re
 import warnings
 from collections.abc import Callable
 
+import torch
+from torch import nn
+
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ...data.pictures import INTERPOLATIONS
+from ..optimizer_choice import NAMED, make_optimizer, parse_settings
 from .losses import LOSS_TYPES
 
 
@@ -231,7 +235,14 @@ def _optimizer_flags(add) -> None:
         default=0.0,
         help="Size of a random offset of the noise per channel.",
     )
-    add("--use_8bit_adam", action="store_true", help="8-bit AdamW; needs bitsandbytes.")
+    add(
+        "--optimizer",
+        default="adamw",
+        help=f"{', '.join(NAMED)}, or the path of a class such as torch.optim.NAdam. Prodigy finds its own rate: give "
+        "it --learning_rate 1.",
+    )
+    add("--optimizer_args", nargs="+", default=[], metavar="NAME=VALUE", help="More arguments of the optimizer.")
+    add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit; needs bitsandbytes.")
     add("--adam_beta1", type=fraction, default=0.9, help="AdamW's β1.")
     add("--adam_beta2", type=fraction, default=0.999, help="AdamW's β2.")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="AdamW's weight decay.")
@@ -298,10 +309,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     _check_text_encoder(args)
     _check_output(args)
     _check_installed(args)
+    _check_optimizer(args)
     if args.target_modules and len(args.target_modules) == 1 and re.search(r"[\\*+?\[(|^$]", args.target_modules[0]):
         args.target_modules = args.target_modules[0]
     apt_config(args)
     return args
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    if args.use_8bit_adam:
+        if args.optimizer not in ("adamw", "adamw8bit"):
+            raise ValueError(f"--use_8bit_adam and --optimizer {args.optimizer} contradict each other.")
+        args.optimizer = "adamw8bit"
+    rate = nn.Parameter(torch.zeros(1))
+    make_optimizer(args.optimizer, [({"one": rate}, args.learning_rate)], {}, parse_settings(args.optimizer_args))
 
 
 def apt_config(args: argparse.Namespace) -> APTConfig:

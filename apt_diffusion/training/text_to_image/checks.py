@@ -4,6 +4,7 @@ import argparse
 
 from ... import add_apt
 from ..idle_flags import Rule, shared_rules
+from ..optimizer_choice import takes
 from .arguments import apt_config
 from .stable_diffusion import StableDiffusionBase
 
@@ -25,6 +26,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
     """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
     measured = bool(args.validation_split or args.validation_data_dir)
     evaluated = measured or args.validation_prompt is not None
+    taken = takes(args.optimizer)
     none_drawn = args.num_validation_images == 0
     without_prior = not args.with_prior_preservation
     return [
@@ -46,6 +48,10 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
             evaluated and (args.validation_steps or 0) >= args.max_train_steps,
             f"is not below the {args.max_train_steps} steps of the run: samples and losses come at the end only",
         ),
+        ("adam_beta1", "betas" not in taken, f"is no setting of --optimizer {args.optimizer}"),
+        ("adam_beta2", "betas" not in taken, f"is no setting of --optimizer {args.optimizer}"),
+        ("adam_epsilon", "eps" not in taken, f"is no setting of --optimizer {args.optimizer}"),
+        ("adam_weight_decay", "weight_decay" not in taken, f"is no setting of --optimizer {args.optimizer}"),
         ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

@@ -68,7 +68,7 @@ SUBJECTS = (
         "A comparison is worth something if every method is what it says. One method at a time is attached, "
         "settings that it does not have are refused, and a file is compared with the model before it changes "
         "anything.",
-        ("apt_diffusion/baselines/", "apt_diffusion/costs.py", "apt_diffusion/training/methods.py"),
+        ("apt_diffusion/baselines/", "apt_diffusion/cost", "apt_diffusion/training/methods.py"),
     ),
     Subject(
         "Every training run",

@@ -195,8 +195,8 @@ class CountedJointAttnProcessor:
         self,
         attn: Any,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """`attention_mask` is the logarithm of the count, `(B,)`."""
         projections = (

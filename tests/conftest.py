@@ -290,6 +290,20 @@ def nlvr2_dir(tmp_path_factory) -> Path:
     return make_nlvr2_folder(tmp_path_factory.mktemp("nlvr2"))
 
 
+@pytest.fixture
+def go(tiny_sd_path, instance_dir, tmp_path):
+    """Trains the tiny Stable Diffusion into a new folder, or that named by `out=`."""
+    from support.training_helpers import train
+
+    count = iter(range(100))
+
+    def run(out=None, **flags):
+        pictures = flags.pop("instance_data_dir", instance_dir)
+        return train(tiny_sd_path, pictures, tmp_path / (out or f"out-{next(count)}"), **flags)
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def chromium():
     from support.studio_browser import chromium_running

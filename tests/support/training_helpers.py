@@ -14,6 +14,26 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 WEIGHTS = "pytorch_apt_weights.safetensors"
 
+# With diffusers' defaults, but for the learning rate, which follows our own sweep, and the resolution.
+DIFFUSERS_FLAGS = {
+    "pretrained_model_name_or_path": None, "revision": None, "variant": None, "tokenizer_name": None,
+    "instance_data_dir": None, "class_data_dir": None, "instance_prompt": None, "class_prompt": None,
+    "validation_prompt": None, "num_validation_images": 4, "validation_epochs": 50, "with_prior_preservation": False,
+    "prior_loss_weight": 1.0, "num_class_images": 100, "output_dir": "lora-dreambooth-model", "seed": None,
+    "center_crop": False, "train_text_encoder": False, "train_batch_size": 4, "sample_batch_size": 4,
+    "num_train_epochs": 1, "max_train_steps": None, "checkpointing_steps": 500, "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+    "learning_rate": 1.5e-3, "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "lr_num_cycles": 1,
+    "lr_power": 1.0, "dataloader_num_workers": 0, "use_8bit_adam": False, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None,
+    "hub_model_id": None, "logging_dir": "logs", "allow_tf32": False, "report_to": "tensorboard",
+    "mixed_precision": None, "prior_generation_precision": None, "local_rank": -1,
+    "enable_xformers_memory_efficient_attention": False, "pre_compute_text_embeddings": False,
+    "tokenizer_max_length": None, "text_encoder_use_attention_mask": False, "validation_images": None,
+    "class_labels_conditioning": None, "rank": 4, "image_interpolation_mode": "lanczos", "lora_dropout": 0.0,
+    "resolution": None,  # the model's own size, which is diffusers' 512 for Stable Diffusion 1.5
+}  # fmt: skip
+
 
 def command(model, pictures, output, **flags):
     """A command line: small adapters, no samples and a seed unless `flags` say otherwise; `True` is a bare flag."""

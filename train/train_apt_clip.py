@@ -35,6 +35,7 @@ from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
+from apt_diffusion.training.checkpoints import find_checkpoint
 from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
 from apt_diffusion.training.session import Session
@@ -66,12 +67,13 @@ print(classifier.class_names[classifier(pixels).argmax()])  # texts are encoded 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Returns the metrics; of several seeds their means."""
     args = parse_args(__doc__.split("\n\n")[0], argv)
+    check_sources(args)
     data = load(args)
     if len(args.seeds) == 1:
-        return run_seed(args, argv, data, args.seeds[0], Path(args.output_dir))
+        return run_seed(args, argv, data, args.seeds[0])
     metrics = {}
     for seed in args.seeds:
-        metrics[seed] = run_seed(args, argv, data, seed, Path(args.output_dir, f"seed-{seed}"))
+        metrics[seed] = run_seed(args, argv, data, seed)
         AcceleratorState._reset_state(reset_partial_state=True)  # the end of a run closed the process group
     return summarise(args, metrics)
 
@@ -84,14 +86,30 @@ def load(args: argparse.Namespace) -> Labelled:
     return read_data_set(args.data_dir, args.data_set, training)
 
 
-def run_seed(
-    all_args: argparse.Namespace, argv: list[str] | None, data: Labelled, seed: int, output_dir: Path
-) -> dict[str, float]:
-    """Trains and evaluates, or only evaluates, with one seed."""
-    args = copy.copy(all_args)
-    args.seed, args.output_dir = seed, str(output_dir)
+def check_sources(args: argparse.Namespace) -> None:
+    """The weights that each seed begins with must be there before the first one is trained."""
+    for seed in args.seeds:
+        own = of_seed(args, seed)
+        if own.adapter is not None:
+            find_method_file(own.adapter)
+        if own.resume_from_checkpoint not in (None, "latest"):
+            find_checkpoint(own.output_dir, own.resume_from_checkpoint)
+
+
+def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """The flags of one seed: of several, each has a folder of its own, in --output_dir and in --adapter."""
+    own = copy.copy(args)
+    own.seed = seed
+    if len(args.seeds) > 1:
+        own.output_dir = str(Path(args.output_dir, f"seed-{seed}"))
     if args.adapter is not None and Path(args.adapter, f"seed-{seed}").is_dir():
-        args.adapter = str(Path(args.adapter, f"seed-{seed}"))
+        own.adapter = str(Path(args.adapter, f"seed-{seed}"))
+    return own
+
+
+def run_seed(all_args: argparse.Namespace, argv: list[str] | None, data: Labelled, seed: int) -> dict[str, float]:
+    """Trains and evaluates, or only evaluates, with one seed."""
+    args = of_seed(all_args, seed)
     with Session.start(args, "train_apt_clip", argv) as session:
         base = find_base(args, {"clip": RECIPES[args.protocol]}, session.accelerator.num_processes)
         shots = few_shot(data, args.num_shots, session.seed)

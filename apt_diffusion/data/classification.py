@@ -234,8 +234,9 @@ def read_hub(
         ImportError, ValueError: where it cannot be loaded, or has other columns or splits, or columns of another kind.
     """
     hub = load_hub_splits(name)
-    for rows in hub.values():
-        check_columns(rows, (image_column, label_column), name)
+    for split in ("train", "validation", "val", "valid", "test"):
+        if split in hub:
+            check_columns(hub[split], (image_column, label_column), name)
     val = next((hub[split] for split in ("validation", "val", "valid") if split in hub), None)
     test = hub.get("test", val)
     secret = test is not None and set(test.unique(label_column)) <= set(UNLABELLED)

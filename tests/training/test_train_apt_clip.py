@@ -142,6 +142,17 @@ def test_errors_come_before_training(model, data, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
+def test_adapters_of_all_seeds_are_looked_for_before_the_first_is_evaluated(model, data, tmp_path, monkeypatch):
+    import train_apt_clip
+
+    run(model, data, tmp_path / "out" / "seed-1", seeds=1, max_train_steps=1)
+    monkeypatch.setattr(train_apt_clip, "load", lambda *args: pytest.fail("too late"))
+    with pytest.raises(FileNotFoundError, match="out"):
+        run(model, data, tmp_path / "alone", seeds=[1, 2], eval_only=True, adapter=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="no checkpoint 'checkpoint-1'"):
+        run(model, data, tmp_path / "out", seeds=[1, 2], resume_from_checkpoint="checkpoint-1")
+
+
 # Other people's data
 
 

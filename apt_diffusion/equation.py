@@ -6,6 +6,9 @@ Axes: B batch, N tokens, d width, p prompts, r rank.  Names of the paper stand b
     A = relu(X Kᵀ)                 affinity of every token to every prompt
     w = stop_gradient(max_p A)     how strongly the prompts act on a token
     Y = exp(s) · (O + w ⊙ (A P))   the corrected output of the attention
+
+Next to a model in half precision the two products, which are nearly all of the cost, are taken in that precision (a
+matrix unit sums them in float32); K, exp(s) and the strength of an adapter are computed in float32 first.
 """
 
 from typing import NamedTuple
@@ -22,7 +25,20 @@ class FoldedPrompt(NamedTuple):
 
     keys: Tensor  # (..., p, d)
     values: Tensor  # (..., p, d)
-    scale: Tensor  # (1,), or (B, 1, 1) for one adapter per sample
+    scale: Tensor  # (1,), or (B, 1, 1) for one adapter per sample; float32 or better
+
+    def in_precision(self, dtype: torch.dtype, activation: str) -> "FoldedPrompt":
+        """Keys and values for products in half precision; for other dtypes, and for a softmax, nothing changes.
+
+        Logits of a softmax that are rounded to half precision would change its result by a share of their size.
+        """
+        if activation != "relu" or dtype not in (torch.float16, torch.bfloat16):
+            return self
+        keys, values, scale = self
+        if dtype == torch.float16:
+            factor = float16_factor(values)
+            keys, values = keys / factor, values * factor.square()
+        return FoldedPrompt(keys.to(dtype), values.to(dtype), scale)
 
     def weighted(self, weight: float | Tensor) -> "FoldedPrompt":
         """At strength λ, `Y_λ = O + λ (Y − O)`; one number, or a tensor `(B, 1, 1)` for one per sample."""
@@ -30,6 +46,18 @@ class FoldedPrompt(NamedTuple):
         if isinstance(weight, Tensor):  # λ = 1 is the adapter as it is, to the last bit
             scale = torch.where(weight == 1, self.scale, scale)
         return FoldedPrompt(self.keys, weight * self.values, scale)
+
+
+def float16_factor(values: Tensor) -> Tensor:
+    """A power of two c, `(..., 1, 1)`: keys / c and c² · values give the same result, because relu is homogeneous.
+
+    float16 ends at 65504, and A enters squared: from affinities of 256 on, w ⊙ A would overflow although the result
+    fits, as values are small. So values are scaled up, to at most 16, and affinities down, to at least a 64th, and may
+    reach 16,000. bfloat16 has the range of float32.
+    """
+    largest = values.detach().abs().amax((-2, -1), keepdim=True)
+    exponent = (16 / largest).log2().div(2).floor().clamp(0, 6)
+    return (1 << exponent.long()).to(values.dtype)
 
 
 def information_diffusion(
@@ -76,21 +104,27 @@ class ApproximatedPrompt(nn.Module):
             nn.init.normal_(self.low_rank_up, std=0.02)
 
     def fold(self, dtype: torch.dtype, weight: float = 1.0) -> FoldedPrompt:
-        """The adapter at strength `weight`, `Y_λ = O + λ (Y − O)`, with every input-independent step done."""
+        """The adapter at strength `weight`, `Y_λ = O + λ (Y − O)`, with every input-independent step done.
+
+        Args:
+            dtype: of the attention's output. The steps are done in float32 or better.
+            weight: λ.
+        """
+        computed = torch.promote_types(dtype, torch.float32)
         prompts, down, up, log_scale = (
-            p.to(dtype) for p in (self.prompts, self.low_rank_down, self.low_rank_up, self.log_scale)
+            p.to(computed) for p in (self.prompts, self.low_rank_down, self.low_rank_up, self.log_scale)
         )
         scale = log_scale.exp()  # exp(s)
-        strength = scale if self.gate is None else scale * self.gate.to(dtype)
+        strength = scale if self.gate is None else scale * self.gate.to(computed)
         keys = prompts + (prompts @ down.T) @ up.T  # K  (p, d)
         folded = FoldedPrompt(keys, strength * prompts, scale)
-        return folded if weight == 1 else folded.weighted(weight)
+        return (folded if weight == 1 else folded.weighted(weight)).in_precision(dtype, self.activation)
 
     def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
-        """`(O, X) -> Y`, all `(B, N, d)` in any floating dtype; computed in float32 or better (A enters squared)."""
-        dtype = torch.promote_types(attn_output.dtype, torch.float32)
+        """`(O, X) -> Y`, all `(B, N, d)` in any floating dtype; see `correct` for the precision."""
         with torch.autocast(attn_output.device.type, enabled=False):
-            return correct(attn_output, hidden_states, self.fold(dtype), self.activation, self.active_dropout)
+            folded = self.fold(attn_output.dtype)
+            return correct(attn_output, hidden_states, folded, self.activation, self.active_dropout)
 
     @property
     def active_dropout(self) -> float:
@@ -101,7 +135,12 @@ class ApproximatedPrompt(nn.Module):
 def correct(
     attn_output: Tensor, query: Tensor, folded: FoldedPrompt, activation: str = "relu", dropout: float = 0.0
 ) -> Tensor:
-    """`scale · O + w ⊙ (A V)` in the dtype of `folded`, returned in that of `attn_output`."""
+    """`scale · O + w ⊙ (A V)`, returned in the dtype of O; the products are taken in that of `folded.keys`."""
     dtype = folded.keys.dtype
     update = information_diffusion(query.to(dtype), folded.keys, folded.values, activation, dropout)
-    return (folded.scale * attn_output.to(dtype) + update).to(attn_output.dtype)
+    if dtype == folded.scale.dtype:
+        return (folded.scale * attn_output.to(dtype) + update).to(attn_output.dtype)
+    # In half precision exp(s) − 1 keeps its digits, which exp(s) near 1 loses. Expanded before it is rounded: the
+    # gradient of s is then summed over tokens in float32.
+    excess = (folded.scale - 1).expand(*attn_output.shape[:-1], 1).to(dtype)
+    return torch.addcmul(attn_output + update, attn_output, excess)

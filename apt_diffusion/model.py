@@ -305,8 +305,8 @@ def named_cores(model: nn.Module) -> Iterator[tuple[str, APTProcessorCore]]:
 def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> ApproximatedPrompt:
     """A new adapter of `width` on the device of the module next to it.
 
-    It has the module's dtype where that is float32 or better; next to half precision it is float32, in which the step
-    is computed anyway: an optimizer's epsilon is zero in float16.
+    It has the module's dtype where that is float32 or better; next to half precision it is float32, in which keys and
+    scale are computed anyway: an optimizer's epsilon is zero in float16.
     """
     assert config.init is not None  # resolved
     adapter = ApproximatedPrompt(

@@ -200,9 +200,8 @@ class APTLayer(nn.Module, BaseTunerLayer):
 
 
 def _correct(adapter: ApproximatedPrompt, attn_output: Tensor, query: Tensor, weight: float) -> Tensor:
-    dtype = torch.promote_types(attn_output.dtype, torch.float32)
     with torch.autocast(attn_output.device.type, enabled=False):
-        folded = adapter.fold(dtype, weight)
+        folded = adapter.fold(attn_output.dtype, weight)
         return correct(attn_output, query, folded, adapter.activation, adapter.active_dropout)
 
 

@@ -66,7 +66,7 @@ class APTProcessorCore(nn.Module):
         self._memos.clear()
 
     def forward(self, attn_output: Tensor, hidden_states: Tensor) -> Tensor:
-        """`(O, X) -> Y`, all `(B, N, d)`; computed in float32 or better, returned in the dtype of O."""
+        """`(O, X) -> Y`, all `(B, N, d)`, returned in the dtype of O; `equation.py` says what is computed in which."""
         if not self.enabled:
             return attn_output
         with torch.autocast(attn_output.device.type, enabled=False):
@@ -103,7 +103,7 @@ class APTProcessorCore(nn.Module):
                 continue  # O bit for bit
             adapter = self.adapters[name]
             query = hidden_states if self.query_sources[name] == "hidden_states" else attn_output
-            folded = self._fold(name, weight * self.scale, attn_output)
+            folded = self._fold(name, weight * self.scale, attn_output.dtype, attn_output.device)
             output = correct(attn_output, query, folded, adapter.activation, adapter.active_dropout)
             corrected = output if corrected is attn_output else corrected + (output - attn_output)
         return corrected
@@ -149,7 +149,11 @@ class APTProcessorCore(nn.Module):
     def _stack(self, key: Hashable, mix: Mix, like: Tensor) -> FoldedPrompt:
         """One adapter per row: keys and values `(B, p, d)`, scale `(B, 1, 1)`."""
         distinct = list(dict.fromkeys(name for name, _ in mix))
-        folds = [self._fold(name, 1.0, like) for name in distinct]
+        computed = torch.promote_types(
+            like.dtype, torch.float32
+        )  # rounded after the weights, as for one adapter alone
+        folds = [self._fold(name, 1.0, computed, like.device) for name in distinct]
+        activation = self.adapters[distinct[0]].activation
 
         def stack() -> FoldedPrompt:
             index = torch.tensor([distinct.index(name) for name, _ in mix], device=like.device)
@@ -157,23 +161,22 @@ class APTProcessorCore(nn.Module):
             values = nn.utils.rnn.pad_sequence([fold.values for fold in folds], batch_first=True)
             scale = torch.stack([fold.scale for fold in folds]).unsqueeze(-1)
             folded = FoldedPrompt(keys[index], values[index], scale[index])
-            if all(weight == 1 for _, weight in mix):
-                return folded
-            weights = torch.tensor([weight for _, weight in mix], device=like.device, dtype=scale.dtype)
-            return folded.weighted(weights.view(-1, 1, 1))
+            if any(weight != 1 for _, weight in mix):
+                weights = torch.tensor([weight for _, weight in mix], device=like.device, dtype=scale.dtype)
+                folded = folded.weighted(weights.view(-1, 1, 1))
+            return folded.in_precision(like.dtype, activation)
 
-        return self._keep(("stack", key), stack, [fold.keys for fold in folds], mix)
+        return self._keep(("stack", key), stack, [fold.keys for fold in folds], (mix, like.dtype))
 
-    def _fold(self, name: str, weight: float, like: Tensor) -> FoldedPrompt:
-        """`ApproximatedPrompt.fold` for activations such as `like`; an offloaded adapter may be on another device."""
+    def _fold(self, name: str, weight: float, dtype: torch.dtype, device: torch.device) -> FoldedPrompt:
+        """`ApproximatedPrompt.fold` on `device`; an offloaded adapter may be on another one."""
         adapter = self.adapters[name]
-        dtype = torch.promote_types(like.dtype, torch.float32)
 
         def fold() -> FoldedPrompt:
             with onloaded(adapter):
-                return FoldedPrompt(*(tensor.to(like.device) for tensor in adapter.fold(dtype, weight)))
+                return FoldedPrompt(*(tensor.to(device) for tensor in adapter.fold(dtype, weight)))
 
-        return self._keep(name, fold, list(adapter.parameters()), (weight, dtype, like.device))
+        return self._keep(name, fold, list(adapter.parameters()), (weight, dtype, device))
 
     def _may_keep(self) -> bool:
         # First: what a compiled graph does must not depend on `keep_folded`, which pipelines switch on and off.

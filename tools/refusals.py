@@ -242,9 +242,10 @@ def worded_name(name: str) -> str:
 def escaped(text: str) -> str:
     """Text in which Markdown finds code between backquotes and nothing else; on one line."""
     parts = " ".join(text.split()).split("`")
-    return "`".join(
-        re.sub(r"([\\*<>|]|\b_|_\b)", r"\\\1", part) if i % 2 == 0 else part for i, part in enumerate(parts)
-    )
+    for index in range(0, len(parts), 2):
+        plain = parts[index].replace("<", "&lt;").replace(">", "&gt;")
+        parts[index] = re.sub(r"([\\*]|\b_|_\b)", r"\\\1", plain)
+    return "`".join(parts)
 
 
 def subject_of(path: str) -> Subject:

@@ -33,7 +33,7 @@ def test_messages_as_a_reader_sees_them():
         "‹value› must be one of ‹names›, got ‹number of names›, ‹class of value›",
         "First narrow / wide ‹names› third. (`TypeError`)",
         "It is gone.",
-        r"a\*b needs `c*d` \<now\> (flags)",
+        r"a\*b needs `c*d` &lt;now&gt; (flags)",
     ]
 
 

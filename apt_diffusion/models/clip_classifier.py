@@ -79,17 +79,17 @@ class ClipClassifier(nn.Module):
         if repeated:
             logger.warning("Classes with the same name cannot be told apart by their texts: %s.", repeated)
         cut = kept_and_lost(texts, self.tokenizer, self.max_text_length)
-        of_ids: dict[tuple[int, ...], set[str]] = defaultdict(set)
-        for text, (ids, _) in cut.items():
-            of_ids[ids].add(text)
-        for same in of_ids.values():
-            if len(same) > 1:
-                count = len(texts) // len(names)
-                of_class = sorted({names[place // count] for place, text in enumerate(texts) if text in same})
-                raise ValueError(
-                    f"The classes {of_class} become the same class: only {self.max_text_length} tokens of a text are "
-                    "read, and theirs differ behind that. Shorten the names."
-                )
+        count = len(texts) // len(names)
+        classes: dict[tuple[int, ...], set[str]] = defaultdict(set)  # by what is read of a text that is cut
+        for place, text in enumerate(texts):
+            if text in cut:
+                classes[cut[text][0]].add(names[place // count])
+        same = next((sorted(found) for found in classes.values() if len(found) > 1), None)
+        if same is not None:
+            raise ValueError(
+                f"The classes {same} become the same class: only {self.max_text_length} tokens of a text are read, and "
+                "theirs differ behind that. Shorten the names."
+            )
         warn_of_cut_texts([(repr(text), text) for text in texts], self.tokenizer, self.max_text_length)
 
     @property

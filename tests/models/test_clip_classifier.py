@@ -271,6 +271,7 @@ def test_names_that_read_the_same_are_refused(classifier, caplog):
         classifier.set_classes(["star", f"{long}a", f"{long}b"])
     assert classifier.class_names == NAMES
     classifier.set_classes(["star", f"{long}a", f"y{long}"])
+    classifier.set_classes([f"{long}c", "star"], ["{} texture.", "{} photo"])  # one class twice is no other class
     assert "2 of 3 texts are longer than the 77 tokens that the model reads" in caplog.text
     assert "loses 'x" in caplog.text
 

@@ -78,17 +78,17 @@ class ClipClassifier(nn.Module):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             logger.warning("Classes with the same name cannot be told apart by their texts: %s.", repeated)
-        cut = kept_and_lost(texts, self.tokenizer, self.max_text_length)
-        count = len(texts) // len(names)
-        classes: dict[tuple[int, ...], set[str]] = defaultdict(set)  # by what is read of a text that is cut
-        for place, text in enumerate(texts):
-            if text in cut:
-                classes[cut[text][0]].add(names[place // count])
-        same = next((sorted(found) for found in classes.values() if len(found) > 1), None)
+        if not kept_and_lost(texts, self.tokenizer, self.max_text_length):
+            return
+        names_of: dict[tuple[int, ...], set[str]] = defaultdict(set)  # by the token ids that the model reads
+        read = self.tokenizer(texts, truncation=True, max_length=self.max_text_length)["input_ids"]
+        for place, ids in enumerate(read):
+            names_of[tuple(ids)].add(names[place * len(names) // len(texts)])
+        same = next((sorted(found) for found in names_of.values() if len(found) > 1), None)
         if same is not None:
             raise ValueError(
-                f"The classes {same} become the same class: only {self.max_text_length} tokens of a text are read, and "
-                "theirs differ behind that. Shorten the names."
+                f"The classes {same} become the same class: only {self.max_text_length} tokens of a text are read, "
+                "and theirs differ behind that. Shorten the names."
             )
         warn_of_cut_texts([(repr(text), text) for text in texts], self.tokenizer, self.max_text_length)
 

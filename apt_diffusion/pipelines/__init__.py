@@ -11,8 +11,10 @@ def __getattr__(name: str) -> Any:
     if "APT" in name and name.endswith("Pipeline"):
         import diffusers
 
+        from ..quiet import hide_torchvision_notices
         from .factory import apt_pipeline
 
+        hide_torchvision_notices()
         stock = getattr(diffusers, name.replace("APT", "", 1), None)
         if stock is not None:
             return apt_pipeline(stock)

@@ -1,4 +1,4 @@
-"""How every training run starts, and how it keeps its randomness in order."""
+"""How every training run starts: its processes, its checkpoint, its seed."""
 
 import argparse
 import logging
@@ -11,11 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_tensorboard_available
 
-from ..data.order import Purpose, random_at
-from . import provenance
 from .checkpoints import Checkpoint, find_checkpoint
-from .loss_log import LOG_NAME, LossLog
-from .progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -76,30 +72,3 @@ def report_changes(args: argparse.Namespace, before: dict[str, Any]) -> None:
     ]
     if changes:
         logger.info("Settings that differ from the checkpoint's: %s.", ", ".join(changes))
-
-
-def start_progress(
-    accelerator: Accelerator, project: str, args: argparse.Namespace, resumed: Checkpoint | None
-) -> Progress:
-    """Progress bar, trackers and loss log; a resumed run continues the log of the one that it resumes."""
-    settings = provenance.public_settings(vars(args)).items()
-    accelerator.init_trackers(
-        project, config={key: value if isinstance(value, int | float | str) else str(value) for key, value in settings}
-    )
-    first_step = resumed.step if resumed else 0
-    log = None
-    if accelerator.is_main_process:
-        log = LossLog(args.output_dir, first_step, resumed.folder.resolve().parent / LOG_NAME if resumed else None)
-    return Progress(accelerator, log, first_step, args.max_train_steps)
-
-
-def seed_dropout(accelerator: Accelerator, seed: int, micro_step: int) -> None:
-    """Torch's own generator serves dropout only; seeded by place, it needs no state in checkpoints.
-
-    Args:
-        accelerator: the run's; each process has a place of its own.
-        seed: the run's.
-        micro_step: batches that this process has seen.
-    """
-    place = micro_step * accelerator.num_processes + accelerator.process_index
-    torch.manual_seed(int(random_at(seed, place, Purpose.STEP).integers(2**63)))

@@ -1,13 +1,16 @@
 """The components of a pipeline that carry adapters, and which settings each of them gets."""
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .architectures import COMPONENTS, DENOISERS, is_known
 from .config import APTConfig, pattern_matches
+from .model import named_cores
 from .places import base_modules, matches
+from .processor import APTProcessorCore
 from .wrappers import unwrap
 
 logger = logging.getLogger(__name__)
@@ -26,6 +29,12 @@ def wrapped_components(model: Any) -> dict[str, nn.Module]:
     if not isinstance(parts, dict):
         raise TypeError(f"Expected a torch.nn.Module, a diffusers pipeline or a dict of models, got {type(model)}.")
     return {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
+
+
+def cores_of(model: Any) -> Iterator[APTProcessorCore]:
+    """The processor cores of all components."""
+    for component in components_of(model).values():
+        yield from (core for _, core in named_cores(component))
 
 
 def config_per_component(

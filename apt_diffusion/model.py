@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from .adapter_names import check_name
@@ -22,7 +21,7 @@ from .equation import ApproximatedPrompt
 from .heads import Heads, head_tensors
 from .hooks import accept_base_states, refuse_base_states, register, unregister
 from .offloading import regroup_offloaded
-from .places import Place, places_of
+from .places import Place, new_adapter, places_of
 from .processor import APTProcessorCore, Sample
 from .wrappers import unwrapped_name
 
@@ -194,17 +193,21 @@ class ModelAdapters:
         self.hotswap_room = room
         self._apply()
 
+    def check_idle(self) -> None:
+        """`RuntimeError` while a call is under way."""
+        if self.call is not None:
+            raise RuntimeError(
+                f"Another call is under way on this {type(self.model).__name__}: its adapters have one scale and "
+                "one set of weights at a time. Wait for that call, put both into one batch with "
+                "apt_adapter_names, or use a copy of the pipeline."
+            )
+
     def begin_call(self, call: Call, component: str) -> None:
         """Starts a call with its own settings; `RuntimeError` while another is under way."""
         if call.samples is not None:
             self._check_batch_axis()
         with _call_lock:
-            if self.call is not None:
-                raise RuntimeError(
-                    f"Another call is under way on this {type(self.model).__name__}: its adapters have one scale and "
-                    "one set of weights at a time. Wait for that call, put both into one batch with "
-                    "apt_adapter_names, or use a copy of the pipeline."
-                )
+            self.check_idle()
             self.call = call
         self._component = component
         try:
@@ -300,20 +303,3 @@ def named_cores(model: nn.Module) -> Iterator[tuple[str, APTProcessorCore]]:
     for name, module in model.named_modules():
         if isinstance(module, APTProcessorCore):
             yield unwrapped_name(name.replace(".processor.apt", ".apt")), module
-
-
-def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> ApproximatedPrompt:
-    """A new adapter of `width` on the device of the module next to it.
-
-    It has the module's dtype where that is float32 or better; next to half precision it is float32, in which keys and
-    scale are computed anyway: an optimizer's epsilon is zero in float16.
-    """
-    assert config.init is not None  # resolved
-    adapter = ApproximatedPrompt(
-        width, config.num_prompts, config.rank, config.activation, config.dropout, config.init
-    )
-    weight = next(beside.parameters(), None)
-    if weight is None:
-        return adapter
-    device = "cpu" if weight.device.type == "meta" else weight.device
-    return adapter.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)

@@ -17,7 +17,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
     "core": ("equation",),
     "sites": ("architectures", "places"),
     "module_cache": ("memo",),
-    "attach": ("api", "components", "model", "hooks"),
+    "attach": ("api", "calls", "components", "model", "hooks"),
     "keys": ("io.names",),
     "files": ("io.files",),
     "weights": ("io.load", "io.save", "io.hotswap"),

@@ -4,10 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from .architectures import CHILDREN, Architecture, Stream, architecture_of
 from .config import APTConfig
+from .equation import ApproximatedPrompt
 from .hooks import Binding, bind
 from .wrappers import unwrapped_name
 
@@ -143,3 +145,20 @@ def context_width(name: str, module: nn.Module) -> int:
     if not isinstance(width, int) or getattr(module, "is_cross_attention", True) is False:
         raise ValueError(f"{name} ({type(module).__name__}) reads no encoder states: stream 'context' needs them.")
     return width
+
+
+def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> ApproximatedPrompt:
+    """A new adapter of `width` on the device of the module next to it.
+
+    It has the module's dtype where that is float32 or better; next to half precision it is float32, in which keys and
+    scale are computed anyway: an optimizer's epsilon is zero in float16.
+    """
+    assert config.init is not None  # resolved
+    adapter = ApproximatedPrompt(
+        width, config.num_prompts, config.rank, config.activation, config.dropout, config.init
+    )
+    weight = next(beside.parameters(), None)
+    if weight is None:
+        return adapter
+    device = "cpu" if weight.device.type == "meta" else weight.device
+    return adapter.to(device, torch.float64 if weight.dtype == torch.float64 else torch.float32)

@@ -20,8 +20,8 @@ from ..components import components_of, wrapped_components
 from ..config import APTConfig
 from ..equation import ApproximatedPrompt
 from ..heads import head_tensors
-from ..model import ModelAdapters, Planned, new_adapter
-from ..places import Place, named_modules, place_at
+from ..model import ModelAdapters, Planned
+from ..places import Place, named_modules, new_adapter, place_at
 from ..wrappers import check_can_grow
 from . import hotswap as swap
 from .files import AdapterFile, read_adapter_dict, read_adapter_file, resolve_adapter_file

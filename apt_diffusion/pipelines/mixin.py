@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from .. import api
+from .. import api, calls
 from ..components import components_of
 from ..io.atomic import write_text
 from ..io.files import WEIGHTS_NAME, AdapterFile, read_adapter_file, resolve_adapter_file
@@ -100,10 +100,11 @@ class APTLoaderMixin(Stock):
             kwargs = _repeated(apt_adapter_names, kwargs)
         apt_scale, kwargs = self._scale_of_lora(apt_scale, kwargs)
         images = kwargs.get("num_images_per_prompt") or kwargs.get("num_videos_per_prompt") or 1
+        calls.check_idle(self)
         with (
             self._from_store(apt_scale, apt_adapter_names),
-            api.apt_call(self, apt_scale, apt_adapter_names, images),
-            api.prepared_apt(self),
+            calls.apt_call(self, apt_scale, apt_adapter_names, images),
+            calls.prepared_apt(self),
         ):
             return super().__call__(**kwargs)
 
@@ -204,7 +205,7 @@ class APTLoaderMixin(Stock):
 
     def load_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, which would freeze every APT parameter on its way."""
-        trainable = [p for core in api.cores_of(self) for p in core.parameters() if p.requires_grad]
+        trainable = [p for core in calls.cores_of(self) for p in core.parameters() if p.requires_grad]
         try:
             super().load_lora_weights(*args, **kwargs)
         finally:  # PEFT freezes before it finds that a file does not fit
@@ -235,7 +236,7 @@ class APTLoaderMixin(Stock):
     ) -> contextlib.AbstractContextManager[None]:
         if self.apt_store is None:
             return contextlib.nullcontext()
-        return self.apt_store.attached(self, api.names_of_call(apt_scale, apt_adapter_names))
+        return self.apt_store.attached(self, calls.names_of_call(apt_scale, apt_adapter_names))
 
     def _scale_of_lora(self, apt_scale: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """`cross_attention_kwargs={"scale": ...}`, by which diffusers scales LoRA, scales APT where no LoRA is."""

@@ -200,6 +200,32 @@ def test_pipelines_that_share_a_model_share_its_state(two):
     assert np.array_equal(draw(other), draw(two))
 
 
+def test_a_refused_call_brings_nothing_from_the_store(two, tmp_path):
+    from apt_diffusion.serving.store import AdapterStore
+
+    two.save_apt_weights(tmp_path / "c", "b")
+    two.apt_store = AdapterStore(tmp_path)
+    seen = []
+
+    def second(pipeline):
+        with pytest.raises(RuntimeError, match="Another call is under way"):
+            draw(pipeline, apt_scale={"c": 1.0})
+        seen.append(pipeline.get_list_apt_adapters()["unet"])
+
+    expected = draw(two)
+    assert np.array_equal(draw(two, callback_on_step_end=once(second)), expected) and seen == [["a", "b"]]
+
+
+def test_an_adapter_of_the_store_may_be_deleted_meanwhile(two, tmp_path):
+    from apt_diffusion.serving.store import AdapterStore
+
+    two.save_apt_weights(tmp_path / "c", "b")
+    two.apt_store = AdapterStore(tmp_path)
+    expected = draw(two)
+    draw(two, apt_scale={"c": 1.0}, callback_on_step_end=once(lambda p: p.delete_apt_adapters("c")))
+    assert two.get_list_apt_adapters()["unet"] == ["a", "b"] and np.array_equal(draw(two), expected)
+
+
 def test_numpy_numbers_are_saved(two, tmp_path):
     two.set_apt_adapters(["a", "b"], [np.float32(0.5), {"unet": {"mid": np.float64(0.25), "up": [np.float16(0.5)]}}])
     two.set_apt_scale(np.float32(1.0))

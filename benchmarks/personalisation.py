@@ -112,14 +112,14 @@ def lora(lr: float, rank: int) -> Method:
 
 
 METHODS = {
-    "APT": apt(3e-3),
+    "APT, the defaults": apt(3e-3),
     "APT, lr 1.5e-3": apt(1.5e-3),
     "APT, lr 6e-3": apt(6e-3),
     "APT, asked by O": apt(3e-3, query_source="attn_output"),
     "APT, asked by O, context too": apt(3e-3, query_source="attn_output", streams=("query", "context")),
     "APT, context too": apt(3e-3, streams=("query", "context")),
     "APT, self-attention too": apt(3e-3, 100, target_modules=("attn1", "attn2")),
-    "LoRA r16": lora(2e-3, 16),
+    "LoRA r16, lr 2e-3": lora(2e-3, 16),
     "LoRA r16, lr 1e-3": lora(1e-3, 16),
     "LoRA r16, lr 4e-3": lora(4e-3, 16),
     # As in the table of shapes, where APT has as many parameters as LoRA of rank 15.
@@ -127,9 +127,9 @@ METHODS = {
     "LoRA r15, lr 2e-3": lora(2e-3, 15),
     "LoRA r15, lr 4e-3": lora(4e-3, 15),
     "LoRA r4, lr 2e-3": lora(2e-3, 4),
-    "textual inversion": Method(1e-2, "inversion"),
+    "textual inversion, lr 1e-2": Method(1e-2, "inversion"),
     "textual inversion, lr 3e-2": Method(3e-2, "inversion"),
-    "full cross-attention": Method(3e-4, "cross-attention"),
+    "full cross-attention, lr 3e-4": Method(3e-4, "cross-attention"),
     "full cross-attention, lr 1e-3": Method(1e-3, "cross-attention"),
 }
 
@@ -146,6 +146,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=4, help="pictures of the thing; as many of the class")
     parser.add_argument("--pictures", type=int, default=5, help="that teach, from 1 to 5")
     parser.add_argument("--images", type=int, default=2, help="per test prompt")
+    parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="of training and drawing")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args(argv)
     if not 1 <= args.pictures <= 5:
@@ -203,7 +204,7 @@ def learn(
         noisy = scheduler.add_noise(latents, noise, timesteps)
         prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(tokens)[0]).sample
         error = (prediction - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
-        (2 * error).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
+        (2 * error.float()).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -219,10 +220,11 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(world.model)
     lesson = Lesson(pipeline, output_dir / thing, output_dir / "class", args.pictures)
     base = torch.load(base_file(output_dir, thing, args), weights_only=True)
-    parameters, seconds, processor = learn(
-        pipeline, METHODS[name], world.name, lesson, args.steps, args.batch_size, seed
-    )
-    drawn = world.draw(pipeline, thing, args.images)
+    with precision(args):
+        parameters, seconds, processor = learn(
+            pipeline, METHODS[name], world.name, lesson, args.steps, args.batch_size, seed
+        )
+        drawn = world.draw(pipeline, thing, args.images).float()
     shown = to_images(drawn[:: args.images])
     save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))
     return {
@@ -235,9 +237,15 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     } | world.judge(thing, drawn, base)
 
 
+def precision(args: argparse.Namespace) -> torch.autocast:
+    """Under which everything is computed."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16")
+
+
 def settings_name(args: argparse.Namespace) -> str:
     """Of what all runs of a table have in common."""
-    return f"{args.steps}-steps-{args.pictures}-pictures-batch-{args.batch_size}-images-{args.images}"
+    kinds = f"{args.steps}-steps-{args.pictures}-pictures-batch-{args.batch_size}-images-{args.images}"
+    return kinds + ("-bf16" if args.mixed_precision == "bf16" else "")
 
 
 def picture_file(output_dir: Path, job: tuple[str, str, int], args: argparse.Namespace) -> Path:
@@ -250,7 +258,7 @@ def picture_file(output_dir: Path, job: tuple[str, str, int], args: argparse.Nam
 def base_file(output_dir: Path, thing: str, args: argparse.Namespace) -> Path:
     """Where the base model's test pictures are."""
     of = f"{thing}-" if WORLDS[args.world].own_prompts else ""
-    return output_dir / f"base-{of}{args.images}.pt"
+    return output_dir / f"base-{of}{args.images}-{args.mixed_precision}.pt"
 
 
 def load_pipeline(model: str) -> Any:
@@ -272,7 +280,8 @@ def prepare(args: argparse.Namespace) -> None:
         save_class_pictures(pipeline, output_dir / "class", class_captions(world.model, count))
     for thing in args.things:
         if not (file := base_file(output_dir, thing, args)).is_file():
-            torch.save(world.draw(pipeline, thing, args.images), file)
+            with precision(args):
+                torch.save(world.draw(pipeline, thing, args.images).float(), file)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:

@@ -97,7 +97,17 @@ def main() -> None:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as adapters, sync_playwright() as playwright:
-        server = subprocess.Popen([sys.executable, ROOT / "app.py", "--port", str(port), "--adapters", adapters])
+        command = [
+            sys.executable,
+            ROOT / "app.py",
+            "--model",
+            "miniature",
+            "--port",
+            str(port),
+            "--adapters",
+            adapters,
+        ]
+        server = subprocess.Popen(command)
         try:
             for _ in range(240):
                 try:

@@ -21,7 +21,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     """Flags of the command; ends the process with a message for those that cannot be used."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="miniature", help="folder or hub id of a Stable Diffusion (default: the embedded one)")
+    add(
+        "--model",
+        default="miniature-emoji",
+        help="a Stable Diffusion, by name or folder (default: the embedded emoji)",
+    )
     add(
         "--adapters",
         type=Path,

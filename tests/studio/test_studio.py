@@ -209,7 +209,7 @@ def test_everybody_sees_what_is_published_and_nobody_the_others_own(library):
 
 @pytest.mark.parametrize("name", sorted(folder.name for folder in EXAMPLES.iterdir() if folder.is_dir()))
 def test_examples_of_the_package_are_shown_where_they_fit(tmp_path, painter, name):
-    library = Library(tmp_path, "miniature")
+    library = Library(tmp_path, "miniature" if name == "mushroom" else "miniature-emoji")
     seen = {a.key: a for kind in ("stable_diffusion", "vilt", "meter", "clip") for a in library.visible(ANNA, kind)}
     example = seen[f"example/{name}"]
     assert example.label == f"{name} (example)" and example.load().tensors and example.card.startswith("# ")

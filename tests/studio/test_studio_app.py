@@ -56,7 +56,7 @@ def test_a_new_browser_gets_a_cookie_that_scripts_cannot_read():
 
 def test_flags_are_checked_and_paths_made_absolute(tmp_path, monkeypatch, capsys):
     args = command.parse_args([])
-    assert (args.model, args.listen, args.port, args.share) == ("miniature", "127.0.0.1", 7860, False)
+    assert (args.model, args.listen, args.port, args.share) == ("miniature-emoji", "127.0.0.1", 7860, False)
     assert command.parse_args(["--listen"]).listen == "0.0.0.0"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()

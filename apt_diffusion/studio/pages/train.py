@@ -72,7 +72,8 @@ class TrainPage:
                     "turn into yours. Leave it empty to save that time.",
                 )  # fmt: skip
                 self.steps = gr.Slider(
-                    1, most, min(400, most), step=1, label="Training steps", elem_id="train-steps",
+                    1, most, min(embedded.train_steps if embedded else 400, most), step=1, label="Training steps",
+                    elem_id="train-steps",
                     info=f"With fewer than 100 little is learnt; at most {most} here.",
                 )  # fmt: skip
                 self.rate = gr.Number(

@@ -269,9 +269,9 @@ def test_names_that_read_the_same_are_refused(classifier, caplog):
         ValueError, match=rf"The classes \['{long}a', '{long}b'\] become the same class: only 77 tokens"
     ):
         classifier.set_classes(["star", f"{long}a", f"{long}b"])
-    fits = "x" * 75  # exactly
-    with pytest.raises(ValueError, match=rf"\['{fits}', '{fits}b'\] become the same class"):
-        classifier.set_classes([fits, f"{fits}b"], "{}")
+    fits = "x " * 74 + "x"  # exactly
+    with pytest.raises(ValueError, match=rf"\['{fits}', '{fits} b'\] become the same class"):
+        classifier.set_classes([fits, f"{fits} b"], "{}")
     assert classifier.class_names == NAMES
     classifier.set_classes(["star", f"{long}a", f"y{long}"])
     classifier.set_classes([f"{long}c", "star"], ["{} texture.", "{} photo"])  # one class twice is no other class

@@ -6,6 +6,7 @@ Python's import system calls the finder only for names that no file has.
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
@@ -24,6 +25,7 @@ OLD_NAMES: dict[str, tuple[str, ...]] = {
     "loaders": ("pipelines.mixin",),
     "store": ("serving.store",),
     "methods": ("baselines",),
+    "methods.sites": ("baselines.families",),
     "meter": ("models.meter",),
     "vilt": ("models.vilt",),
     "clip_classifier": ("models.clip_classifier",),
@@ -42,17 +44,20 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of an old name, `None` for any other."""
         package, _, rest = fullname.partition(".")
-        old = rest.split(".")[0]
-        if package != self.package or old not in OLD_NAMES:
+        if package != self.package or rest.split(".")[0] not in OLD_NAMES or not all(map(_exists, self.targets(rest))):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
+    def targets(self, old: str) -> list[str]:
+        """The new modules of an old name within the package."""
+        name, _, inside = ("", "", "") if old in OLD_NAMES else old.partition(".")
+        if inside:
+            return [f"{self.package}.{OLD_NAMES[name][0]}.{inside}"]
+        return [f"{self.package}.{new}" for new in OLD_NAMES[old]]
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         """A module whose attributes are those of the new modules."""
-        old, _, inside = spec.name.removeprefix(f"{self.package}.").partition(".")
-        targets = [f"{self.package}.{new}" for new in OLD_NAMES[old]]
-        if inside:
-            targets = [f"{targets[0]}.{inside}"]
+        targets = self.targets(spec.name.removeprefix(f"{self.package}."))
         # Python leaves the frames of the import system out of the count: 2 is the line with the import.
         warnings.warn(f"{spec.name} has moved: import from {targets[0]}.", DeprecationWarning, stacklevel=2)
         modules = [importlib.import_module(target) for target in targets]
@@ -76,6 +81,14 @@ class _Renamed(types.ModuleType):
 
     def __dir__(self) -> list[str]:
         return sorted({name for module in self._modules for name in dir(module)})
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a module of this new name: an old module may lack what `from` names."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its package is a module
+        return False
 
 
 def install(package: str) -> None:

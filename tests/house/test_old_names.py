@@ -20,6 +20,7 @@ OLD = {
     "loaders": ("APTLoaderMixin", "pipelines.mixin"),
     "store": ("AdapterStore", "serving.store"),
     "methods.attach": ("MethodConfig", "baselines.attach"),
+    "methods.sites": ("trained_beside", "baselines.families"),
     "methods": ("__doc__", "baselines"),
     "meter": ("MeterModel", "models.meter"),
     "meter.encoder_cache": ("EncoderCache", "models.meter.encoder_cache"),
@@ -50,7 +51,8 @@ def test_an_old_name_is_the_new_module(old):
 def test_every_old_name_is_tested():
     from apt_diffusion.old_names import OLD_NAMES
 
-    assert set(OLD_NAMES) == {name.split(".")[0] for name in OLD}
+    assert {name.split(".")[0] for name in OLD_NAMES} == {name.split(".")[0] for name in OLD}
+    assert {name for name in OLD_NAMES if "." in name} <= set(OLD)
 
 
 def test_a_pickle_of_before_is_read():
@@ -74,3 +76,8 @@ def test_the_warning_names_the_line_that_imports(tmp_path):
 def test_other_names_are_unknown(name):
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(name)
+
+
+def test_what_an_old_package_never_had_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match=r"No module named 'apt_diffusion\.methods\.nothing'"):
+        importlib.import_module("apt_diffusion.methods.nothing")

@@ -5,6 +5,7 @@ what queries the prompts, and the activation, cannot be told from tensors.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -88,10 +89,17 @@ def load_apt_weights(
     """
     wrapped = wrapped_components(model_or_pipeline)
     models = components_of(model_or_pipeline)
-    if isinstance(path_or_repo_id_or_dict, AdapterFile):
-        file = path_or_repo_id_or_dict
-    elif isinstance(path_or_repo_id_or_dict, dict):
-        file = read_adapter_dict(path_or_repo_id_or_dict)
+    source = path_or_repo_id_or_dict
+    is_folder = isinstance(source, str | Path) and not Path(source).expanduser().is_file()
+    if not is_folder and (weight_name or subfolder):
+        raise ValueError(
+            f"weight_name={weight_name!r} and subfolder={subfolder!r} name a file inside a folder or repository; what "
+            "is loaded is one file, or its tensors. Leave them out."
+        )
+    if isinstance(source, AdapterFile):
+        file = source
+    elif isinstance(source, dict):
+        file = read_adapter_dict(source)
     else:
         hub = {
             "revision": revision,
@@ -100,7 +108,7 @@ def load_apt_weights(
             "force_download": force_download,
             "local_files_only": bool(local_files_only),
         }
-        file = read_adapter_file(resolve_adapter_file(path_or_repo_id_or_dict, weight_name, subfolder, **hub))
+        file = read_adapter_file(resolve_adapter_file(source, weight_name, subfolder, **hub))
     tensors = _by_component(file, single="" in models)
     parts = _chosen_components(file, model_or_pipeline, models, set(tensors), components)
     settings = _settings(file, parts, config)
@@ -157,8 +165,13 @@ def _chosen_components(
         holds = "one single model" if "" in in_file else f"the components {sorted(in_file)} of a pipeline"
         raise ValueError(f"{file.name} holds an adapter for {holds}, but is loaded into {have}. {file.made_for}")
     if left_out:
-        logger.warning("%s: the adapter of %s is left out, the pipeline has no such component.", file.name, left_out)
+        _warn_once(f"{file.name}: the adapter of {left_out} is left out, the pipeline has no such component.")
     return chosen
+
+
+@functools.lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _settings(

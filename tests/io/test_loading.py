@@ -338,3 +338,25 @@ def test_adapters_of_a_half_precision_base_are_float32(dtype, tmp_path):
     apt.load_apt_weights(model, file)
     assert {p.dtype for core in cores_of(model) for p in core.parameters()} == {expected}
     assert model.dtype == dtype
+
+
+@pytest.mark.parametrize("option", [{"weight_name": "other.safetensors"}, {"subfolder": "inside"}])
+def test_arguments_that_could_not_act_are_refused(unet, tmp_path, option):
+    apt.add_apt(unet, SMALL)
+    file = apt.save_apt_weights(unet, tmp_path)
+    apt.remove_apt(unet)
+    for source in (file, str(file), load_file(file), read_adapter_file(file)):
+        with pytest.raises(ValueError, match="name a file inside a folder"):
+            apt.load_apt_weights(unet, source, config=SMALL, **option)
+    with pytest.raises(FileNotFoundError):
+        apt.load_apt_weights(unet, tmp_path, **option)
+    assert apt.get_list_apt_adapters(unet) == []
+
+
+def test_what_is_left_out_is_said_once(pipe, saved, caplog):
+    """Also where a store brings the adapter for every call."""
+    other = without_text_encoder(pipe)
+    for _ in range(3):
+        other.load_apt_weights(saved)
+        other.unload_apt_weights()
+    assert len([record for record in caplog.records if "left out" in record.message]) == 1

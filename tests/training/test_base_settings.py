@@ -189,6 +189,32 @@ def test_parts_of_other_classes_are_not_read_with_these_defaults(
         train(altered(part, **settings), instance_dir, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("unet", {"addition_embed_type": "image"}, "UNet with further inputs .addition_embed_type 'image'"),
+        ("unet", {"encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type 'text_proj'"),
+        ("unet", {"num_class_embeds": 10}, "takes class labels: give --class_labels_conditioning timesteps"),
+        ("unet", {"cross_attention_dim": 64}, "its UNet takes texts of width 64, its text encoders give 32"),
+        ("text_encoder", {"vocab_size": 200}, "more than the 200 tokens that the text encoder has"),
+    ],
+)
+def test_what_would_fail_in_the_first_step_is_refused_before_weights_load(
+    altered, instance_dir, tmp_path, no_models, part, settings, message
+):
+    with pytest.raises(ValueError, match=message):
+        train(altered(part, **settings), instance_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diffusion_transformer_is_refused_by_its_name(instance_dir, tmp_path, no_models):
+    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
+    (tmp_path / "sd3").mkdir()
+    (tmp_path / "sd3" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"sd3 is a StableDiffusion3Pipeline, whose denoiser is a diffusion transf"):
+        train(tmp_path / "sd3", instance_dir, tmp_path / "out")
+
+
 def test_a_vae_that_does_not_say_its_scale_has_its_classs(altered):
     model = altered("vae", scaling_factor=None)
     assert "scaling_factor" not in json.loads((model / "vae" / "config.json").read_text())

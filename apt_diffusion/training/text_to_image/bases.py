@@ -1,6 +1,8 @@
 """Which kind of base model a name stands for."""
 
-from diffusers import UNet2DConditionModel
+from typing import Any
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ...miniature import resolve_model
 from .stable_diffusion import StableDiffusionBase
@@ -10,7 +12,33 @@ from .stable_diffusion_xl import StableDiffusionXLBase
 def open_base(
     name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
 ) -> StableDiffusionBase:
-    """The base model of this name; it is an SDXL where its UNet asks for pooled text and sizes."""
-    unet = UNet2DConditionModel.load_config(resolve_model(name_or_path), subfolder="unet", revision=revision)
-    kind = StableDiffusionXLBase if unet.get("addition_embed_type") == "text_time" else StableDiffusionBase
+    """The base model of this name; it is an SDXL where its UNet takes pooled text and sizes.
+
+    Raises:
+        ValueError: for a model without a UNet, or one whose UNet takes more than these.
+        OSError: for a model that is not there.
+    """
+    path = resolve_model(name_or_path)
+    pipeline = _pipeline_of(path, revision)
+    if "transformer" in pipeline and "unet" not in pipeline:
+        raise ValueError(
+            f"{name_or_path} is a {pipeline['_class_name']}, whose denoiser is a diffusion transformer: this trainer "
+            "takes models with a UNet, Stable Diffusion 1, 2 and XL."
+        )
+    unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    added = unet.get("addition_embed_type")
+    if added not in (None, "text_time") or unet.get("encoder_hid_dim_type") is not None:
+        raise ValueError(
+            f"{name_or_path} has a UNet with further inputs (addition_embed_type {added!r}, encoder_hid_dim_type "
+            f"{unet.get('encoder_hid_dim_type')!r}): this trainer takes Stable Diffusion 1, 2 and XL."
+        )
+    kind = StableDiffusionXLBase if added == "text_time" else StableDiffusionBase
     return kind(name_or_path, revision, variant, vae)
+
+
+def _pipeline_of(path: str, revision: str | None) -> dict[str, Any]:
+    """`model_index.json`, empty where there is none."""
+    try:
+        return DiffusionPipeline.load_config(path, revision=revision)
+    except OSError:  # a part that is missing is named later
+        return {}

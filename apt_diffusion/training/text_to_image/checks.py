@@ -13,7 +13,16 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
     """The adapter must fit the model: `ValueError` where it does not, seen on configurations, without weights."""
     if args.tokenizer_name is not None and len(base.text_parts) > 1:
         raise ValueError("--tokenizer_name names one tokenizer, but this model has two, which pad differently.")
+    if base.has_class_embedding and args.class_labels_conditioning is None:
+        raise ValueError("The base's UNet takes class labels: give --class_labels_conditioning timesteps.")
     skeletons = base.skeletons()
+    width = sum(skeletons[part].config.hidden_size for part in base.text_parts)
+    taken = skeletons["unet"].config.cross_attention_dim
+    if isinstance(taken, int) and taken != width:  # else a width for each block
+        raise ValueError(
+            f"The parts of {args.pretrained_model_name_or_path} do not belong together: its UNet takes texts of width "
+            f"{taken}, its text encoders give {width}."
+        )
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 

@@ -18,7 +18,7 @@ class Prompts:
         use_attention_mask: hide padding from the text encoders.
 
     Raises:
-        ValueError: for a `max_length` that a text encoder cannot read.
+        ValueError: for a `max_length` that a text encoder cannot read, or a tokenizer of another one.
     """
 
     def __init__(
@@ -43,6 +43,12 @@ class Prompts:
             if not self.tokens:  # text encoders of one model read equally much
                 warn_of_cut_texts(prompts, tokenizer, length, "Shorten them, the trigger word first.")
             tokens = tokenizer(distinct, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+            known = base.text_config(part).vocab_size
+            if tokens.input_ids.max() >= known:
+                raise ValueError(
+                    f"The tokenizer of the {part} knows more than the {known} tokens that the text encoder has: "
+                    f"{tokenizer_name or base.path} is not its tokenizer."
+                )
             mask = {"attention_mask": tokens.attention_mask} if use_attention_mask else {}
             self.tokens[part] = {"input_ids": tokens.input_ids} | mask
         self.embeddings: Embeddings | None = None

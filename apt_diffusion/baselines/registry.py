@@ -1,7 +1,7 @@
-"""What a method of adaptation is, and the register that trainers, benchmarks, cost tables and the studio read.
+"""Methods of adaptation, and the register of them that trainers, benchmarks, cost tables and the studio read.
 
-A method is one object: where it attaches, what it trains and stores, what it costs, and the settings that become
-flags of the trainers. `register_method` adds one from anywhere.
+A method is one object: it attaches to a model, knows its parameters and its costs, and has settings that become flags
+of the trainers. `register_method` adds one from anywhere.
 """
 
 import math
@@ -44,7 +44,7 @@ class Setting(Generic[T]):
 
     @property
     def type(self) -> type:
-        """Of its values on a command line."""
+        """The type that its values have on a command line."""
         return str if self.default is None else type(self.default)
 
     def check(self, value: Any) -> None:
@@ -70,12 +70,12 @@ class Method:
 
     Attributes:
         label: its name in tables and pages.
-        settings: what it can be set to; `attach` takes them by name.
+        settings: its settings, which `attach` takes by name.
         model_classes: names of base classes of the models that it works on; empty for any model.
         trains_base: whether all parameters of the model are trained and stored.
-        learning_rates: those that a comparison tries.
-        costs_per: of what `costs` counts each one: an `"attention"` module, a `"branch"` (attention or feed-forward
-            part of a layer), or a whole `"layer"`.
+        learning_rates: the learning rates that a comparison tries.
+        costs_per: the unit that `costs` counts: an `"attention"` module, a `"branch"` (attention or feed-forward part
+            of a layer), or a whole `"layer"`.
         costs_note: what tables of costs say in brackets behind the label.
     """
 
@@ -89,8 +89,11 @@ class Method:
     costs_note: str = ""
 
     def attach(self, model: nn.Module, *_: Any, **settings: Any) -> list[str]:
-        """Attaches to `model` with a value for each of `settings`, freezes nothing, and returns the names of the
-        modules that it acts on."""
+        """Attaches to `model`, with a value for each of `settings`; freezes nothing.
+
+        Returns:
+            The names of the modules that it acts on.
+        """
         raise NotImplementedError
 
     def detach(self, model: nn.Module) -> None:
@@ -105,8 +108,10 @@ class Method:
         return [(name, p) for name, p in model.named_parameters() if CHILD in name.split(".")]
 
     def costs(self, hidden_size: int, tokens: Sequence[int], *_: Any, **settings: Any) -> Costs:
-        """Closed form for modules of one width: `tokens` has the number of tokens at each. A method that has one takes
-        the settings that it depends on by name, too, with their defaults."""
+        """The closed form for modules of one width, with a number of tokens for each of them.
+
+        A method that has one also takes by name, with their defaults, the settings that its costs depend on.
+        """
         raise ValueError(f"There is no closed form of what {self.name!r} costs.")
 
     def config(self, **settings: Any) -> Any:

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from _families import TRANSFORMER, UNET, Family
 from torch import Tensor
 
 from apt_diffusion.miniature import personalise, subjects
@@ -27,6 +28,8 @@ class World:
         save: writes the training pictures of a thing, with captions, to a new folder.
         draw: test pictures `(B, 3, 64, 64)` of a pipeline: as many as given of each prompt.
         judge: the columns' values of a thing's test pictures, beside the base model's from the same noise.
+        family: of the model.
+        settings: of every call of the pipeline.
     """
 
     model: str
@@ -35,8 +38,10 @@ class World:
     columns: tuple[str, ...]
     own_prompts: bool
     save: Callable[[str, Path], None]
-    draw: Callable[[Any, str, int], Tensor]
+    draw: Callable[..., Tensor]
     judge: Callable[[str, Tensor, Tensor], dict[str, float]]
+    family: Family = UNET
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def save_shape(thing: str, folder: Path) -> None:
@@ -44,9 +49,9 @@ def save_shape(thing: str, folder: Path) -> None:
     subjects.save_subject(subjects.SUBJECTS[thing], folder)
 
 
-def draw_shapes(pipeline: Any, thing: str, images: int) -> Tensor:
+def draw_shapes(pipeline: Any, thing: str, images: int, **settings: Any) -> Tensor:
     """Pictures that ask for the subject, then those that do not."""
-    return torch.cat(personalise.draw_test(pipeline, subjects.SUBJECTS[thing], images))
+    return torch.cat(personalise.draw_test(pipeline, subjects.SUBJECTS[thing], images, **settings))
 
 
 def judge_shapes(thing: str, pictures: Tensor, base: Tensor) -> dict[str, float]:
@@ -96,3 +101,6 @@ WORLDS = {
         judge=judge_shapes,
     ),
 }
+WORLDS["shapes-sd3"] = dataclasses.replace(
+    WORLDS["shapes"], model="miniature-sd3", family=TRANSFORMER, settings={"max_sequence_length": 16}
+)

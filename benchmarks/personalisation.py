@@ -5,6 +5,7 @@
     python benchmarks/personalisation.py --methods APT LoRA --things robot --seeds 0
     python benchmarks/personalisation.py --steps 50 --pictures 1    # few steps, one picture
     python benchmarks/personalisation.py --world shapes --steps 400 --images 8     # the table of docs/miniature.md
+    python benchmarks/personalisation.py --world shapes-sd3 --steps 400            # as this on a transformer
 
 Every method teaches an embedded model the same pictures with the same noise, schedule and prior preservation.
 A judge looks at the pictures that come out; that of emoji is a network that was trained apart. Finished runs are kept
@@ -25,19 +26,17 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from _worlds import WORLDS
+from _families import TRANSFORMER, Family
+from _worlds import WORLDS, World
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from apt_diffusion import APTConfig, StableDiffusionAPTPipeline, add_apt, freeze_base
+from apt_diffusion import APTConfig, add_apt, freeze_base
 from apt_diffusion.data.folders import find_pictures
+from apt_diffusion.miniature import resolve_model
 from apt_diffusion.miniature.personalise import class_captions, save_class_pictures
 from apt_diffusion.miniature.pictures import save_picture_grid, to_images
-
-LORA_MODULES = {
-    "unet": ["to_q", "to_k", "to_v", "to_out.0"],
-    "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
-}
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,11 @@ class Method:
     kind: str = "apt"  # or lora, inversion, cross-attention
     unet: dict[str, Any] = field(default_factory=dict)  # APTConfig's, or LoRA's rank
     text_encoder: dict[str, Any] = field(default_factory=dict)
+    transformer: dict[str, Any] = field(default_factory=dict)
 
-    def attach(self, pipeline: Any, words: str) -> list[nn.Parameter]:
+    def attach(self, pipeline: Any, family: Family, words: str) -> list[nn.Parameter]:
         """Prepares the pipeline for training; the parameters to train. `words` name what is taught."""
-        parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        parts = {part: getattr(pipeline, part) for part in family.parts}
         for model in parts.values():
             model.requires_grad_(False)
         if self.kind == "inversion":
@@ -66,7 +66,7 @@ class Method:
 
                 rank = settings["rank"]
                 config = LoraConfig(
-                    r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_MODULES[part]
+                    r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=family.lora_modules[part]
                 )
                 inject_adapter_in_model(config, model)
             else:
@@ -134,11 +134,36 @@ METHODS = {
 }
 
 
+def of_transformer(kind: str, lr: float, **settings: Any) -> Method:
+    """APT or LoRA on the joint attentions of a diffusion transformer, whose text encoders stay as they are."""
+    return Method(lr, kind, transformer=settings)
+
+
+BOTH = ("query", "text")
+# LoRA of rank 13 has as many parameters as APT on the image stream, of rank 24 as many as on both streams.
+TRANSFORMER_METHODS = {
+    "APT, image stream, lr 3e-3": of_transformer("apt", 3e-3, num_prompts=200),
+    "APT, image stream, lr 1.5e-3": of_transformer("apt", 1.5e-3, num_prompts=200),
+    "APT, image stream, lr 6e-3": of_transformer("apt", 6e-3, num_prompts=200),
+    "APT, image and text, lr 3e-3": of_transformer("apt", 3e-3, num_prompts=200, streams=BOTH),
+    "APT, image and text, lr 1.5e-3": of_transformer("apt", 1.5e-3, num_prompts=200, streams=BOTH),
+    "LoRA r13, lr 2e-3": of_transformer("lora", 2e-3, rank=13),
+    "LoRA r13, lr 1e-3": of_transformer("lora", 1e-3, rank=13),
+    "LoRA r13, lr 4e-3": of_transformer("lora", 4e-3, rank=13),
+    "LoRA r24, lr 2e-3": of_transformer("lora", 2e-3, rank=24),
+}
+
+
+def methods_of(world: World) -> dict[str, Method]:
+    """Those that can be compared on the model of a world."""
+    return TRANSFORMER_METHODS if world.family is TRANSFORMER else METHODS
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command-line settings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="runs/personalisation", help="results, pictures, table, plots")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or beginnings of names")
+    parser.add_argument("--methods", nargs="+", default=[""], help="names, or beginnings of names (default: all)")
     parser.add_argument("--world", choices=list(WORLDS), default="emoji", help="model, things and judge")
     parser.add_argument("--things", nargs="+", help="to teach (default: all six emoji, or all three shapes)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -159,30 +184,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Lesson:
-    """Latents and tokens of the thing's and the class's pictures; batches that depend on seed and step alone."""
+    """Latents and captions of the thing's and the class's pictures; batches that depend on seed and step alone."""
 
-    def __init__(self, pipeline: Any, things: Path, class_dir: Path, pictures: int) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Any, family: Family, things: Path, class_dir: Path, pictures: int) -> None:
+        self.pipeline, self.family = pipeline, family
         self.instance = [self.encode(picture) for picture in find_pictures(things, "", "text")[:pictures]]
         self.of_class = [self.encode(picture) for picture in find_pictures(class_dir, "", "text")]
 
     @torch.no_grad()
-    def encode(self, picture: Any) -> tuple[Tensor, Tensor]:
-        """Latent `(8, 16, 16)` and token ids `(T,)`."""
+    def encode(self, picture: Any) -> tuple[Tensor, ...]:
+        """Latent `(C, H, W)` and what the family keeps of the caption."""
         from PIL import Image
 
         image = self.pipeline.image_processor.preprocess(Image.open(picture.path).convert("RGB"))
         latent = self.pipeline.vae.encode(image).latent_dist.mean * self.pipeline.vae.config.scaling_factor
-        tokens = self.pipeline.tokenizer(picture.prompt, padding="max_length", return_tensors="pt")
-        return latent[0], tokens.input_ids[0]
+        return latent[0], *self.family.encode(self.pipeline, picture.prompt)
 
-    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, Tensor]:
-        """`size` pictures of the thing, then as many of the class."""
+    def batch(self, generator: torch.Generator, size: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Latents and captions of `size` pictures of the thing, then of as many of the class."""
         chosen = torch.randint(2**20, (2, size), generator=generator).tolist()
         pictures = [self.instance[index % len(self.instance)] for index in chosen[0]]
         pictures += [self.of_class[index % len(self.of_class)] for index in chosen[1]]
-        latents, tokens = zip(*pictures, strict=True)
-        return torch.stack(latents), torch.stack(tokens)
+        latents, *captions = (torch.stack(column) for column in zip(*pictures, strict=True))
+        return latents, tuple(captions)
 
 
 def learn(
@@ -190,20 +214,14 @@ def learn(
 ) -> tuple[int, float, float]:
     """Trains `method` with a cosine schedule: its number of parameters, seconds and processor seconds per step."""
     torch.manual_seed(seed)
-    parameters = method.attach(pipeline, words)
+    parameters = method.attach(pipeline, lesson.family, words)
     optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=1e-2)
-    scheduler = pipeline.scheduler
     generator = torch.Generator().manual_seed(seed)
     wall, processor = time.perf_counter(), time.process_time()
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        latents, tokens = lesson.batch(generator, batch_size)
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(1000, (len(latents),), generator=generator)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(tokens)[0]).sample
-        error = (prediction - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
+        error = lesson.family.error(pipeline, *lesson.batch(generator, batch_size), generator)
         (2 * error.float()).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -218,13 +236,13 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     name, thing, seed = job
     output_dir, world = Path(args.output_dir), WORLDS[args.world]
     pipeline = load_pipeline(world.model)
-    lesson = Lesson(pipeline, output_dir / thing, output_dir / "class", args.pictures)
+    lesson = Lesson(pipeline, world.family, output_dir / thing, output_dir / "class", args.pictures)
     base = torch.load(base_file(output_dir, thing, args), weights_only=True)
     with precision(args):
         parameters, seconds, processor = learn(
-            pipeline, METHODS[name], world.name, lesson, args.steps, args.batch_size, seed
+            pipeline, methods_of(world)[name], world.name, lesson, args.steps, args.batch_size, seed
         )
-        drawn = world.draw(pipeline, thing, args.images).float()
+        drawn = world.draw(pipeline, thing, args.images, **world.settings).float()
     shown = to_images(drawn[:: args.images])
     save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))
     return {
@@ -263,7 +281,7 @@ def base_file(output_dir: Path, thing: str, args: argparse.Namespace) -> Path:
 
 def load_pipeline(model: str) -> Any:
     """An embedded model, in silence."""
-    pipeline = StableDiffusionAPTPipeline.from_pretrained(model)
+    pipeline = DiffusionPipeline.from_pretrained(resolve_model(model), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -276,12 +294,12 @@ def prepare(args: argparse.Namespace) -> None:
             world.save(thing, output_dir / thing)
     pipeline = load_pipeline(world.model)
     if not (output_dir / "class").is_dir():
-        count = 64 if args.world == "shapes" else 32
-        save_class_pictures(pipeline, output_dir / "class", class_captions(world.model, count))
+        count = 32 if args.world == "emoji" else 64
+        save_class_pictures(pipeline, output_dir / "class", class_captions(world.model, count), **world.settings)
     for thing in args.things:
         if not (file := base_file(output_dir, thing, args)).is_file():
             with precision(args):
-                torch.save(world.draw(pipeline, thing, args.images).float(), file)
+                torch.save(world.draw(pipeline, thing, args.images, **world.settings).float(), file)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -344,7 +362,7 @@ def jobs_left(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
     finished = {(row["method"], row["thing"], row["seed"]) for row in done}
     for seed in args.seeds:
         for thing in args.things:
-            for name in METHODS:
+            for name in methods_of(WORLDS[args.world]):
                 if name.startswith(tuple(args.methods)) and (name, thing, seed) not in finished:
                     yield name, thing, seed
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.atomic import replacing
+from ..miniature import TEXT_TO_IMAGE
 
 # Names that people know schedulers by, and diffusers' classes.
 SCHEDULERS = {
@@ -180,7 +181,7 @@ def draw(pipe: Any, args: argparse.Namespace, wanted: list[tuple[str, int]]) -> 
     """One picture per prompt and seed. Each has a generator of its own, so that the batch size does not matter."""
     import torch
 
-    is_embedded = args.model in ("miniature", "miniature-emoji")
+    is_embedded = args.model in TEXT_TO_IMAGE
     settings = {
         "num_inference_steps": args.steps or (15 if is_embedded else None),
         "guidance_scale": 3.0 if is_embedded and args.guidance_scale is None else args.guidance_scale,

@@ -26,12 +26,12 @@ class Judgement:
 
 
 def class_captions(model: str, count: int = 64, seed: int = 0) -> list[str]:
-    """Captions that the embedded Stable Diffusion of this name knows.
+    """Captions that the embedded text-to-image model of this name knows.
 
     Raises:
         ValueError: it is none of them.
     """
-    known = {"miniature": random_captions, "miniature-emoji": random_prompts}
+    known = {"miniature": random_captions, "miniature-sd3": random_captions, "miniature-emoji": random_prompts}
     if model not in known:
         raise ValueError(f"{model!r} is no embedded Stable Diffusion: {', '.join(known)} are.")
     return known[model](count, seed)
@@ -43,24 +43,32 @@ def random_captions(count: int, seed: int = 0) -> list[str]:
     return [caption(scenes, index) for index in range(count)]
 
 
-def save_class_pictures(pipeline: Any, folder: str | Path, captions: Sequence[str], seed: int = 0) -> None:
+def save_class_pictures(
+    pipeline: Any, folder: str | Path, captions: Sequence[str], seed: int = 0, **settings: Any
+) -> None:
     """The base model's own pictures of captions that it knows, with the caption in a `.txt` file beside each.
 
-    The model knows no word for "any shape", so that its pictures of many captions are its class pictures.
+    The model knows no word for "any shape", so that its pictures of many captions are its class pictures. `settings`
+    go to the pipeline.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = to_images(draw(pipeline, list(captions), seed))
+    pictures = to_images(draw(pipeline, list(captions), seed, **settings))
     for index, (text, picture) in enumerate(zip(captions, pictures, strict=True)):
         picture.save(folder / f"{index:03d}.png")
         (folder / f"{index:03d}.txt").write_text(f"{text}\n")
 
 
-def draw_test(pipeline: Any, subject: Subject, per_prompt: int, seed: int = 1000) -> tuple[Tensor, Tensor]:
-    """`(asked for, not asked for)`: `per_prompt` pictures of every test prompt, `(B, 3, 64, 64)` in [-1, 1]."""
+def draw_test(
+    pipeline: Any, subject: Subject, per_prompt: int, seed: int = 1000, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """`(asked for, not asked for)`: `per_prompt` pictures of every test prompt, `(B, 3, 64, 64)` in [-1, 1].
+
+    `settings` go to the pipeline.
+    """
     asked = [prompt_on(ground) for ground in subject.unseen_grounds for _ in range(per_prompt)]
     others = [prompt for prompt in OTHER_PROMPTS for _ in range(per_prompt)]
-    return draw(pipeline, asked, seed), draw(pipeline, others, seed)
+    return draw(pipeline, asked, seed, **settings), draw(pipeline, others, seed, **settings)
 
 
 def judge(asked: Tensor, others: Tensor, base_others: Tensor, subject: Subject) -> Judgement:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from apt_diffusion import APTConfig, StableDiffusionAPTPipeline, add_apt, cli, save_apt_weights
 from apt_diffusion.cli import generate, train
+from apt_diffusion.miniature import TEXT_TO_IMAGE
 
 
 def test_without_a_command_it_says_which_there_are(capsys):
@@ -167,6 +169,20 @@ def test_generate_draws_what_the_pipeline_draws(tiny_sd_path, adapters, tmp_path
     for file, (prompt, seed) in zip(files, [("a dog", 5), ("a dog", 6), ("a cat", 5), ("a cat", 6)], strict=True):
         expected = pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
         assert np.abs(pixels(file) - np.asarray(expected).astype(int)).max() <= 1  # batches round otherwise
+
+
+@pytest.mark.parametrize("model", [*TEXT_TO_IMAGE, "someone/model"])
+def test_generate_knows_how_embedded_models_are_sampled(model):
+    calls = []
+
+    def pipe(prompts, generator, **settings):
+        calls.append(settings)
+        return SimpleNamespace(images=[None] * len(prompts))
+
+    args = generate.build_parser("generate").parse_args(["a", "--model", model])
+    assert generate.draw(pipe, args, [("a", 0)]) == [None]
+    embedded = {"num_inference_steps": 15, "guidance_scale": 3.0}
+    assert calls == [embedded if model != "someone/model" else {}]
 
 
 def test_generate_replaces_nothing_unless_told_to(tiny_sd_path, tmp_path, capsys, monkeypatch):

@@ -149,9 +149,10 @@ def test_class_pictures_are_the_base_models_own_with_captions(miniature, tmp_pat
     expected = picture.clamp(-1, 1).add(1).mul(127.5).round().permute(1, 2, 0)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "001.png")), expected.numpy().astype(np.uint8))
     with pytest.raises(
-        ValueError, match="'someone/model' is no embedded Stable Diffusion: miniature, miniature-emoji"
+        ValueError, match="'someone/model' is no embedded Stable Diffusion: miniature, miniature-sd3, miniature-emoji"
     ):
         class_captions("someone/model")
+    assert class_captions("miniature-sd3", 2, seed=3) == class_captions("miniature", 2, seed=3)  # of one world
 
 
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch):

@@ -77,6 +77,7 @@ def test_edm_is_that_of_diffusers(scheduler_class, prediction_type):
     assert min(draws) < 50 and max(draws) > 950 and len(set(draws)) > 150
 
 
+@pytest.mark.slow
 def test_an_edm_base_trains_and_draws(altered, instance_dir, tmp_path):
     model = altered("scheduler", replaced=True, _class_name="EDMEulerScheduler", sigma_data=0.5)
     out = train(

@@ -55,6 +55,7 @@ def test_timesteps_are_spread_and_noise_is_fixed(tmp_path):
     assert not any(view.flipped for view in found.cache)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_model_alone(go, tiny_sd_path, instance_dir):
     """Against diffusers' own noise schedule, VAE and UNet, with an adapter that changes nothing yet."""
     from diffusers import StableDiffusionPipeline
@@ -94,6 +95,7 @@ def test_measuring_changes_nothing_and_is_logged_plotted_and_in_the_card(go):
     assert max(orange) < 30  # the curve of held-out pictures
 
 
+@pytest.mark.slow
 def test_a_resumed_run_measures_the_same(go):
     flags = {"validation_split": 0.4, "validation_steps": 1, "keep_best": True, "learning_rate": 0.1}
     straight = go("straight", max_train_steps=4, **flags)
@@ -103,6 +105,7 @@ def test_a_resumed_run_measures_the_same(go):
     assert_same_adapter(straight / "best", parts / "best")
 
 
+@pytest.mark.slow
 def test_the_best_adapter_is_kept(go):
     out = go(
         "out", validation_split=0.4, validation_steps=1, keep_best=True, max_train_steps=6, checkpointing_steps=1,

@@ -14,6 +14,7 @@ from support.training_helpers import (
 # Data flags
 
 
+@pytest.mark.slow
 def test_captions_change_the_training(go, instance_dir, tmp_path):
     captioned = tmp_path / "captioned"
     captioned.mkdir()
@@ -91,6 +92,7 @@ def test_frozen_parts_are_let_go_after_caching(go, monkeypatch):
     go()
 
 
+@pytest.mark.slow
 def test_cropping_flags_change_what_is_seen(go, wide_pictures):
     flags = {"instance_data_dir": wide_pictures, "max_train_steps": 4}
     plain = losses(go(**flags))
@@ -117,6 +119,7 @@ def test_the_resolution_follows_the_model(go, tiny_sd_path):
 # Prior preservation
 
 
+@pytest.mark.slow
 def test_missing_class_pictures_are_drawn_and_kept(go, tmp_path):
     folder = tmp_path / "class"
     flags = {

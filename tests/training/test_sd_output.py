@@ -49,6 +49,7 @@ def test_validation_happens_after_the_epochs_that_diffusers_names(go):
     assert steps == [3, 9, 12]  # 3 steps an epoch: after the first, the third, and at the end
 
 
+@pytest.mark.slow
 def test_validation_does_not_disturb_training(go):
     plain = go(max_train_steps=4, lora_dropout=0.3)
     watched = go(

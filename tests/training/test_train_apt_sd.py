@@ -62,6 +62,7 @@ def test_the_last_step_has_a_checkpoint_whatever_the_interval(go):
     assert checkpoint_names(out) == {"checkpoint-6", "checkpoint-7"}
 
 
+@pytest.mark.slow
 def test_dreambooth_apt_with_flags_made_for_other_models(go):
     """Diffusers tests these on DeepFloyd IF; D4: the attention mask without pre-computed embeddings."""
     flags = {"tokenizer_max_length": 77, "text_encoder_use_attention_mask": True}
@@ -117,6 +118,7 @@ def test_a_command_line_for_diffusers_script_runs(tiny_sd_path, instance_dir, tm
 # What is trained
 
 
+@pytest.mark.slow
 def test_parts_train_together_or_alone(go):
     assert {key.split(".")[0] for key in tensors(go(train_text_encoder=True, no_train_unet=True))} == {"text_encoder"}
     out = go(train_text_encoder=True, text_encoder_lr=0.0, out="te-frozen")
@@ -153,6 +155,7 @@ def test_adapter_flags_reach_the_adapter(go):
     assert {tuple(value.shape) for key, value in state.items() if key.endswith("apt.prompts")} == {(3, 64)}
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(go):
     out = go(max_train_steps=60, train_batch_size=4, learning_rate=2e-2, checkpointing_steps=100)
     first, last = np.mean(losses(out)[:10]), np.mean(losses(out)[-10:])
@@ -182,6 +185,7 @@ def test_base_weights_do_not_move(go, tiny_sd_path, monkeypatch):
 # Loss flags
 
 
+@pytest.mark.slow
 def test_loss_flags_act(go):
     plain = go()
     for flags in (
@@ -191,6 +195,7 @@ def test_loss_flags_act(go):
         assert losses(go(**flags)) != losses(plain), flags
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_larger_batch(go):
     large = go(train_batch_size=4, max_train_steps=3)
     accumulated = go(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=3)

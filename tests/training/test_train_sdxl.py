@@ -150,6 +150,7 @@ def test_caches_change_nothing(go):
     assert np.allclose(losses(cached), losses(anew), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_steps_and_two_resumed_are_four_straight(go):
     flags = {"train_text_encoder": True, "text_encoder_lr": 1e-3, "gradient_checkpointing": True, "lora_dropout": 0.2}
     straight = go("straight", max_train_steps=4, **flags)
@@ -170,6 +171,7 @@ def test_class_pictures_and_samples_from_pictures(go, pictures, tmp_path):
     assert all(np.isfinite(value).all() for value in tensors(out).values())
 
 
+@pytest.mark.slow
 def test_another_vae(go, tmp_path, tiny_sdxl_path):
     from conftest import make_vae
     from diffusers import AutoencoderKL

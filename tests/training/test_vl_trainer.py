@@ -71,6 +71,7 @@ def test_two_steps_and_two_resumed_are_four_straight(go, scene):
     assert sorted(checkpoints.list_checkpoints(parts)) == [half, whole]
 
 
+@pytest.mark.slow
 def test_a_schedule_goes_on_and_a_finished_run_may_be_finished_again(go, tmp_path):
     straight = go("vqa", "vilt", "out", max_train_steps=4, checkpointing_steps=2, evaluation_steps=1)
     before, metrics = weights(straight), rows(straight, "metrics.jsonl")
@@ -189,6 +190,7 @@ def test_training_goes_on_from_a_trained_adapter(go):
         go("vqa", "vilt", "third", adapter=first, method="lora")
 
 
+@pytest.mark.slow
 def test_the_scale_can_be_frozen_as_released(go):
     for freeze in (True, False):
         out = go("nlvr2", "meter", f"frozen-{freeze}", freeze_scale=freeze)

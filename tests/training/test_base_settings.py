@@ -208,6 +208,11 @@ def test_what_would_fail_in_the_first_step_is_refused_before_weights_load(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_another_kind_is_refused_by_its_name(instance_dir, tmp_path, no_models):
+    with pytest.raises(ValueError, match="has a CLIPModel where this trainer needs a UNet2DConditionModel"):
+        train("miniature-clip", instance_dir, tmp_path / "out")
+
+
 def test_a_diffusion_transformer_is_refused_by_its_name(instance_dir, tmp_path, no_models):
     index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (tmp_path / "sd3").mkdir()

@@ -5,7 +5,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ...miniature import resolve_model
-from .stable_diffusion import StableDiffusionBase
+from .stable_diffusion import StableDiffusionBase, load_config
 from .stable_diffusion_xl import StableDiffusionXLBase
 
 
@@ -25,7 +25,7 @@ def open_base(
             f"{name_or_path} is a {pipeline['_class_name']}, whose denoiser is a diffusion transformer: this trainer "
             "takes models with a UNet, Stable Diffusion 1, 2 and XL."
         )
-    unet = UNet2DConditionModel.load_config(path, subfolder="unet", revision=revision)
+    unet = load_config(UNet2DConditionModel, path, subfolder="unet", revision=revision)
     added = unet.get("addition_embed_type")
     if added not in (None, "text_time") or unet.get("encoder_hid_dim_type") is not None:
         raise ValueError(

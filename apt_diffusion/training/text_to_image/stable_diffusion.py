@@ -24,6 +24,21 @@ Tokens = dict[str, Tensor]
 Embeddings = dict[str, Tensor]
 
 
+def load_config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict[str, Any]:
+    """A part's settings as its file has them; `ValueError` where it is of another class."""
+    config = model_class.load_config(path, **place)
+    name = config.get("_class_name") or " or ".join(config.get("architectures") or ["model of another kind"])
+    if name != model_class.__name__:
+        raise ValueError(f"{path} has a {name} where this trainer needs a {model_class.__name__}.")
+    return config
+
+
+def full_config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict[str, Any]:
+    """A part's settings, with its class's defaults for what its file does not say; else as `load_config`."""
+    with torch.device("meta"):
+        return dict(model_class.from_config(load_config(model_class, path, **place)).config)
+
+
 class StableDiffusionBase:
     """The base model: its parts are loaded when they are asked for, so that only what is needed is in memory.
 
@@ -47,9 +62,9 @@ class StableDiffusionBase:
         self.revision = revision
         self.files = {"revision": revision, "variant": variant}
         self.other_vae = vae
-        unet = self._config(UNet2DConditionModel, self.path, subfolder="unet", revision=revision)
+        unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=revision)
         config_of = {"subfolder": "vae", "revision": revision} if vae is None else {}
-        vae_config = self._config(AutoencoderKL, vae or self.path, **config_of)
+        vae_config = full_config(AutoencoderKL, vae or self.path, **config_of)
         self.latent_channels = vae_config["latent_channels"]
         self.latent_space = LatentSpace(vae_config)
         self.stride = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent cell
@@ -67,16 +82,6 @@ class StableDiffusionBase:
                 "The VAE has %s. Training and its samples apply it; diffusers' %s ignores it, so pictures drawn with "
                 "that pipeline will differ.", " and ".join(self.unapplied), self.pipeline_class.__name__,
             )  # fmt: skip
-
-    @staticmethod
-    def _config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict[str, Any]:
-        """A part's settings, with its class's defaults; `ValueError` where it is of another class."""
-        config = model_class.load_config(path, **place)
-        name = config.get("_class_name", model_class.__name__)
-        if name != model_class.__name__:
-            raise ValueError(f"{path} has a {name} where this trainer needs a {model_class.__name__}.")
-        with torch.device("meta"):
-            return dict(model_class.from_config(config).config)
 
     def check_resolution(self, resolution: int | None) -> int:
         """The size of the training squares; `ValueError` where the VAE cannot encode it whole."""

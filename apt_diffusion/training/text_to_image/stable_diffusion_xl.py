@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ... import StableDiffusionXLAPTPipeline
-from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
+from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens, full_config
 
 
 class StableDiffusionXLBase(StableDiffusionBase):
@@ -25,7 +25,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
     def __init__(self, name_or_path: str, *args: Any) -> None:
         super().__init__(name_or_path, *args)
-        unet = self._config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
+        unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
         self.settings = StableDiffusionXLPipeline.load_config(self.path, revision=self.revision)
         if self.settings.get("text_encoder", [None])[0] is None:
             raise ValueError(f"{name_or_path} has no first text encoder: is it SDXL's refiner? Give its base model.")

@@ -234,7 +234,7 @@ def test_class_labels_conditioning(go, tiny_sd_path, instance_dir, tmp_path):
     config = json.loads((model / "unet" / "config.json").read_text())
     unet = UNet2DConditionModel.from_config(config | {"class_embed_type": "timestep"})
     unet.save_pretrained(model / "unet")
-    with pytest.raises(ValueError, match="class_labels should be provided"):
+    with pytest.raises(ValueError, match="takes class labels: give --class_labels_conditioning timesteps"):
         train(model, instance_dir, tmp_path / "without")
     out = train(model, instance_dir, tmp_path / "with", class_labels_conditioning="timesteps")
     assert len(losses(out)) == 2

@@ -22,6 +22,8 @@ FLAGS = [
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
 PATIENCE = 600_000  # milliseconds
+WIDE, NARROW = {"width": 1366, "height": 768}, {"width": 390, "height": 800}
+TOKEN = "only for these pictures"
 
 
 def wait_for(page: Page, where: str, pattern: str) -> None:
@@ -41,18 +43,20 @@ def save(page: Page, folder: Path, name: str) -> None:
 
 
 def generate(page: Page) -> None:
+    page.wait_for_function("document.body.dataset.filled")
     page.uncheck("#new-seed input")
     page.fill("#seed input", "3")
+    page.keyboard.press("Tab")
     page.click("#draw")
     wait_for(page, "#status", "Done")
     page.click("#sweep")
-    page.wait_for_function("document.querySelectorAll('#strengths img').length == 7", timeout=PATIENCE)
+    page.wait_for_function("document.querySelectorAll('#grid img').length == 7", timeout=PATIENCE)
     wait_for(page, "#status", "Done")
 
 
 def train(page: Page, steps: int) -> None:
     page.get_by_role("tab", name="Train").click()
-    page.click("#example-tree")
+    page.locator("button[id^=example-]").last.click()
     wait_for(page, "#train-status", "5 pictures")
     page.fill("#train-steps input[type=number]", str(steps))
     page.keyboard.press("Tab")
@@ -80,7 +84,6 @@ def look(page: Page, tab: str, part: str, example: int, button: str, done: str) 
 
 def watch(page: Page) -> None:
     page.get_by_role("tab", name="Watch it draw").click()
-    page.fill("#watch-prompt textarea", "a sks glyph on a red background")
     page.click("#watch")
     wait_for(page, "#watch-status", "Done")
 
@@ -89,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--steps", type=int, default=400, help="of the training that is shown")
+    parser.add_argument("--model", default="miniature-emoji")
     parser.add_argument("--also", action="store_true", help="dark and narrow ones, too, to look at")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -97,17 +101,8 @@ def main() -> None:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as adapters, sync_playwright() as playwright:
-        command = [
-            sys.executable,
-            ROOT / "app.py",
-            "--model",
-            "miniature",
-            "--port",
-            str(port),
-            "--adapters",
-            adapters,
-        ]
-        server = subprocess.Popen(command)
+        command = [sys.executable, ROOT / "app.py", "--port", str(port), "--adapters", adapters, "--model", args.model]
+        server = subprocess.Popen([*command, "--admin-token", TOKEN])
         try:
             for _ in range(240):
                 try:
@@ -116,7 +111,7 @@ def main() -> None:
                 except OSError:
                     time.sleep(0.5)
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
-            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            page = browser.new_page(viewport=WIDE)
             page.set_default_timeout(PATIENCE)
             page.goto(address)
             page.wait_for_selector("#draw")
@@ -135,18 +130,27 @@ def main() -> None:
             save(page, args.output_dir, "cost")
             train(page, args.steps)
             save(page, args.output_dir, "train")
+            page.get_by_role("tab", name="Adapters").click()
+            page.wait_for_selector("#adapter-cards article")
+            page.wait_for_timeout(1000)
+            save(page, args.output_dir, "adapters")
+            owner = browser.new_page(viewport=WIDE)
+            owner.goto(f"{address}/studio/admin")
+            owner.fill("input[name=token]", TOKEN)
+            owner.click("button")
+            owner.wait_for_selector("table")
+            save(owner, args.output_dir, "admin")
             if args.also:
-                looks = {"dark": {"color_scheme": "dark"}, "narrow": {"viewport": {"width": 390, "height": 800}}}
-                for look, settings in looks.items():
-                    other = browser.new_context(**settings, storage_state=page.context.storage_state()).new_page()
+                for look, settings in {"dark": {"color_scheme": "dark"}, "narrow": {"viewport": NARROW}}.items():
+                    state = page.context.storage_state()
+                    other = browser.new_context(**({"viewport": WIDE} | settings), storage_state=state).new_page()
                     other.set_default_timeout(PATIENCE)
                     other.goto(address)
                     other.wait_for_selector("#draw")
                     other.wait_for_timeout(2000)
-                    generate(other)
-                    for name in ("Generate", "Train", "Understand", "Cost"):
+                    for name in ("Generate", "Train", "Adapters", "Pictures", "Understand", "Cost"):
                         other.get_by_role("tab", name=name).click()
-                        other.wait_for_timeout(1000)
+                        other.wait_for_timeout(1500)
                         save(other, args.output_dir, f"{name.lower()}-{look}")
             browser.close()
         finally:

@@ -1,12 +1,20 @@
 """Bars and curves as HTML and SVG: they follow the page's width and its light or dark colours."""
 
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
+
+# Gradio's templates read these, too.
+_TEMPLATE_SIGNS = {"{": "&#123;", "}": "&#125;", "$": "&#36;", "`": "&#96;", "\\": "&#92;"}
 
 
-def bars(title: str, rows: Sequence[tuple[str, float, str]], highlight: str = "") -> str:
-    """Horizontal bars `(label, value ≥ 0, what it says)`, the longest over the whole width."""
-    largest = max((value for _, value, _ in rows), default=0) or 1
+def escape(text: str) -> str:
+    """A text that stays one, in HTML, in its attributes, and in the templates of the pages."""
+    return "".join(_TEMPLATE_SIGNS.get(character, character) for character in escape_html(text))
+
+
+def bars(title: str, rows: Sequence[tuple[str, float, str]], highlight: str = "", most: float | None = None) -> str:
+    """Horizontal bars `(label, value ≥ 0, what it says)`; the whole width is `most`, or else the largest value."""
+    largest = most or max((value for _, value, _ in rows), default=0) or 1
     lines = []
     for label, value, text in rows:
         marked = " apt-marked" if label == highlight else ""

@@ -9,12 +9,14 @@ Needs `pip install "apt-diffusion[demo]"`. `python app.py` of a checkout is the 
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from ..training.scripts import trainer_script
+from .limits import Limits
 
 
 def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
@@ -44,15 +46,44 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     )
     add("--port", type=int, default=7860, help="default: %(default)s")
     add("--share", action="store_true", help="open a public tunnel through gradio.live: everybody who has the link")
-    add("--queue-size", type=int, default=32, help="requests that may wait for the model (default: %(default)s)")
-    add("--max-train-steps", type=int, default=2000, help="steps that a visitor may train (default: %(default)s)")
+    limits = Limits()
+    for flag, (default, text) in {
+        "--queue-size": (limits.queue, "requests that may wait for the model"),
+        "--queue-per-visitor": (limits.queue_per_visitor, "of them for one visitor"),
+        "--queue-per-address": (limits.queue_per_address, "of them for one address, which a classroom may share"),
+        "--max-train-steps": (limits.train_steps, "steps that a visitor may train"),
+        "--max-trainings": (limits.trainings, "trainings at a time"),
+        "--max-trainings-per-address": (limits.trainings_per_address, "of them for one address"),
+    }.items():
+        add(flag, type=int, default=default, metavar="N", help=f"{text} (default: %(default)s)")
+    add(
+        "--admin-token",
+        metavar="TOKEN",
+        default=os.environ.get("APT_STUDIO_ADMIN_TOKEN"),
+        help="opens the owner's page, /studio/admin, to who knows it: at least 16 characters (default: the variable "
+        "APT_STUDIO_ADMIN_TOKEN, which other users of the computer cannot read; without either there is no such page)",
+    )
     args = parser.parse_args(argv)
-    for flag, value in (("--queue-size", args.queue_size), ("--max-train-steps", args.max_train_steps)):
-        if value < 1:
-            parser.error(f"{flag} must be at least 1, got {value}")
+    for name, value in vars(args).items():
+        if name.startswith(("queue_", "max_")) and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.admin_token is not None and len(args.admin_token) < 16:
+        parser.error("--admin-token must have at least 16 characters")
     if Path(args.model).expanduser().is_dir():
         args.model = str(Path(args.model).expanduser().resolve())
     return args
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """What the flags say that visitors may take."""
+    return Limits(
+        args.queue_size,
+        args.queue_per_visitor,
+        args.queue_per_address,
+        args.max_train_steps,
+        args.max_trainings,
+        args.max_trainings_per_address,
+    )
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -64,18 +95,19 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         # Before Gradio is imported: no statistics sent anywhere, and its copies of pictures where only we can read.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": f"{folder}/shown"}
         try:
-            from .pages.site import build_site, serve
+            from .pages.site import build_site
+            from .server.serve import build_app, serve
         except ModuleNotFoundError as error:
             sys.exit(f'{error.name} is not installed: `pip install "apt-diffusion[demo]"`.')
         from .studio import Studio
 
         try:
-            studio = Studio(args.model, args.adapters, trainer_script("sd"), args.max_train_steps)
+            studio = Studio(args.model, args.adapters, trainer_script("sd"), limits_of(args))
         except (OSError, ValueError) as error:
             sys.exit(f"{args.model} cannot be used as a Stable Diffusion: {error}")
-        site = build_site(studio, args.queue_size)
+        app = build_app(build_site(studio), studio, args.admin_token)
         try:
-            serve(site, args.share, server_name=args.listen, server_port=args.port)
+            serve(app, studio, args.listen, args.port, args.share, lambda: shutil.rmtree(folder, ignore_errors=True))
         except OSError:
             sys.exit(
                 f"The studio cannot listen on {args.listen}, port {args.port}: another program uses it, or it is no "

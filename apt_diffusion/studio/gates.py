@@ -94,12 +94,16 @@ def stretched(maps: Tensor) -> Tensor:
     return (maps - least) / (most - least).clamp(min=1e-12)
 
 
-def overlay(picture: Image.Image, values: np.ndarray, least_side: int = 256) -> Image.Image:
-    """The picture in gray, under a map `(h, w)` in [0, 1] as colours, dark to bright."""
+def colors(values: np.ndarray) -> np.ndarray:
+    """A map `(h, w)` in [0, 1] as colours, dark to bright: `(h, w, 3)` bytes."""
     import matplotlib
 
+    return (matplotlib.colormaps[COLOR_MAP](np.clip(values, 0, 1))[..., :3] * 255).round().astype(np.uint8)
+
+
+def overlay(picture: Image.Image, values: np.ndarray, least_side: int = 256) -> Image.Image:
+    """The picture in gray, under a map `(h, w)` in [0, 1] as colours."""
     scale = max(1, -(-least_side // min(picture.size)))
     size = (picture.width * scale, picture.height * scale)
     gray = picture.convert("L").convert("RGB").resize(size, Image.Resampling.NEAREST)
-    colors = (matplotlib.colormaps[COLOR_MAP](np.clip(values, 0, 1))[..., :3] * 255).round().astype(np.uint8)
-    return Image.blend(gray, Image.fromarray(colors).resize(size, Image.Resampling.NEAREST), OPACITY)
+    return Image.blend(gray, Image.fromarray(colors(values)).resize(size, Image.Resampling.NEAREST), OPACITY)

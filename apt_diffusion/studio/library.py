@@ -11,7 +11,6 @@ and never joined to a path.
 """
 
 import dataclasses
-import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -20,13 +19,18 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..io.atomic import new_folder
-from ..io.files import WEIGHTS_NAME, AdapterFile
+from ..io.atomic import new_folder, remove_folder
+from ..io.files import WEIGHTS_NAME, AdapterFile, write_safetensors
 from ..serving.store import AdapterStore
+from .sharing import known_paths, public_metadata, without_paths
 
 VISITORS = ".visitors"
 GONE = "This adapter is not there any more: choose another one."
 EXAMPLES = Path(__file__).parent / "examples"
+OWNER = ".owner"  # beside a published adapter: who may take it back
+MAX_OWN = 20  # adapters of one visitor
+MAX_CARD = 20_000  # characters
+MAX_SAMPLES = 12
 _SLUG = re.compile(r"[^a-z0-9]+")
 
 
@@ -56,13 +60,18 @@ class Adapter:
             raise ValueError(str(error).replace(str(self.file), self.name)) from error
 
     @property
+    def has_card(self) -> bool:
+        """Whether a trainer has left a card beside it."""
+        return self.file.name == WEIGHTS_NAME and (self.file.parent / "README.md").is_file()
+
+    @property
     def is_own(self) -> bool:
-        """Whether it is the visitor's, not a published one."""
+        """Whether it is the visitor's own, and not published."""
         return self.key.startswith("own/")
 
     @property
     def label(self) -> str:
-        """The name in lists, with its kind."""
+        """Its name, and whose it is."""
         kind = {"own": " (yours)", "example": " (example)", "public": ""}
         return self.name + kind[self.key.split("/")[0]]
 
@@ -73,32 +82,42 @@ class Adapter:
 
     @property
     def card(self) -> str:
-        """Its model card as Markdown, without front matter and pictures; a line where it has none."""
+        """Its model card as Markdown, without front matter; a line where it has none."""
         file = self.file.parent / "README.md"
         if self.file.name != WEIGHTS_NAME or not file.is_file():
-            base = self.metadata.get("base_model", "not known")
-            return f"**{self.name}** has no model card. Base model: `{base}`."
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for path, instead in self._paths().items():
-            text = text.replace(path, instead)
-        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-        return re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", text).strip()
+            base = Path(self.metadata.get("base_model", "not known")).name
+            return f"{self.name} has no model card. Base model: {base}."
+        text = file.read_text(encoding="utf-8", errors="replace")[:MAX_CARD]
+        text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()
+        return without_paths(text, known_paths(self.metadata, self.name))
 
-    def _paths(self) -> dict[str, str]:
-        """Paths on this computer that the trainer wrote down, and what visitors read instead."""
-        try:
-            training = json.loads(self.metadata.get("training", "{}"))
-        except ValueError:
-            return {}
-        instead = {
-            "output_dir": download_name(self.name), "instance_data_dir": "pictures",
-            "class_data_dir": "class-pictures", "data_dir": "data",
-        }  # fmt: skip
-        return {training[key]: word for key, word in instead.items() if training.get(key)}
+    @property
+    def samples(self) -> list[Path]:
+        """Pictures that it has drawn, the newest first."""
+        folder = self.file.parent / "samples"
+        if self.file.name != WEIGHTS_NAME or not folder.is_dir() or folder.is_symlink():
+            return []
+        return sorted((file for file in folder.glob("*.png") if not file.is_symlink()), reverse=True)[:MAX_SAMPLES]
+
+    def published_by(self, visitor: str) -> bool:
+        """Whether this visitor has published it."""
+        owner = self.file.parent / OWNER
+        return self.key.startswith("public/") and owner.is_file() and owner.read_text().strip() == visitor
+
+    def as_download(self) -> bytes:
+        """The file without what it says of this computer.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        from safetensors.torch import save
+
+        whole = self.load()
+        return save(whole.tensors, metadata=public_metadata(whole.metadata, self.name))
 
 
 def download_name(name: str) -> str:
-    """The name of the file that a visitor downloads."""
+    """The file's name on the visitor's computer."""
     return f"{name}.safetensors"
 
 
@@ -121,22 +140,24 @@ class Library:
         ]
 
     def visitor_folder(self, visitor: str) -> Path:
-        """Where all work of a visitor is; `ValueError` for what is no visitor's identity."""
+        """All that one visitor has; `ValueError` for what is no visitor."""
         if not re.fullmatch(r"[0-9a-f]{32}", visitor):
             raise ValueError("This is no visitor of the studio.")
         return self.folder / VISITORS / visitor
 
     def own_folder(self, visitor: str) -> Path:
-        """Where the visitor's adapters are."""
+        """A visitor's own adapters."""
         return self.visitor_folder(visitor) / "adapters"
 
     def visible(self, visitor: str, kind: str = "stable_diffusion") -> list[Adapter]:
         """The visitor's own adapters, then the published ones; those that cannot be read are left out."""
+        return [adapter for adapter in self._seen_by(visitor) if adapter.kind == kind]
+
+    def _seen_by(self, visitor: str) -> list[Adapter]:
         folder = self.own_folder(visitor)
         # Whose adapters are read for each use: there may be many visitors.
         own = _adapters_in(AdapterStore(folder, max_bytes=0), "own") if folder.is_dir() else []
-        seen = [*own, *_adapters_in(self.public, "public"), *self.examples]
-        return [adapter for adapter in seen if adapter.kind == kind]
+        return [*own, *_adapters_in(self.public, "public"), *self.examples]
 
     def get(self, visitor: str, key: str, kind: str = "stable_diffusion") -> Adapter:
         """`ValueError` for a key that this visitor does not see."""
@@ -152,19 +173,90 @@ class Library:
 
     def publish(self, visitor: str, key: str) -> Adapter:
         """Copies an own adapter, with its card and samples, to where everybody sees it."""
-        own = self.get(visitor, key)
-        if not own.is_own:
-            raise ValueError(f"{own.name} is published already.")
+        own = self._own(visitor, key, "is published already.")
         taken = {adapter.name for adapter in _adapters_in(self.public, "public")}
         name = _free(own.name, lambda name: name in taken or (self.folder / name).exists())
         with new_folder(self.folder / name) as unfinished:  # nobody sees half an adapter
-            for file in (own.file, own.file.parent / "README.md", own.file.parent / "loss.png"):
-                if file.is_file():
-                    shutil.copyfile(file, unfinished / file.name)
-            samples = own.file.parent / "samples"
-            if samples.is_dir():
-                shutil.copytree(samples, unfinished / "samples")
-        return self.get(visitor, f"public/{name}")
+            (unfinished / WEIGHTS_NAME).write_bytes(own.as_download())
+            (unfinished / OWNER).write_text(visitor)
+            if own.has_card:
+                (unfinished / "README.md").write_text(own.card, encoding="utf-8")
+            for sample in own.samples:
+                (unfinished / "samples").mkdir(exist_ok=True)
+                shutil.copyfile(sample, unfinished / "samples" / sample.name)
+        return self.get(visitor, f"public/{name}", own.kind)
+
+    def unpublish(self, visitor: str, key: str) -> None:
+        """Takes back what this visitor has published; `ValueError` for what others have."""
+        adapter = self.find(visitor, key)
+        if not adapter.published_by(visitor):
+            raise ValueError(f"{adapter.name} was not published by you: only whoever did can take it back.")
+        self.remove_public(adapter)
+
+    def remove_public(self, adapter: Adapter) -> None:
+        """Takes a published adapter away, whoever has published it; `ValueError` for any other."""
+        if not adapter.key.startswith("public/"):
+            raise ValueError(f"{adapter.name} is not published.")
+        _remove(adapter)
+
+    def rename(self, visitor: str, key: str, wanted: str) -> Adapter:
+        """Gives an own adapter another name; returns it under the new one."""
+        own = self._own(visitor, key, "is not yours: only your own adapters can be renamed.")
+        if slug(wanted) == own.name:
+            return own
+        name = self.new_name(visitor, wanted)
+        own.file.parent.rename(own.file.parent.with_name(name))
+        return self.get(visitor, f"own/{name}", own.kind)
+
+    def delete(self, visitor: str, key: str) -> None:
+        """Deletes an own adapter with its card and samples."""
+        _remove(self._own(visitor, key, "is not yours: only your own adapters can be deleted."))
+
+    def add(self, visitor: str, wanted: str, tensors: AdapterFile) -> Adapter:
+        """Keeps an uploaded adapter; `ValueError` where the visitor has too many."""
+        self.check_room(visitor)
+        name = self.new_name(visitor, wanted)
+        metadata = public_metadata(tensors.metadata, name)
+        write_safetensors(tensors.tensors, self.own_folder(visitor) / name / WEIGHTS_NAME, metadata)
+        return self.find(visitor, f"own/{name}")
+
+    def check_room(self, visitor: str) -> None:
+        """`ValueError` where a visitor has as many adapters as one may have."""
+        folder = self.own_folder(visitor)
+        if folder.is_dir() and len(AdapterStore(folder, max_bytes=0).names()) >= MAX_OWN:
+            raise ValueError(f"You have {MAX_OWN} adapters, as many as one may have here: delete one first.")
+
+    def find(self, visitor: str, key: str) -> Adapter:
+        """`get` for any kind of model."""
+        for adapter in self._seen_by(visitor):
+            if adapter.key == key:
+                return adapter
+        raise ValueError(GONE)
+
+    def by_name(self, visitor: str, name: str, kind: str = "stable_diffusion") -> Adapter:
+        """The adapter that a prompt names: the visitor's own before others of the same name."""
+        for adapter in self.visible(visitor, kind):
+            if adapter.name == name:
+                return adapter
+        raise ValueError(f"There is no adapter “{name}”, which the prompt names.")
+
+    @staticmethod
+    def kind_of(file: AdapterFile) -> str:
+        """The kind of model that a file's tensors are for."""
+        return _kind(next(key for key in file.tensors if ".apt." in key or ".apt_context." in key))
+
+    def _own(self, visitor: str, key: str, otherwise: str) -> Adapter:
+        adapter = self.find(visitor, key)
+        if not adapter.is_own:
+            raise ValueError(f"{adapter.name} {otherwise}")
+        return adapter
+
+
+def _remove(adapter: Adapter) -> None:
+    if adapter.file.name != WEIGHTS_NAME:
+        adapter.file.unlink(missing_ok=True)
+        return
+    remove_folder(adapter.file.parent)
 
 
 def slug(text: str) -> str:

@@ -17,18 +17,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from ..data.reading import is_picture
 from ..io.atomic import replacing, write_text
 from ..io.files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
 from ..training.loss_log import LOG_NAME, read_log
 from ..training.scripts import environment
+from .countdown import Countdown
 from .library import VISITORS, Library
 from .uploads import keep_pictures
 
@@ -36,6 +38,7 @@ JOB_NAME = "job.json"
 # How Python and argparse end.
 ERROR_LINE = re.compile(r"(?:[\w.]*(?:Error|Exception)|[\w./-]+: error): (.+)")
 MAX_RUNNING = 4  # trainings of all visitors
+MAX_PER_ADDRESS = 2  # of them for one address: a browser without its cookie counts as somebody new
 SAMPLES = 4  # sample grids per training
 CLASS_PICTURES = 64
 
@@ -81,10 +84,12 @@ class Status:
     samples: list[Path]
     seconds_left: float | None = None  # unknown until some steps are done
     problem: str = ""  # why it failed
+    stage: str = ""  # what a start is doing
+    share: float | None = None  # of that stage, where it is known
 
     @property
     def is_over(self) -> bool:
-        """Whether the process has ended."""
+        """Whether no process works on it."""
         return self.state in ("stopped", "failed", "finished")
 
 
@@ -97,8 +102,10 @@ class Trainings:
         library: where finished adapters go.
         defaults: further flags of the trainer that suit the model.
         max_steps: what a visitor may ask for.
-        class_pictures: gives a folder of captioned pictures of what the model knows, drawn if need be, in place of
-            the trainer's pictures of the class prompt.
+        class_pictures: a folder of captioned pictures of what the model knows, in place of the trainer's pictures
+            of the class prompt. Whoever starts a training has drawn them.
+        max_running: trainings of all visitors at a time.
+        max_per_address: of them for one address.
     """
 
     def __init__(
@@ -108,7 +115,9 @@ class Trainings:
         library: Library,
         defaults: dict[str, Any],
         max_steps: int,
-        class_pictures: Callable[[], Path] | None = None,
+        class_pictures: Path | None = None,
+        max_running: int = MAX_RUNNING,
+        max_per_address: int = MAX_PER_ADDRESS,
     ) -> None:
         self.script = script
         self.model = model
@@ -116,39 +125,64 @@ class Trainings:
         self.defaults = defaults
         self.max_steps = max_steps
         self.class_pictures = class_pictures
+        self.max_running = max_running
+        self.max_per_address = max_per_address
         self._lock = threading.Lock()
         self._children: dict[int, subprocess.Popen] = {}  # to be waited for, or they stay zombies
-        self._first_seen: dict[str, tuple[float, int]] = {}  # for the time left: when which step was done
+        self._countdowns: dict[str, Countdown] = {}
 
-    def start(self, visitor: str, pictures: Sequence[str | Path], captions: Sequence[str], lesson: Lesson) -> str:
+    def start(
+        self,
+        visitor: str,
+        pictures: Sequence[str | Path],
+        captions: Sequence[str],
+        lesson: Lesson,
+        address: str = "",
+        frames: Sequence[float | None] = (),
+    ) -> str:
         """Keeps the pictures and starts the trainer; returns the adapter's name. A stopped job is given up.
+
+        Args:
+            visitor: whose training it is.
+            pictures: uploads.
+            captions: one per picture, or fewer.
+            lesson: what to teach.
+            address: of the visitor's computer.
+            frames: for each picture where the square to train on lies on its long side, from 0 to 1; `None` leaves
+                that to the trainer.
 
         Raises:
             ValueError: where one is running already, or for pictures and settings that cannot be used.
         """
-        if lesson.steps > self.max_steps:
-            raise ValueError(f"This studio trains for at most {self.max_steps} steps, not {lesson.steps}.")
-        if not self.script.is_file():
-            raise ValueError(f"The trainer is not here any more: {self.script}. Install apt-diffusion again.")
-        if lesson.class_prompt and self.class_pictures is not None:
-            self.class_pictures()  # may take a while the first time: not with the lock held
+        self.check(visitor, lesson, address)
         with self._lock:
             self._refuse_second(visitor)
-            self._refuse_too_many()
+            self._refuse_too_many(address)
             incoming = self.library.visitor_folder(visitor) / "incoming"
             shutil.rmtree(incoming, ignore_errors=True)
-            keep_pictures(pictures, captions, incoming)  # before anything is given up for them
+            keep_pictures(pictures, captions, incoming, frames)  # before anything is given up for them
             self._give_up_old(visitor)
             name = self.library.new_name(visitor, lesson.name)
             folder = self._folder(visitor, name)
             try:
                 folder.mkdir(parents=True)
                 incoming.rename(folder / "pictures")
-                self._launch(visitor, name, lesson)
+                self._launch(visitor, name, lesson, address)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             return name
+
+    def check(self, visitor: str, lesson: Lesson, address: str = "") -> None:
+        """`ValueError` where `start` would refuse, whatever the pictures are."""
+        if lesson.steps > self.max_steps:
+            raise ValueError(f"This studio trains for at most {self.max_steps} steps, not {lesson.steps}.")
+        if not self.script.is_file():
+            raise ValueError(f"The trainer is not here any more: {self.script}. Install apt-diffusion again.")
+        self.library.check_room(visitor)
+        with self._lock:
+            self._refuse_second(visitor)
+            self._refuse_too_many(address)
 
     def resume(self, visitor: str) -> None:
         """Goes on with the job that was stopped, from its last checkpoint.
@@ -161,8 +195,8 @@ class Trainings:
             job = self._latest(visitor)
             if job is None or self._read(job).state == "finished":
                 raise ValueError("There is no stopped training to go on with.")
-            self._refuse_too_many()
-            self._launch(visitor, job["name"], Lesson(**job["lesson"]))
+            self._refuse_too_many(job.get("address", ""))
+            self._launch(visitor, job["name"], Lesson(**job["lesson"]), job.get("address", ""))
 
     def cancel(self, visitor: str) -> None:
         """Asks the job to stop: it ends its step and saves a checkpoint. `ValueError` where none is running."""
@@ -174,6 +208,11 @@ class Trainings:
             self._write(job | {"cancelled": True})
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
+
+    def running(self) -> list[tuple[str, Status]]:
+        """All trainings that are running, with their visitors: for the owner of the studio."""
+        with self._lock:
+            return [(job["visitor"], self._read(job)) for job in self._jobs() if self._process(job) is not None]
 
     def status(self, visitor: str) -> Status | None:
         """The visitor's latest job, `None` before the first."""
@@ -206,8 +245,10 @@ class Trainings:
         if self._process(job) is not None:
             is_new = step > job["first_step"]  # a resumed job has rows of the run before
             state = "stopping" if job["cancelled"] else "running" if is_new else "starting"
-            return Status(state, job["name"], lesson, step, losses, samples, self._time_left(job, step, lesson.steps))
-        self._first_seen.pop(self._key(job), None)
+            left = self._time_left(job, step, lesson.steps)
+            stage = self._stage(job, lesson) if state == "starting" else ("", None)
+            return Status(state, job["name"], lesson, step, losses, samples, left, "", *stage)
+        self._countdowns.pop(self._key(job), None)
         if (output / "README.md").is_file():  # the last thing that the trainer writes
             return Status("finished", job["name"], lesson, step, losses, samples)
         self._keep_last_checkpoint(output)
@@ -241,12 +282,21 @@ class Trainings:
         if job is not None and self._process(job) is not None:
             raise ValueError("Your training is still running: stop it first, or wait until it has finished.")
 
-    def _refuse_too_many(self) -> None:
-        """Each holds a model in memory, and a browser without its cookie counts as somebody new."""
-        jobs = self.library.folder.glob(f"{VISITORS}/*/trainings/*/{JOB_NAME}")
-        running = sum(self._process(json.loads(file.read_text())) is not None for file in jobs)
-        if running >= MAX_RUNNING:
-            raise ValueError(f"{running} trainings are running here, as many as there may be: try again later.")
+    def _refuse_too_many(self, address: str) -> None:
+        """Each holds a model in memory."""
+        running = [job for job in self._jobs() if self._process(job) is not None]
+        if len(running) >= self.max_running:
+            raise ValueError(f"{len(running)} trainings are running here, as many as there may be: try again later.")
+        same = sum(job.get("address", "") == address for job in running)
+        if address and same >= self.max_per_address:
+            raise ValueError(
+                f"{same} trainings of your address are running, as many as one may have here: try again later."
+            )
+
+    def _jobs(self) -> list[dict]:
+        return [
+            json.loads(file.read_text()) for file in self.library.folder.glob(f"{VISITORS}/*/trainings/*/{JOB_NAME}")
+        ]
 
     def _give_up_old(self, visitor: str) -> None:
         """What a new training replaces: pictures of all jobs, checkpoints of all adapters, and what never had any."""
@@ -260,9 +310,9 @@ class Trainings:
 
     # Its process
 
-    def _launch(self, visitor: str, name: str, lesson: Lesson) -> None:
+    def _launch(self, visitor: str, name: str, lesson: Lesson, address: str) -> None:
         folder = self._folder(visitor, name)
-        known = {"visitor": visitor, "name": name, "lesson": dataclasses.asdict(lesson)}
+        known = {"visitor": visitor, "name": name, "lesson": dataclasses.asdict(lesson), "address": address}
         with (folder / "log.txt").open("a") as log:
             child = subprocess.Popen(
                 self.command(visitor, name, lesson),
@@ -308,7 +358,7 @@ class Trainings:
             "resume_from_checkpoint": "latest",
         } | self.defaults
         if lesson.class_prompt:
-            class_dir = folder / "class" if self.class_pictures is None else self.class_pictures()
+            class_dir = self._class_folder(visitor, name)
             flags |= {
                 "with_prior_preservation": True,
                 "class_data_dir": self._shown(class_dir),
@@ -343,9 +393,19 @@ class Trainings:
     def _key(job: dict) -> str:
         return f"{job['visitor']} {job['name']}"
 
+    def _class_folder(self, visitor: str, name: str) -> Path:
+        return self.class_pictures or self._folder(visitor, name) / "class"
+
+    def _stage(self, job: dict, lesson: Lesson) -> tuple[str, float | None]:
+        """What a trainer that has done no step yet is doing, and how far it is with it."""
+        folder = self._class_folder(job["visitor"], job["name"])
+        drawn = sum(is_picture(file) for file in folder.iterdir()) if folder.is_dir() else 0
+        if lesson.class_prompt and 0 < drawn < CLASS_PICTURES:
+            return f"Drawing pictures of “{lesson.class_prompt}”: {drawn} of {CLASS_PICTURES}", drawn / CLASS_PICTURES
+        return "Loading the model and preparing the pictures …", None
+
     def _time_left(self, job: dict, step: int, steps: int) -> float | None:
-        now = time.monotonic()
         if step <= job["first_step"]:
             return None
-        started, first = self._first_seen.setdefault(self._key(job), (now, step))
-        return None if step - first < 2 else (now - started) / (step - first) * (steps - step)
+        countdown = self._countdowns.setdefault(self._key(job), Countdown())
+        return countdown.left(step, steps, time.monotonic())

@@ -3,8 +3,8 @@
 import contextlib
 import json
 import logging
-import threading
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,20 @@ from ..io.load import load_apt_weights
 from ..miniature import resolve_model
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter
+from .turns import Turns, Who
 
 logger = logging.getLogger(__name__)
 
 TOP = 5
+MAX_ANSWERS = 20_000
+MAX_MODELS = 4  # in memory
 MAX_LABELS = 50
 MAX_SHOTS = 50
 TEXT_LIMIT = 300  # characters
 EMBEDDED_CLIP = "miniature-clip"
+EMBEDDED = (EMBEDDED_CLIP, "miniature-vilt", "miniature-meter")
+COST = 10.0  # of a question, in denoising steps
+NOBODY = Who("")
 
 Probabilities = dict[str, float]
 
@@ -42,13 +48,17 @@ class Reading:
 
 
 class Reader:
-    """Loads a model when it is first asked for; serves one question at a time."""
+    """Loads a model when it is first needed; serves one question at a time.
 
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._models: dict[tuple, tuple[nn.Module, Any]] = {}
+    Args:
+        turns: the queue for all models.
+    """
 
-    def ask(self, picture: Image.Image, question: str, adapter: Adapter) -> Reading:
+    def __init__(self, turns: Turns | None = None) -> None:
+        self.turns = turns or Turns()
+        self._models: OrderedDict[tuple, tuple[nn.Module, Any]] = OrderedDict()  # the least recently used first
+
+    def ask(self, picture: Image.Image, question: str, adapter: Adapter, who: Who = NOBODY) -> Reading:
         """Answers with their probabilities, the most probable ones. The answers are the adapter's, and so is the head
         that chooses among them; "without" is that head on the model with APT switched off.
 
@@ -58,10 +68,8 @@ class Reader:
         question = question.strip()
         if not 1 <= len(question) <= TEXT_LIMIT:
             raise ValueError(f"Ask something about the picture, in at most {TEXT_LIMIT} characters.")
-        answers = json.loads(adapter.metadata.get("answers", "[]"))
-        if adapter.kind not in ("vilt", "meter") or not answers:
-            raise ValueError(f"{adapter.name} was not trained to answer questions.")
-        with self.lock, torch.no_grad():
+        answers = _answers(adapter)
+        with self.turns.turn(who, COST), torch.no_grad():
             model, processor = self._question_answerer(adapter, len(answers))
             limit = processor.tokenizer.model_max_length
             for _, lost in kept_and_lost([question], processor.tokenizer, limit).values():
@@ -86,6 +94,7 @@ class Reader:
         labels: Sequence[str],
         shots: Sequence[tuple[Image.Image, str]] = (),
         adapter: Adapter | None = None,
+        who: Who = NOBODY,
     ) -> Reading:
         """Probabilities of the labels: by their names (zero-shot), or by the mean of example pictures of each.
 
@@ -95,7 +104,7 @@ class Reader:
         check_labels(labels, [label for _, label in shots])
         if adapter is not None and adapter.kind != "clip":
             raise ValueError(f"{adapter.name} is not for CLIP.")
-        with self.lock, torch.no_grad():
+        with self.turns.turn(who, COST), torch.no_grad():
             base = EMBEDDED_CLIP if adapter is None else adapter.metadata.get("base_model", EMBEDDED_CLIP)
             model, processor = self._clip(base)
             without = self._class_probabilities(model, processor, picture, labels, shots)
@@ -113,6 +122,18 @@ class Reader:
         seen = _as_seen(picture, "clip", {"pixel_values": pixels})
         gates = stretched(image_map(record, "clip", grid)).numpy()
         return Reading(without, adapted, overlay(seen, gates))
+
+    def try_adapter(self, adapter: Adapter, who: Who = NOBODY) -> None:
+        """Attaches an adapter and takes it off again; `ValueError` where it does not fit its model."""
+        with self.turns.turn(who, COST):
+            if adapter.kind == "clip":
+                model, _ = self._clip(adapter.metadata.get("base_model", EMBEDDED_CLIP))
+            else:
+                model, _ = self._question_answerer(adapter, len(_answers(adapter)))
+            try:
+                load_apt_weights(model, adapter.load())
+            finally:
+                remove_apt(model)
 
     @staticmethod
     def _class_probabilities(
@@ -140,33 +161,42 @@ class Reader:
 
     def _question_answerer(self, adapter: Adapter, num_answers: int) -> tuple[nn.Module, Any]:
         base = resolve_model(adapter.metadata.get("base_model", f"miniature-{adapter.kind}"))
-        key = (adapter.kind, base, num_answers)
-        if key not in self._models:
+
+        def load() -> nn.Module:
             from transformers import ViltForQuestionAnswering
 
-            from ..data.processors import load_processor
             from ..models.meter import MeterForQuestionAnswering
 
             model_class = {"vilt": ViltForQuestionAnswering, "meter": MeterForQuestionAnswering}[adapter.kind]
             settings = {"max_image_length": -1} if adapter.kind == "vilt" else {}
-            with _said_of(base):
-                model = model_class.from_pretrained(
-                    base, num_labels=num_answers, ignore_mismatched_sizes=True, dtype=torch.float32, **settings
-                )
-                self._models[key] = (model.eval(), load_processor(adapter.kind, base))
-        return self._models[key]
+            return model_class.from_pretrained(
+                base, num_labels=num_answers, ignore_mismatched_sizes=True, dtype=torch.float32, **settings
+            )
+
+        return self._kept(adapter.kind, base, num_answers, load)
 
     def _clip(self, base: str) -> tuple[nn.Module, Any]:
         base = resolve_model(base)
-        if ("clip", base) not in self._models:
+
+        def load() -> nn.Module:
             from transformers import CLIPModel
 
-            from ..data.processors import load_processor
+            return CLIPModel.from_pretrained(base, dtype=torch.float32)
 
+        return self._kept("clip", base, 0, load)
+
+    def _kept(self, kind: str, base: str, num_answers: int, load: Callable[[], nn.Module]) -> tuple[nn.Module, Any]:
+        """A model and its processor: from memory, where the latest ones stay."""
+        from ..data.processors import load_processor
+
+        key = (kind, base, num_answers)
+        if key not in self._models:
             with _said_of(base):
-                model = CLIPModel.from_pretrained(base, dtype=torch.float32).eval()
-                self._models["clip", base] = (model, load_processor("clip", base))
-        return self._models["clip", base]
+                self._models[key] = (load().eval(), load_processor(kind, base))
+        self._models.move_to_end(key)
+        while len(self._models) > MAX_MODELS:
+            self._models.popitem(last=False)
+        return self._models[key]
 
 
 @contextlib.contextmanager
@@ -181,6 +211,17 @@ def _said_of(base: str) -> Iterator[None]:
             f"The base model of this adapter, “{name}”, cannot be loaded: it is not on the server, or the hub cannot "
             "be reached. Choose another adapter, or ask whoever runs this studio."
         ) from error
+
+
+def _answers(adapter: Adapter) -> list[str]:
+    try:
+        answers = json.loads(adapter.metadata.get("answers", "[]"))
+    except ValueError:
+        answers = []
+    is_list = isinstance(answers, list) and all(isinstance(answer, str) for answer in answers)
+    if adapter.kind not in ("vilt", "meter") or not is_list or not 1 <= len(answers) <= MAX_ANSWERS:
+        raise ValueError(f"{adapter.name} was not trained to answer questions.")
+    return answers
 
 
 def check_labels(labels: Sequence[str], given: Sequence[str]) -> None:

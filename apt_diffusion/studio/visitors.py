@@ -5,6 +5,8 @@ import re
 import secrets
 from typing import Any
 
+from .turns import Who
+
 COOKIE = "apt_studio"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32,64}")
 _YEAR = 365 * 24 * 3600
@@ -19,8 +21,19 @@ def visitor_of(request: Any) -> str:
         request: `gradio.Request`, or anything with `cookies` and `session_hash`.
     """
     token = request.cookies.get(COOKIE, "")
-    known = token if _TOKEN.fullmatch(token) else f"session {request.session_hash}"
+    known = token if _TOKEN.fullmatch(token) else f"session {getattr(request, 'session_hash', None)}"
     return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+
+def who_of(request: Any) -> Who:
+    """The visitor and the address of a request."""
+    return Who(visitor_of(request), address_of(request))
+
+
+def address_of(request: Any) -> str:
+    """The address of a visitor's computer, or of the router or proxy in front of it."""
+    client = getattr(request, "client", None)
+    return str(getattr(client, "host", "") or "")
 
 
 class VisitorCookie:

@@ -1,6 +1,7 @@
 """README.md beside an adapter: what it is, how to use it, how it was made. Also a valid model card for the hub."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,20 +50,20 @@ def write_model_card(
         front["instance_prompt"] = prompt
     # JSON is YAML: no value can break the front matter.
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
-    lines += [f"# {title}", "", summary, "", f"- Base model: `{base_model}`"]
+    lines += [f"# {plain(title)}", "", summary, "", f"- Base model: {code(base_model)}"]
     if prompt:
-        lines += [f"- Trigger prompt: `{prompt}`"]
+        lines += [f"- Trigger prompt: {code(prompt)}"]
     lines += ["", *(f"![samples]({image.relative_to(folder).as_posix()})" for image in images), ""]
     if metrics:
         lines += ["## Results", "", "| metric | value |", "|---|---|"]
-        lines += [*(f"| {name} | {value:.4g} |" for name, value in metrics.items()), ""]
+        lines += [*(f"| {plain(name)} | {value:.4g} |" for name, value in metrics.items()), ""]
     if metrics_plot:
         lines += [f"![metrics]({metrics_plot.relative_to(folder).as_posix()})", ""]
-    lines += ["## Use", "", "```python", usage.strip(), "```", "", "## Training", ""]
+    lines += ["## Use", "", *fenced(usage.strip(), "python"), "", "## Training", ""]
     if loss_plot:
         lines += [f"![loss]({loss_plot.relative_to(folder).as_posix()})", ""]
-    lines += ["```bash", command, "```", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {_cell(value)} |" for key, value in public_settings(settings).items()]
+    lines += [*fenced(command, "bash"), "", "| setting | value |", "|---|---|"]
+    lines += [f"| {plain(key)} | {_cell(value)} |" for key, value in public_settings(settings).items()]
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
     return folder / "README.md"
@@ -73,5 +74,30 @@ def _is_hub_id(base_model: str) -> bool:
 
 
 def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return "`" + text.replace("|", "\\|").replace("\n", " ") + "`"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return code(text).replace("|", "\\|")
+
+
+def code(text: str) -> str:
+    """A text of others as one line of code: the fence is longer than any row of backticks in it."""
+    text = " ".join(text.split())
+    fence = _fence(text, 1)
+    space = " " if text.startswith("`") or text.endswith("`") or not text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """A text of others as a block of code."""
+    fence = _fence(text, 3)
+    return [f"{fence}{language}", text, fence]
+
+
+def plain(text: str) -> str:
+    """A text of others in one line, in which no character is markup of Markdown or HTML."""
+    text = " ".join(text.split())
+    text = re.sub(r"([\\`*_{}\[\]()<>#!|~&@])", r"\\\1", text)
+    return re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|^(?=[-+=])|(?<=^\d)(?=[.)])", r"\\", text)  # links and lists
+
+
+def _fence(text: str, least: int) -> str:
+    return "`" * max(least, 1 + max((len(row) for row in re.findall("`+", text)), default=0))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from apt_diffusion.studio import command, uploads
-from apt_diffusion.studio.doors import Doors
+from apt_diffusion.studio.server.doors import Doors
 from apt_diffusion.studio.visitors import COOKIE, VisitorCookie, visitor_of
 
 # Visitors
@@ -61,39 +61,46 @@ def test_flags_are_checked_and_paths_made_absolute(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     assert command.parse_args(["--model", "model"]).model == str(tmp_path / "model")
-    for wrong in (["--queue-size", "0"], ["--max-train-steps", "-1"], ["--port", "x"]):
+    for wrong in (["--queue-size", "0"], ["--max-train-steps", "-1"], ["--port", "x"], ["--max-trainings", "0"]):
         with pytest.raises(SystemExit):
             command.parse_args(wrong)
     assert "must be at least 1" in capsys.readouterr().err
+    monkeypatch.setenv("APT_STUDIO_ADMIN_TOKEN", "t" * 16)
+    assert command.parse_args([]).admin_token == "t" * 16 and command.parse_args([]).queue_per_visitor == 4
+    with pytest.raises(SystemExit):
+        command.parse_args(["--admin-token", "short"])
+    assert "at least 16 characters" in capsys.readouterr().err
 
 
 @pytest.fixture
 def started(tmp_path, monkeypatch):
-    """Runs the command with these flags as far as the call to Gradio's `launch`; returns what that was given."""
+    """Runs the command with these flags until the server is ready, which then ends; returns the server's settings."""
     import gradio
 
-    monkeypatch.setattr("apt_diffusion.studio.studio.Studio", lambda *args: None)
+    from apt_diffusion.studio.server import serve
+
+    library = SimpleNamespace(folder=tmp_path)
+    studio = SimpleNamespace(library=library, drawings=SimpleNamespace(sweep=lambda: None))
+    monkeypatch.setattr("apt_diffusion.studio.studio.Studio", lambda *args: studio)
     with gradio.Blocks() as site:
         gradio.HTML("a page")
     monkeypatch.setattr("apt_diffusion.studio.pages.site.build_site", lambda *args: site)
-    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: self.close(verbose=False))
     monkeypatch.setattr("signal.signal", lambda *args: None)
     monkeypatch.setattr("os.environ", os.environ.copy())
-    launch = gradio.Blocks.launch
+    ready = []
+
+    def run(self, sockets):
+        ready.append(self.config)
+        self.ready()
+
+    monkeypatch.setattr(serve.Server, "run", run)
 
     def start(*flags):
-        given = {}
-
-        def noted(self, **settings):
-            given.update(settings)
-            return launch(self, **settings)
-
-        monkeypatch.setattr(gradio.Blocks, "launch", noted)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command.main(["--adapters", str(tmp_path), "--port", str(port), *flags])
-        return given
+        return site, *ready
 
     return start
 
@@ -104,15 +111,15 @@ def test_nothing_is_shared_unless_asked_for(started, monkeypatch, capsys):
 
     monkeypatch.setattr("gradio.networking.setup_tunnel", tunnel)
     monkeypatch.setenv("GRADIO_SHARE", "True")  # of somebody's shell
-    given = started()
-    assert given["share"] is False and given["server_name"] == "127.0.0.1"
-    assert "allowed_paths" not in given and given["max_file_size"] == uploads.MAX_BYTES
+    site, _ = started()
+    assert site.allowed_paths == [] and site.max_file_size == uploads.MAX_BYTES
+    assert site.has_launched  # Gradio checks where files lie only then
     assert re.fullmatch(r"The studio is open at http://127\.0\.0\.1:\d+/ .*\n", capsys.readouterr().out)
 
 
 def test_a_shared_studio_prints_its_link(started, monkeypatch, capsys):
     monkeypatch.setattr("gradio.networking.setup_tunnel", lambda *args, **settings: "https://x.gradio.live")
-    assert started("--share")["share"] is True
+    started("--share")
     assert "everybody who has this link can use it: https://x.gradio.live" in capsys.readouterr().out
 
 

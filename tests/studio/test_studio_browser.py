@@ -16,6 +16,7 @@ from support.studio_browser import (
     tab,
     upload,
     wait_for,
+    wait_for_pictures,
 )
 from support.studio_helpers import make_adapter, make_looking_adapter, picture
 
@@ -45,7 +46,7 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
     page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))
     upload(page, as_file(hostile, picture(tmp_path / "a.png", 64, 40)), as_file("b.png", picture(tmp_path / "b.png")))
     wait_for(page, "#train-status", "2 pictures, cut to 32 × 32 pixels")
-    page.wait_for_function("document.querySelectorAll('#seen img').length == 2")
+    page.wait_for_function("document.querySelectorAll('#seen .apt-whole').length == 2")
     page.fill("#adapter-name input, #adapter-name textarea", "../../My <b>dog</b>")
     page.fill("#train-steps input[type=number]", str(STEPS))
     page.keyboard.press("Tab")
@@ -67,7 +68,7 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
     page.wait_for_function("document.querySelectorAll('#samples img').length > 0")
     assert f"of {STEPS}" in page.get_attribute("#losses svg", "aria-label")
     with page.expect_download() as download:
-        page.click("#download-adapter")
+        page.click("#download-adapter a")
     assert download.value.suggested_filename == "my-b-dog-b.safetensors"
 
     page.click("#use-adapter")
@@ -75,6 +76,7 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
     wait_for(page, "#adapters", "my-b-dog-b")
     draw(page, "a photo of sks dog", 7, count=2)
     wait_for(page, "#status", r"Done\. Seed 7\.")
+    wait_for_pictures(page)
     adapted, base = pictures_of(page, "#adapted"), pictures_of(page, "#base")
     assert adapted.shape == base.shape == (2, 32, 32, 3)
     assert not np.array_equal(adapted, base)
@@ -89,9 +91,9 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
     # A neighbour sees it once it is published, and not before.
     neighbour = visit()
     assert offered(neighbour) == ["shared"]
-    page.get_by_text("About the adapters").click()
-    page.get_by_role("button", name="Publish").click()
-    wait_for(page, "#status", "Published: my-b-dog-b")
+    tab(page, "Adapters")
+    page.get_by_role("button", name="Publish: my-b-dog-b").click()
+    wait_for(page, "#adapters-status", "Published: my-b-dog-b")
     neighbour.reload()
     neighbour.wait_for_selector("#draw")
     assert offered(neighbour) == ["my-b-dog-b", "shared"]
@@ -109,6 +111,9 @@ def test_bad_uploads_get_a_sentence_and_leave_the_page_usable(visit, tmp_path):
     wait_for(page, "#train-status", "damaged")
     page.click('#pictures button[aria-label="Clear"], #pictures button[title="Clear"]')
     upload(page, {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"})
+    wait_for(page, "#train-status", "“notes.txt” belongs to no picture")
+    page.click('#pictures button[aria-label="Clear"], #pictures button[title="Clear"]')
+    upload(page, {"name": "notes.pdf", "mimeType": "application/pdf", "buffer": b"no picture"})
     page.wait_for_selector("text=/Invalid file type/i")
     upload(page, as_file("good.png", picture(tmp_path / "good.png")))
     wait_for(page, "#train-status", "1 pictures, cut to")
@@ -123,6 +128,7 @@ def test_two_visitors_at_once_get_their_own_pictures(visit):
         wait_for(page, "#adapters", "shared")
         draw(page, f"a sks glyph {seed}", seed)
         wait_for(page, "#status", rf"Done\. Seed {seed}\.")
+        wait_for_pictures(page)
         alone[page] = pictures_of(page, "#adapted"), pictures_of(page, "#base")
     assert not np.array_equal(alone[first][0], alone[second][0])
     for page in (first, second):
@@ -133,13 +139,20 @@ def test_two_visitors_at_once_get_their_own_pictures(visit):
         page.wait_for_function("window.remembered.some(text => /Step|Starting/.test(text))")
     for page, seed in ((first, 11), (second, 22)):
         wait_for(page, "#status", rf"Done\. Seed {seed}\.")
+        wait_for_pictures(page)
         page.wait_for_timeout(300)
         together = pictures_of(page, "#adapted"), pictures_of(page, "#base")
         assert all(np.array_equal(*pair) for pair in zip(together, alone[page], strict=True))
 
 
+def offered_now(page):
+    """The adapters that are chosen."""
+    return page.locator("#adapters .token").all_inner_texts()
+
+
 def test_the_sweep_shows_a_row_and_wrong_orders_a_sentence(visit):
     page = visit()
+    assert not offered_now(page)
     page.click("#sweep")
     assert "Choose an adapter first" in wait_for(page, "#status", "Choose")
     page.fill("#prompt textarea", " ")
@@ -149,9 +162,10 @@ def test_the_sweep_shows_a_row_and_wrong_orders_a_sentence(visit):
     wait_for(page, "#adapters", "shared")
     draw(page, "a sks glyph", 3, steps=2)
     wait_for(page, "#status", "Done")
+    wait_for_pictures(page)
     page.click("#sweep")
-    page.wait_for_function("document.querySelectorAll('#strengths img').length == 7")
-    row = pictures_of(page, "#strengths")
+    page.wait_for_function("document.querySelectorAll('#grid img').length == 7")
+    row = pictures_of(page, "#grid")
     assert np.array_equal(row[0], pictures_of(page, "#base")[0])
     assert np.array_equal(row[5], pictures_of(page, "#adapted")[0])
 
@@ -203,3 +217,4 @@ def test_pages_need_nothing_from_elsewhere_and_work_by_keyboard_narrow_and_dark(
     page.fill("#cost-prompts input[type=number]", "100")
     page.keyboard.press("Tab")
     wait_for(page, "#cost-parameters", r"995\.34 k")  # 12 (100 · 768 + 2 · 768 · 4 + 1)
+    assert re.search("So the same prompts need .* times less arithmetic", page.inner_text("#cost-summary"))

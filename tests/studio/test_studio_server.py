@@ -3,14 +3,24 @@
 import json
 import os
 import signal
-import threading
 import urllib.parse
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from support.studio_browser import as_file, choose, draw, fetch, served, tab, upload, wait_for
+from support.studio_browser import (
+    as_file,
+    call,
+    choose,
+    configuration,
+    draw,
+    fetch,
+    function_of,
+    served,
+    tab,
+    upload,
+    wait_for,
+)
 from support.studio_helpers import ROOT, bomb, copy_adapter, disguised, make_adapter, picture
 
 from apt_diffusion.studio.library import EXAMPLES
@@ -72,9 +82,11 @@ def test_adapters_that_cannot_be_used_get_a_sentence_without_a_path(visit, adapt
         assert str(adapters) not in text and "Traceback" not in text
         page.locator("#adapters").get_by_role("button", name="Clear").click()
     choose(page, "#adapters", "shared")
-    page.get_by_text("About the adapters").click()
-    wait_for(page, "#card", "A card")
-    assert not page.locator("#card [onerror], #card script, #card a[href^=javascript]").count()
+    tab(page, "Adapters")
+    page.get_by_text("About shared").click()
+    wait_for(page, "#adapter-cards", "A card")
+    assert not page.locator("#adapter-cards :is([onerror], script, a[href^=javascript])").count()
+    tab(page, "Generate")
     draw(page, "a sks glyph", 1, steps=2)
     wait_for(page, "#status", "Done")
 
@@ -110,8 +122,8 @@ def test_a_trainer_that_is_killed_leaves_a_sentence_and_can_go_on(visit, address
     # A stranger can neither stop it nor take it over.
     config, by_id = configuration(page)
     for button, words in (("cancel", "no training to stop"), ("resume", "no stopped training")):
-        function = next(d for d in config["dependencies"] if [button, "click"] in named(d, by_id))
-        assert words in call(address, function["id"], [None] * len(function["inputs"]))
+        function = function_of(config, by_id, button)
+        assert words in call(address, function["id"], [{}])[1]
     (job,) = [json.loads(file.read_text()) for file in adapters.glob(".visitors/*/trainings/*/job.json")]
     assert not job["cancelled"]
 
@@ -143,21 +155,6 @@ def test_files_outside_cannot_be_read_through_the_server(visit, address, adapter
         assert status != 200 or b"root:" not in body
 
 
-def test_a_forged_request_gets_no_file_and_no_other_visitors_adapter(visit, address):
-    """What the page would send, with a path of the server's, and with an adapter's key that was made up."""
-    page = visit()
-    config, by_id = configuration(page)
-    train = next(d for d in config["dependencies"] if ["train", "click"] in named(d, by_id))
-    sent = [None] * len(train["inputs"])
-    sent[0] = [{"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}]
-    assert "process_completed" in (answer := call(address, train["id"], sent))
-    assert "root:" not in answer and '"success":false' in answer.replace(" ", "")
-    drawing = next(d for d in config["dependencies"] if ["draw", "click"] in named(d, by_id) and d["backend_fn"])
-    sent = [{"prompt": "a", "adapters": ["own/../../shared"]}.get(by_id[i]) for i in drawing["inputs"]]
-    answer = call(address, drawing["id"], sent)
-    assert "image.png" not in answer
-
-
 def test_doors_that_the_studio_does_not_use_are_closed(address):
     for path in (
         "file=http://example.com/",
@@ -170,60 +167,6 @@ def test_doors_that_the_studio_does_not_use_are_closed(address):
         assert fetch(f"{address}/gradio_api/{path}", data=b"{}", method="POST")[0] == 403
     for path in ("/monitoring", "/gradio_api/runs", "/gradio_api/run-history/records"):
         assert fetch(address + path)[0] in (403, 404, 405)
-
-
-def test_no_request_makes_the_server_ask_another_one(visit, address):
-    asked = []
-
-    class Other(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *args):
-            pass
-
-    other = HTTPServer(("127.0.0.1", 0), Other)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{other.server_port}/a.png"
-        config, by_id = configuration(visit())
-        for name in ("train", "classify"):
-            function = next(
-                d for d in config["dependencies"] if [name, "click"] in named(d, by_id) and d["backend_fn"]
-            )
-            for part in ({"path": url}, {"path": "a.png", "url": url}):
-                file = part | {"meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-                sent = [[file] if name == "train" else file, *[None] * (len(function["inputs"]) - 1)]
-                call(address, function["id"], sent)
-    finally:
-        other.shutdown()
-    assert not asked
-
-
-def configuration(page):
-    """Gradio's, and the names that we gave to its components."""
-    config = page.evaluate("window.gradio_config")
-    return config, {part["id"]: part["props"].get("elem_id") for part in config["components"]}
-
-
-def named(dependency, by_id):
-    return [[by_id.get(target), event] for target, event in dependency["targets"]]
-
-
-def call(address, function, data):
-    """The answers to a request made by hand, as one text."""
-    body = json.dumps({"data": data, "fn_index": function, "session_hash": "forged"}).encode()
-    request = urllib.request.Request(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=60).read()
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=forged", timeout=60) as stream:
-        lines = []
-        for line in stream:
-            lines.append(line.decode())
-            if "process_completed" in lines[-1] or "close_stream" in lines[-1]:
-                return "".join(lines)
-    return "".join(lines)
 
 
 # Everybody

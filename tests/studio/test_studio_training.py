@@ -133,12 +133,16 @@ def test_a_refused_training_leaves_the_stopped_one_alone(trainings, tmp_path):
     assert [path.name for path in (job_file(trainings).parent / "pictures").iterdir()] == ["picture-01.png"]
 
 
-def test_trainings_of_all_visitors_together_are_limited(trainings, tmp_path, monkeypatch):
-    monkeypatch.setattr("apt_diffusion.studio.training.MAX_RUNNING", 1)
+def test_trainings_of_all_visitors_and_of_one_address_are_limited(trainings, tmp_path):
+    trainings.max_per_address = 1
     good = picture(tmp_path / "a.png")
-    trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5_000))
+    trainings.start(ANNA, [good], [], Lesson("x", "a sks glyph", steps=5_000), "10.0.0.1")
+    with pytest.raises(ValueError, match="1 trainings of your address are running"):
+        trainings.start(BERT, [good], [], Lesson("x", "a sks glyph"), "10.0.0.1")  # the cookie was thrown away
+    trainings.check(BERT, Lesson("x", "a sks glyph"), "10.0.0.2")
+    trainings.max_running = 1
     with pytest.raises(ValueError, match="1 trainings are running here, as many as there may be"):
-        trainings.start(BERT, [good], [], Lesson("x", "a sks glyph"))
+        trainings.start(BERT, [good], [], Lesson("x", "a sks glyph"), "10.0.0.2")
     assert trainings.status(BERT) is None
     process_of(trainings).kill()
     wait_for(trainings, lambda status: status.is_over)

@@ -1,5 +1,6 @@
 """The studio as people meet it, for tests: `app.py` in a process of its own, and a real browser."""
 
+import base64
 import contextlib
 import io
 import json
@@ -111,9 +112,20 @@ def tab(page, name):
     page.get_by_role("tab", name=name).click()
 
 
+def wait_for_pictures(page):
+    """Waits until all pictures of the page Generate are finished ones."""
+    page.wait_for_function(
+        """() => {
+            const images = [...document.querySelectorAll("#base img, #adapted img, #grid img")];
+            return images.length && images.every(image => image.src.includes("/studio/pictures/"));
+        }""",
+        timeout=PATIENCE,
+    )
+
+
 def choose(page, where, label):
     page.click(f"{where} input")
-    page.get_by_role("option", name=label).click()
+    page.locator(where).get_by_role("option", name=label, exact=True).click()
     page.keyboard.press("Escape")
 
 
@@ -134,10 +146,19 @@ def fetch(url, **settings):
         return error.code, error.read()
 
 
-def pictures_of(page, gallery):
-    """The pixels of a gallery's pictures."""
-    sources = page.eval_on_selector_all(f"{gallery} img", "images => images.map(image => image.src)")
-    return np.stack([np.asarray(Image.open(io.BytesIO(fetch(source)[1])).convert("RGB")) for source in sources])
+def pictures_of(page, where):
+    """The pixels of the pictures in a place."""
+    sources = page.eval_on_selector_all(f"{where} img", "images => images.map(image => image.src)")
+    return np.stack([np.asarray(opened(page, source).convert("RGB")) for source in sources])
+
+
+def opened(page, source):
+    """A picture of the page; what the server has of it is fetched with the visitor's cookie."""
+    if source.startswith("data:"):
+        content = base64.b64decode(source.partition("base64,")[2])
+    else:
+        content = page.request.get(source).body()
+    return Image.open(io.BytesIO(content))
 
 
 def upload(page, *files, into="#pictures"):
@@ -156,6 +177,38 @@ def draw(page, prompt, seed, steps=4, count=1):
     page.fill("#count input[type=number]", str(count))
     if not page.is_visible("#steps input[type=number]"):
         page.get_by_text("More settings").click()
+        page.wait_for_selector("#steps input[type=number]:visible")
     page.fill("#steps input[type=number]", str(steps))
     page.keyboard.press("Tab")
     page.click("#draw")
+
+
+def configuration(page):
+    """Gradio's, and the names that we gave to its components."""
+    config = page.evaluate("window.gradio_config")
+    return config, {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+
+
+def function_of(config, by_id, button):
+    """The function of the server that a click on a button calls."""
+    return next(
+        dependency
+        for dependency in config["dependencies"]
+        if dependency["backend_fn"] and [button, "click"] in [[by_id.get(i), e] for i, e in dependency["targets"]]
+    )
+
+
+def call(address, function, data, session="forged"):
+    """The status of a request made by hand, and the answers to it as one text."""
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": session}).encode()
+    sent = {"data": body, "headers": {"Content-Type": "application/json"}}
+    status, answer = fetch(f"{address}/gradio_api/queue/join", **sent)
+    if status != 200:
+        return status, answer.decode()
+    lines = []
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=60) as stream:
+        for line in stream:
+            lines.append(line.decode())
+            if "process_completed" in lines[-1] or "close_stream" in lines[-1]:
+                break
+    return status, "".join(lines)

@@ -13,18 +13,19 @@ from ..charts import problem, progress
 
 logger = logging.getLogger(__name__)
 
-MODEL_QUEUE = {
-    "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden", "api_visibility": "private"
-}  # fmt: skip
-AT_ONCE = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+# Who waits for the model waits in the studio's own queue (`turns`), which is fair and says how long it takes.
+MODEL_QUEUE = {"concurrency_id": "model", "concurrency_limit": None, **QUIET}
+PICTURES_QUEUE = {"concurrency_id": "pictures", "concurrency_limit": 1, **QUIET}  # uploads are decoded one by one
+AT_ONCE = {"queue": False, **QUIET}
 IN_BROWSER = {"fn": None, **AT_ONCE}  # its JavaScript is all
-WAITING = "Waiting for the model: somebody else may be using it …"
+SENT = "Sent …"
 STOPPED = "Stopped."
-NOT_TAKEN = "Your request was not taken; most likely too many people wait for the model. Please try again in a minute."
+NOT_TAKEN = "The studio did not take this. Reload the page and try again; if it was restarted, that is enough."
 
 
 def in_turn(triggers: list, handler: Callable, inputs: Any, status: gr.HTML, outputs: list) -> Any:
-    """Runs a handler in the queue for the model. From the click on `status` says so, and where it is not taken.
+    """Runs a handler that uses the model. From the click on `status` says so, and where it is not taken.
 
     Args:
         triggers: events of components.
@@ -33,11 +34,11 @@ def in_turn(triggers: list, handler: Callable, inputs: Any, status: gr.HTML, out
         status: where its errors go.
         outputs: what it may change.
     """
-    waiting, not_taken = json.dumps(progress(WAITING)), json.dumps(problem(NOT_TAKEN))
-    gr.on(triggers, inputs=None, outputs=status, js=f"() => {waiting}", **IN_BROWSER)
+    sent, not_taken = json.dumps(progress(SENT)), json.dumps(problem(NOT_TAKEN))
+    gr.on(triggers, inputs=None, outputs=status, js=f"() => {sent}", **IN_BROWSER)
     event = gr.on(triggers, told(status)(handler), inputs, outputs, **MODEL_QUEUE)
     # `told` turns the handler's own errors into answers: what fails never reached it, or was stopped on the way.
-    js = f"now => now === {waiting} ? {not_taken} : {json.dumps(progress(STOPPED))}"
+    js = f"now => now === {sent} ? {not_taken} : {json.dumps(progress(STOPPED))}"
     event.failure(inputs=status, outputs=status, js=js, **IN_BROWSER)
     return event
 
@@ -46,11 +47,6 @@ def stop(trigger: Any, events: list, status: gr.HTML) -> None:
     """Lets `trigger` end what `in_turn` has started, or take it out of the queue."""
     trigger(outputs=status, js=f"() => {json.dumps(progress(STOPPED))}", **IN_BROWSER)
     trigger(None, cancels=events, **AT_ONCE)
-
-
-def help_line(html: str, *classes: str) -> gr.HTML:
-    """A line below, or in the row of, controls that have no help line of their own."""
-    return gr.HTML(f"<p>{html}</p>", elem_classes=["apt-help", *classes], padding=False)
 
 
 def told(status: gr.HTML, *extra: tuple[gr.components.Component, Any]) -> Callable[[Callable], Callable]:
@@ -79,6 +75,15 @@ def told(status: gr.HTML, *extra: tuple[gr.components.Component, Any]) -> Callab
         return answers if inspect.isgeneratorfunction(handler) else answer
 
     return decorate
+
+
+def clicked(event: gr.EventData) -> tuple[str, str]:
+    """`(action, id)` of a button in a figure; `ValueError` for what no button sends."""
+    data = getattr(event, "_data", None)
+    action, name = (data.get("action"), data.get("id")) if isinstance(data, dict) else (None, None)
+    if not isinstance(action, str) or not isinstance(name, str):
+        raise ValueError("This button is not there any more: reload the page.")
+    return action, name
 
 
 def in_words(error: Exception) -> str:

@@ -1,48 +1,45 @@
 """The page Generate."""
 
-import random
 from collections.abc import Iterator
-from itertools import zip_longest
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from ..charts import progress
-from ..generation import MAX_ADAPTERS, MAX_IMAGES, MAX_SEED, MAX_STEPS, Order, Progress, python_code
+from ..charts import escape, progress
+from ..drawings import Drawing
+from ..figures import Figure, figures, of_drawing, of_image
+from ..generation import Progress, Waiting
+from ..order import Order
+from ..python_code import python_code
+from ..recipe import Settings, as_query, from_query
 from ..studio import Studio
-from ..visitors import visitor_of
-from .downloads import offer
-from .events import AT_ONCE, help_line, in_turn, stop, told
+from ..visitors import visitor_of, who_of
+from ..words import duration, waiting
+from .compare import Compare
+from .components import help_line, html, pictures
+from .events import AT_ONCE, IN_BROWSER, in_turn, stop, told
+from .presets import PresetsPart
+from .settings import SettingsFields
+from .start_picture import StartPicture
+from .welcome import welcome
 
-EXAMPLES = [
-    "a photo of sks dog on a beach at sunset",
-    "a watercolour painting of a lighthouse in a storm",
-    "a bowl of cherries on a wooden table, morning light",
-]
 NO_ADAPTER = "No adapter chosen: this is the base model. Choose one, or train your own on the next page."
+START_ACTION = ("start", "Start from it")
+Shown = dict[str, list[Drawing]]  # by part
 
 
 class GeneratePage:
-    """Builds the page inside the current tab. `adapters` is the list that a finished training must refresh."""
+    """Builds the page inside the current tab. `fields.adapters` is the list that a finished training must refresh."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        painter = studio.painter
-        examples = list(painter.embedded.prompts if painter.embedded else EXAMPLES)
-        with gr.Row(elem_classes="apt-columns"):
-            with gr.Column(scale=4, min_width=300):
-                self.prompt = gr.Textbox(
-                    label="Prompt", info="What the picture should show.", lines=2, max_length=1000,
-                    value=examples[0], elem_id="prompt",
-                )  # fmt: skip
-                gr.Examples(examples, self.prompt, label="Examples to try")
-                self.adapters = gr.Dropdown(
-                    [], multiselect=True, max_choices=MAX_ADAPTERS, label="Adapters", elem_id="adapters",
-                    info="What the model has been taught. Several are mixed, each with its own weight.",
-                )  # fmt: skip
-                self.weights = [_weight_slider() for _ in range(MAX_ADAPTERS)]
-                with gr.Row():
+        self.fields = SettingsFields(studio)
+        small = studio.painter.size <= 256
+        # Three parts, so that on a phone the pictures follow the button.
+        with gr.Row(elem_classes="apt-page"):
+            with gr.Column(elem_classes="apt-make"):
+                self.fields.build_prompt()
+                with gr.Row(elem_classes="apt-buttons"):
                     self.draw = gr.Button("Generate", variant="primary", elem_id="draw", min_width=110)
                     self.sweep = gr.Button("Strength sweep", elem_id="sweep", min_width=130)
                     self.stop = gr.Button("Stop", variant="stop", elem_id="stop-drawing", min_width=80)
@@ -50,184 +47,234 @@ class GeneratePage:
                     "<b>Generate</b> draws with the adapters and without, from the same noise. <b>Strength sweep</b> "
                     "draws the first picture with the weights times 0 to 1.2. <b>Stop</b> ends either."
                 )
-                with gr.Row():
-                    self.seed = gr.Number(
-                        0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed", min_width=120,
-                        info="The same seed and settings give the same picture.",
-                    )  # fmt: skip
-                    self.new_seed = gr.Checkbox(
-                        True, label="New seed every time", min_width=120, elem_id="new-seed",
-                        info="Untick it to keep the seed shown.",
-                    )  # fmt: skip
-                self.count = gr.Slider(
-                    1, MAX_IMAGES, painter.embedded.num_images if painter.embedded else 1, step=1,
-                    label="Number of pictures",
-                    info="Each has its own seed: the one shown, the next, and so on.", elem_id="count",
-                )  # fmt: skip
-                with gr.Accordion("More settings", open=False):
-                    self.negative_prompt = gr.Textbox(
-                        label="Negative prompt", info="What the picture should not show.", max_length=1000
-                    )
-                    self.steps = gr.Slider(
-                        1, MAX_STEPS, painter.default_steps, step=1, label="Steps", elem_id="steps",
-                        info="Denoising steps: more are slower and, up to a point, better.",
-                    )  # fmt: skip
-                    self.guidance = gr.Slider(
-                        1, 15, painter.default_guidance, step=0.5, label="Guidance",
-                        info="How strictly the prompt is followed.",
-                    )  # fmt: skip
-                    self.width, self.height = _size_slider("Width", painter.size), _size_slider("Height", painter.size)
-            with gr.Column(scale=6, min_width=300):
-                self.status = gr.HTML(progress("Ready."), elem_id="status", padding=False)
-                classes = "apt-pictures apt-small" if painter.size <= 256 else "apt-pictures"
-                shown = {"format": "png", "object_fit": "contain", "elem_classes": classes, "height": "auto"}
-                with gr.Row():
-                    self.adapted = gr.Gallery(
-                        label="With the adapters", columns=2, min_width=240, elem_id="adapted", visible=False,
-                        buttons=["download", "fullscreen"], **shown,
-                    )  # fmt: skip
-                    self.base = gr.Gallery(
-                        label="Base model", columns=2, min_width=240, elem_id="base",
-                        buttons=["download", "fullscreen"], **shown,
-                    )  # fmt: skip
-                self.strengths = gr.Gallery(
-                    label="Strength sweep: the first picture’s noise, weights × 0 to 1.2", columns=7,
-                    elem_id="strengths", buttons=["download", "fullscreen"], visible=False, **shown,
-                )  # fmt: skip
+            with gr.Column(elem_classes="apt-results"):
+                self.status = html(progress("Ready."), elem_id="status")
+                self.welcome = pictures("welcome", welcome(studio.painter.model), small=True)
+                with gr.Row(elem_classes="apt-pair"):
+                    self.adapted = pictures("adapted", visible=False, small=small)
+                    self.base = pictures("base", visible=False, small=small)
+                self.grid = pictures("grid", visible=False, small=small)
+                self.link = html(elem_id="link")
                 with gr.Accordion("Python code for these pictures", open=False):
                     self.code = gr.Code(
                         language="python", label="Draws the same pictures, pixel by pixel", elem_id="code",
                         interactive=False,
                     )  # fmt: skip
-                with gr.Accordion("About the adapters", open=False):
-                    self.card = gr.Markdown(
-                        "Choose an adapter to read its card.", elem_id="card", elem_classes="apt-card", max_height=420
-                    )
-                    self.download = gr.File(label="Download", interactive=False, visible=False, elem_id="downloads")
-                    with gr.Column(visible=False) as self.publishing:
-                        self.publish = gr.Button("Publish your adapters to everybody here", size="sm")
-                        help_line(
-                            "Copies those of the chosen ones that are yours, with cards and samples, to where "
-                            "everybody here sees them. Whoever runs this studio can take them away again."
-                        )
+            with gr.Column(elem_classes="apt-more"):
+                self.fields.build_more()
+                self.start = StartPicture(studio)
+                self.compare = Compare()
+                self.presets = PresetsPart(studio, self.fields)
         self.chosen = gr.State([])  # the adapters that the weights belong to
+        self.remembered = gr.BrowserState({}, storage_key="apt-studio-settings", secret="apt-studio")
+        self.restored = gr.Textbox(visible="hidden", elem_id="restored", label="Settings of a picture")
         self._connect()
 
+    @property
+    def filled(self) -> list[Any]:
+        """What `fill` may change."""
+        return [*self.fields.fields.values(), self.chosen, self.status]
+
     def _connect(self) -> None:
-        inputs = {
-            self.prompt, self.negative_prompt, self.adapters, *self.weights, self.steps, self.guidance, self.width,
-            self.height, self.seed, self.new_seed, self.count,
-        }  # fmt: skip
-        outputs = [self.status, self.adapted, self.base, self.strengths, self.code, self.seed]
-        on_draw = [self.draw.click, self.prompt.submit]
-        drawing = in_turn(on_draw, self._on_draw, inputs, self.status, outputs)
+        inputs = {*self.fields.fields.values(), *self.start.inputs, *self.compare.inputs}
+        outputs = [
+            self.status, self.welcome, self.adapted, self.base, self.grid, self.code, self.link, self.fields.seed
+        ]  # fmt: skip
+        drawing = in_turn([self.draw.click], self._on_draw, inputs, self.status, outputs)
         sweeping = in_turn([self.sweep.click], self._on_sweep, inputs, self.status, outputs)
-        stop(self.stop.click, [drawing, sweeping], self.status)
-        about = [*self.weights, self.chosen, self.card, self.download, self.publishing, self.status]
-        self.adapters.change(
-            told(self.status)(self._on_choice), {self.adapters, self.chosen, *self.weights}, about, **AT_ONCE
+        comparing = in_turn([self.compare.button.click], self._on_compare, inputs, self.status, outputs)
+        stop(self.stop.click, [drawing, sweeping, comparing], self.status)
+        self.fields.adapters.change(
+            told(self.status)(self._on_choice),
+            {self.fields.adapters, self.chosen, *self.fields.weights},
+            [*self.fields.weights, self.chosen, self.status],
+            **AT_ONCE,
         )
-        self.publish.click(told(self.status)(self._on_publish), self.adapters, [self.status, self.adapters], **AT_ONCE)
+        names = list(self.fields.fields)
+        controls = list(self.fields.fields.values())
+        # What Gradio sets while the page is still being filled is nobody's wish.
+        js = (
+            "(...values) => document.body.dataset.filled ? "
+            f"Object.fromEntries({names!r}.map((name, place) => [name, values[place]])) : values[{len(names)}]"
+        )
+        kept = [*controls, self.remembered]
+        gr.on([control.change for control in controls], inputs=kept, outputs=self.remembered, js=js, **IN_BROWSER)
+        self.restored.change(told(self.status)(self._on_restored), self.restored, self.filled, **AT_ONCE)
+        self.presets.connect(self.status, self.filled, self.fill)
+        self.start.connect(self.status)
+        example = told(self.status)(self.fields.example)
+        self.fields.tries.click(example, None, [self.fields.prompt, self.status], **AT_ONCE)
+        for part in (self.adapted, self.base):
+            part.click(told(self.status)(self._on_action), None, [*self.start.filled, self.status], **AT_ONCE)
 
     def connect(self, page: gr.Blocks) -> None:
-        """Connects what visitors do with what the page shows."""
-        page.load(told(self.status)(self._on_load), None, [self.adapters, self.status], **AT_ONCE)
+        """Fills the page when it is opened: from its link, or from what the browser and the server remember."""
+        outputs = [*self.filled, self.welcome, self.adapted, self.base, self.link, *self.presets.outputs]
+        filled = page.load(told(self.status)(self._on_load), self.remembered, outputs, **AT_ONCE)
+        filled.then(js="() => { document.body.dataset.filled = 'yes'; }", **IN_BROWSER)
 
-    def _on_load(self, request: gr.Request) -> dict:
-        examples = [adapter.key for adapter in self.studio.library.examples if adapter.kind == "stable_diffusion"]
-        return {self.adapters: gr.Dropdown(choices=self.choices(visitor_of(request)), value=examples[:1])}
+    def fill(self, settings: Settings, request: gr.Request) -> dict:
+        """Updates that put settings into the controls."""
+        return self.fields.fill(settings, visitor_of(request), self.chosen)
 
-    def choices(self, visitor: str) -> list[tuple[str, str]]:
-        """What the list of adapters offers this visitor."""
-        return [(adapter.label, adapter.key) for adapter in self.studio.library.visible(visitor)]
+    def _on_load(self, kept: Any, request: gr.Request) -> dict:
+        visitor = visitor_of(request)
+        library = self.studio.library
+        query = {key: value for key, value in dict(request.query_params).items() if not key.startswith("_")}
+        examples = [adapter.key for adapter in library.examples if adapter.kind == "stable_diffusion"]
+        settings = {"adapters": examples[:1]} | self.fields.remembered(kept)
+        update: dict[Any, Any] = {}
+        if "prompt" in query:
+            settings |= from_query(query)
+            update[self.fields.new_seed] = "seed" not in settings
+            update[self.status] = progress("These are the settings of the link.")
+        if isinstance(kept, dict) and not query:
+            ticks = {name: kept[name] for name in ("new_seed", "each_line") if isinstance(kept.get(name), bool)}
+            update |= {self.fields.fields[name]: value for name, value in ticks.items()}
+        update |= self.fill(settings, request) | self.presets.refreshed(visitor)
+        drawings = [drawing for drawing in self.studio.drawings.of(visitor) if drawing.batch]
+        if drawings:
+            update |= self._latest([drawing for drawing in drawings if drawing.batch == drawings[0].batch])
+        return update
 
-    def _order(self, values: dict, visitor: str, new_seed: bool) -> Order:
-        seed = random.randrange(MAX_SEED) if new_seed else int(values[self.seed] or 0)
-        return self.studio.order(
-            visitor,
-            values[self.adapters] or [],
-            [float(values[weight]) for weight in self.weights],
-            prompt=values[self.prompt] or "",
-            negative_prompt=values[self.negative_prompt] or "",
-            steps=int(values[self.steps]),
-            guidance=float(values[self.guidance]),
-            width=int(values[self.width]),
-            height=int(values[self.height]),
-            seed=seed,
-            count=int(values[self.count]),
-        )
+    def _latest(self, drawings: list[Drawing]) -> dict:
+        """The pictures of the last drawing, after a reload."""
+        shown: Shown = {"adapted": [], "base": []}
+        for drawing in reversed(drawings):
+            shown[drawing.part].append(drawing)
+        return {self.welcome: gr.update(visible=False), **self._figures(shown)}
+
+    def _figures(self, shown: Shown) -> dict:
+        update: dict[Any, Any] = {}
+        titles = {"adapted": "With the adapters", "base": "Base model, same noise"}
+        titles["base"] = titles["base"] if shown["adapted"] else "Base model"
+        for part, place in (("adapted", self.adapted), ("base", self.base)):
+            items = [_figure(drawing, titles[part]) for drawing in shown[part]]
+            update[place] = gr.update(value=figures(items, titles[part]) if items else "", visible=bool(items))
+        return update
+
+    def _on_restored(self, said: str, request: gr.Request) -> dict:
+        settings = self.studio.settings_in_text(said)
+        note = "These are the settings of the picture"
+        if settings.get("model") not in (None, self.studio.model_name):
+            note += f", which another model has drawn: {settings['model'][:60]}"
+        return self.fill(settings, request) | {
+            self.fields.new_seed: False, self.status: progress(f"{note}.")
+        }  # fmt: skip
+
+    def _on_action(self, event: gr.EventData, request: gr.Request) -> dict:
+        return self.start.take(event, visitor_of(request)) | {
+            self.status: progress("The next picture starts from this one: see “Start from a picture”.")
+        }
 
     def _on_draw(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        order = self._order(values, visitor_of(request), values[self.new_seed])
-        yield {
-            self.seed: order.seed, self.strengths: gr.skip(),
-            self.adapted: gr.Gallery([], visible=bool(order.adapters)),
-            self.base: gr.Gallery([], label="Base model, same noise" if order.adapters else "Base model"),
-            self.code: python_code(self.studio.painter, order), self.status: progress("Starting …", 0),
+        who = who_of(request)
+        prompts = self.fields.prompts(values)
+        start = self.start.settings(values)
+        orders = [self.fields.order(values, who.visitor, prompt, **start) for prompt in prompts]
+        for order in orders:
+            self.studio.painter.check(order)  # all of them before the first is drawn
+        shown: Shown = {"adapted": [], "base": []}
+        batch = self.studio.drawings.new_batch()
+        for number, order in enumerate(orders):
+            many = f"Prompt {number + 1} of {len(orders)}: " if len(orders) > 1 else ""
+            yield self._begun(order, many)
+            for step in self.studio.painter.draw(order, who):
+                if isinstance(step, Waiting):
+                    yield {self.status: progress(many + waiting(step.ahead, step.seconds))}
+                    continue
+                yield self._step(step, order, shown, many) | self._kept(who.visitor, step, order, shown, batch)
+        note = "" if orders[-1].adapters else f" {NO_ADAPTER}"
+        # Once more, as Gradio drops an update that is followed closely by another one.
+        yield {self.status: progress(f"Done. Seed {orders[0].seed}.{note}"), **self._figures(shown)}
+
+    def _begun(self, order: Order, many: str) -> dict:
+        settings = self.studio.settings_of(order)
+        return {
+            self.fields.seed: order.seed, self.welcome: gr.update(visible=False), self.grid: gr.update(visible=False),
+            self.code: python_code(self.studio.painter, order), self.link: link_html(settings),
+            self.status: progress(f"{many}Starting …", 0),
         }  # fmt: skip
-        for step in self.studio.painter.draw(order):
-            what = "with the adapters" if step.part == "adapted" else "with the base model"
-            update: dict[Any, Any] = {self.status: progress(*_words(step, what))}
-            if step.pictures:
-                update[self.adapted if step.part == "adapted" else self.base] = _captioned(step.pictures, order)
-            yield update
-        note = "" if order.adapters else f" {NO_ADAPTER}"
-        yield {self.status: progress(f"Done. Seed {order.seed}.{note}")}
+
+    def _step(self, step: Progress, order: Order, shown: Shown, many: str) -> dict:
+        """Where a drawing is, with its preview: nothing of that is kept."""
+        what = "with the adapters" if step.part == "adapted" else "with the base model"
+        left = self.studio.turns.seconds_for(order.cost * (1 - step.step / step.steps))
+        tail = "" if left is None or left < 3 else f", {duration(left)} left"
+        line = progress(f"{many}Step {step.step} of {step.steps}, {what}{tail}", step.step / step.steps)
+        update: dict[Any, Any] = {self.status: line}
+        if step.pictures and not step.done:
+            place = self.adapted if step.part == "adapted" else self.base
+            before = [_figure(drawing, "") for drawing in shown[step.part]]
+            previews = [of_image(picture, "unfinished", "…") for picture in step.pictures]
+            title = "With the adapters" if step.part == "adapted" else "Base model"
+            update[place] = gr.update(value=figures([*before, *previews], title), visible=True)
+        return update
+
+    def _kept(self, visitor: str, step: Progress, order: Order, shown: Shown, batch: int) -> dict:
+        """Finished pictures: they are kept for their visitor, and shown from there."""
+        if not step.done:
+            return {}
+        each = [
+            self.studio.settings_of(order) | {"seed": seed, "count": 1} for seed in order.seeds
+        ]  # fmt: skip
+        shown[step.part] += self.studio.drawings.keep(visitor, step.part, step.pictures, each, batch)
+        return self._figures(shown)
 
     def _on_sweep(self, values: dict, request: gr.Request) -> Iterator[dict]:
-        order = self._order(values, visitor_of(request), new_seed=False)  # of the first picture that is shown
+        yield from self._grid(values, request, *self.compare.sweep())
+
+    def _on_compare(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        yield from self._grid(values, request, *self.compare.axes(values))
+
+    def _grid(
+        self, values: dict, request: gr.Request, top: str, top_values: list[str], side: str, side_values: list[str]
+    ) -> Iterator[dict]:
+        who = who_of(request)
+        prompt = self.fields.prompts(values)[0]
+        start = self.start.settings(values)
+        order = self.fields.order(values, who.visitor, prompt, keep_seed=True, **start)  # of the pictures shown
+        cells = self.compare.cells(order, top, top_values, side, side_values)
+        for cell in (order, *cells):
+            self.studio.painter.check(cell)  # all of them before the first is drawn
+        drawn: list[Figure | None] = [None] * len(cells)
+        yield self._begun(order, "") | {self.grid: gr.update(value="", visible=True)}
+        batch = self.studio.drawings.new_batch(is_shown=False)
+        for place, cell in enumerate(cells):
+            share = place / len(cells)
+            for step in self.studio.painter.draw(cell, who, with_base=False):
+                if isinstance(step, Waiting):
+                    yield {self.status: progress(waiting(step.ahead, step.seconds), share)}
+                elif step.done:
+                    settings = [self.studio.settings_of(cell)]
+                    (kept,) = self.studio.drawings.keep(who.visitor, step.part, step.pictures, settings, batch)
+                    drawn[place] = of_drawing(kept, f"picture {place + 1}", "")
+            line = progress(f"Picture {place + 1} of {len(cells)}", (place + 1) / len(cells))
+            table = self.compare.table(top, top_values, side, side_values, drawn)
+            yield {self.status: line, self.grid: gr.update(value=table, visible=True)}
+        table = self.compare.table(top, top_values, side, side_values, drawn)
         yield {
-            self.strengths: gr.Gallery(visible=True, value=[]),
-            self.code: python_code(self.studio.painter, order, sweep=True), self.status: progress("Starting …", 0),
+            self.status: progress(f"Done. Seed {order.seed}."), self.grid: gr.update(value=table, visible=True)
         }  # fmt: skip
-        row: list[tuple[Image.Image, str]] = []
-        for step in self.studio.painter.sweep(order):
-            update: dict[Any, Any] = {self.status: progress(*_words(step, f"strength {step.strength:.1f}"))}
-            if step.done:
-                row.append((step.pictures[0], f"{step.strength:.1f}"))
-                update[self.strengths] = list(row)
-            yield update
-        yield {self.status: progress(f"Done. Seed {order.seed}.")}
 
     def _on_choice(self, values: dict, request: gr.Request) -> dict:
         visitor = visitor_of(request)
-        adapters = [self.studio.library.get(visitor, key) for key in values[self.adapters] or []]
-        known = {key: values[weight] for key, weight in zip(values[self.chosen], self.weights, strict=False)}
-        update: dict[Any, Any] = {self.chosen: [adapter.key for adapter in adapters]}
-        for slider, adapter in zip_longest(self.weights, adapters):
-            label = {} if adapter is None else {"label": f"Weight of {adapter.name}"}
-            value = 1.0 if adapter is None else known.get(adapter.key, 1.0)
-            update[slider] = gr.Slider(value=value, visible=adapter is not None, **label)
-        cards = "\n\n---\n\n".join(adapter.card for adapter in adapters)
-        update[self.card] = cards or "Choose an adapter to read its card."
-        files = [offer(adapter) for adapter in adapters]
-        update[self.download] = gr.update(value=files or None, visible=bool(files))
-        update[self.publishing] = gr.update(visible=any(adapter.is_own for adapter in adapters))
-        return update
-
-    def _on_publish(self, keys: list[str], request: gr.Request) -> dict:
-        visitor = visitor_of(request)
-        own = [key for key in keys or [] if self.studio.library.get(visitor, key).is_own]
-        names = [self.studio.library.publish(visitor, key).name for key in own]
-        return {
-            self.status: progress(f"Published: {', '.join(names)}. Everybody who uses this studio can see it now."),
-            self.adapters: gr.Dropdown(choices=self.choices(visitor)),
-        }
+        keys = [key for key in values[self.fields.adapters] or [] if isinstance(key, str)]
+        known = dict(zip(values[self.chosen] or [], (values[slider] for slider in self.fields.weights), strict=False))
+        pairs = [(self.studio.library.get(visitor, key).key, known.get(key, 1.0)) for key in keys]
+        return self.fields.weights_of(visitor, pairs) | {self.chosen: keys}
 
 
-def _words(step: Progress, what: str) -> tuple[str, float]:
-    return f"Step {step.step} of {step.steps}, {what}", step.step / step.steps
+def link_html(settings: Settings) -> str:
+    """A link that holds the settings, with a button that copies it."""
+    address = escape(f"/?{as_query(settings)}")
+    return (
+        f'<p class="apt-link"><a href="{address}">Link to these settings</a> '
+        f'<button type="button" data-copy="{address}">Copy</button></p>'
+    )
 
 
-def _captioned(pictures: tuple[Image.Image, ...], order: Order) -> list[tuple[Image.Image, str]]:
-    return [(picture, f"seed {seed}") for picture, seed in zip(pictures, order.seeds, strict=True)]
-
-
-def _weight_slider() -> gr.Slider:
-    info = "0 is the base model, 1 the adapter as it was trained."
-    return gr.Slider(0, 1.5, 1.0, step=0.05, visible=False, label="Weight", info=info)
-
-
-def _size_slider(side: str, size: int) -> gr.Slider:
-    info = f"In pixels. The model was trained at {size}."
-    return gr.Slider(max(8, size // 2), 2 * size, size, step=8, label=side, info=info)
+def _figure(drawing: Drawing, title: str) -> Figure:
+    settings = drawing.settings
+    says = f"{settings['prompt']}, seed {settings['seed']}" + (f" ({title.lower()})" if title else "")
+    return of_drawing(drawing, says, f"seed {settings['seed']}", [(START_ACTION[0], drawing.id, START_ACTION[1])])

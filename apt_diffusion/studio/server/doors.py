@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .uploads import MAX_BYTES, MAX_PICTURES
+from ..uploads import MAX_BYTES, MAX_PICTURES
 
 CLOSED = (
     "/gradio_api/file=http",  # fetches pages of other servers

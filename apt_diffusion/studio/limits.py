@@ -1,0 +1,24 @@
+"""What visitors may take of the machine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What visitors may take of the machine.
+
+    Args:
+        queue: requests that may wait for the model.
+        queue_per_visitor: of them for one visitor.
+        queue_per_address: of them for one address, which a classroom may share.
+        train_steps: of one training.
+        trainings: at a time.
+        trainings_per_address: of them for one address.
+    """
+
+    queue: int = 32
+    queue_per_visitor: int = 4
+    queue_per_address: int = 32
+    train_steps: int = 2000
+    trainings: int = 4
+    trainings_per_address: int = 2

@@ -23,6 +23,7 @@ from .sources import (
     inside,
     load_hub_splits,
     read_json,
+    read_lines,
 )
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def _read_aircraft(folder: Path, training: bool) -> Labelled:
 def _lines(file: Path) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
-    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_lines(file) if line.strip()]
 
 
 # A folder per class
@@ -212,7 +213,13 @@ def _cut(by_class: dict[str, list[Path]]) -> dict[str, dict[str, list[Path]]]:
 def _wordnet_names(folder: Path) -> dict[str, str]:
     """CoOp's `classnames.txt` of ImageNet, `{folder: class name}`, where there is one."""
     file = folder / "classnames.txt"
-    return dict(line.split(" ", 1) for line in _lines(file)) if file.is_file() else {}
+    names = {}
+    for line in _lines(file) if file.is_file() else []:
+        key, _, name = line.partition(" ")
+        if not name:
+            raise ValueError(f"{file}: {line!r} should be the name of a folder, a space, and the name of its class.")
+        names[key] = name
+    return names
 
 
 # The hub

@@ -13,7 +13,7 @@ from typing import Any
 
 from .columns import one_text, with_pictures
 from .image_text import Example
-from .sources import HubPicture, PictureSource, check_columns, check_pictures, load_hub_splits
+from .sources import HubPicture, PictureSource, check_columns, check_pictures, load_hub_splits, read_lines
 
 SPLITS = ("train", "dev", "test1")  # test1 is the public test set, test-P
 ANNOTATION_FOLDERS = ("", "data", "nlvr2/data")
@@ -60,7 +60,9 @@ def load_statements(folder: str | Path, split: str) -> list[Statement]:
     places = [folder / place.format(split=split) for place in PICTURE_FOLDERS]
     place = next((place for place in places if place.is_dir()), places[0])
     result = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line.strip():
+            continue
         try:
             result.append(_statement(json.loads(line), place))
         except (KeyError, TypeError, ValueError) as error:

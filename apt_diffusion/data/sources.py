@@ -76,9 +76,17 @@ def read_json(file: str | Path, what: str) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}: it should hold {what}.")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON ({error}): it should hold {what}. Download it again.") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file, with or without a byte order mark; `ValueError` with its name where it is no UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig").split("\n")  # not at the other separators that a text may hold
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}): save it as such, or download it again.") from error
 
 
 def load_hub_splits(name: str, config: str | None = None) -> dict[str, Any]:

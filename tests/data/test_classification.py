@@ -220,6 +220,17 @@ def test_an_evaluation_alone_needs_no_training_pictures(tmp_path, layout):
         ours.read_data_set(tmp_path)
 
 
+def test_files_of_names_that_cannot_be_used_are_named(tmp_path):
+    for split in ("train", "test"):
+        paint(tmp_path / split / "n01" / "0.png")
+    (tmp_path / "classnames.txt").write_text("n01 great white shark\n\n")
+    assert ours.read_data_set(tmp_path).class_names == ["great white shark"]
+    for content, message in ((b"n01\n", r"classnames\.txt: 'n01' should be"), (b"n01 caf\xe9", "is not UTF-8 text")):
+        (tmp_path / "classnames.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            ours.read_data_set(tmp_path)
+
+
 def test_a_group_without_test_pictures_is_refused_before_training(tmp_path):
     rows = write_zhou(tmp_path)
     rows["test"] = [item for item in rows["test"] if item[1] < 3]

@@ -159,6 +159,21 @@ def test_evaluation_by_two_passes_of_the_bare_model(nlvr2_dir, tiny_vl, tmp_path
         assert results(out)["metrics"][f"{name}_accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_a_file_with_a_mark_blank_lines_and_odd_separators(nlvr2_dir, tmp_path):
+    """A sentence may hold U+2028, which ends no line of JSON; an editor may put a mark before the first line."""
+    folder = shutil.copytree(nlvr2_dir, tmp_path / "copy")
+    file = folder / "data" / "dev.json"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["sentence"] = "one\u2028two"
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_text("\ufeff" + text + "\n", encoding="utf-8")
+    found = nlvr2.load_statements(folder, "dev")
+    assert [s.sentence for s in found] == [line["sentence"] for line in lines]
+    file.write_bytes(b'{"sentence": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"dev\.json is not UTF-8 text"):
+        nlvr2.load_statements(folder, "dev")
+
+
 @pytest.mark.parametrize("kind", ["vilt", "meter"])
 def test_the_second_picture_starts_with_the_first_ones_row(nlvr2_dir, tiny_vl, tmp_path, kind):
     import train_apt_nlvr2

@@ -101,12 +101,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with Session.start(args, "train_apt_nlvr2", argv) as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
-        session.open_output()
 
         prompt = OFFICIAL_PROMPT if args.official_prompt else ""
         statements = {split: load(args, split) for split in SPLITS}
         tested = {split: make_examples(statements[split], prompt) for split in SPLITS}
         training = [] if args.eval_only else make_examples(load(args, "train"), prompt)
+        session.open_output()
 
         take_over_classifier_token(args, trained_source(session))
         settings = {"num_images": 2} if base.model_type == "vilt" else {}

@@ -165,7 +165,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with Session.start(args, "train_apt_retrieval", argv) as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
         matching_head = find_matching_head(args, base)
-        session.open_output()
 
         prefix = OFFICIAL_PROMPT if args.official_prefix else ""
         tested = {
@@ -173,6 +172,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         }
         training = RetrievalSplit.empty() if args.eval_only else load(args, args.train_splits)
         examples = None if args.eval_only else make_examples(args, session.seed, training)
+        session.open_output()
 
         take_over_classifier_token(args, trained_source(session))
         model = load_model(args, base, session.seed, MODELS[base.model_type])

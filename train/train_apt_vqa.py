@@ -123,13 +123,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_args(argv)
     with Session.start(args, "train_apt_vqa", argv) as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
-        session.open_output()
 
         evaluated = ["val", *args.predict_splits]
         questions = {split: load(args, split) for split in evaluated + ([] if args.eval_only else ["train"])}
         answers = choose_answers(session, base, questions)
         training = [] if args.eval_only else make_training_examples(args, questions, answers)
         check_answerable(questions["val"], answers)
+        session.open_output()
 
         take_over_classifier_token(args, trained_source(session))
         model = load_model(

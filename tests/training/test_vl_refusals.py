@@ -68,6 +68,7 @@ def test_answers_that_a_tuned_base_does_not_know(tuned, vqa_dir, tmp_path):
             train("vqa", tuned, vqa_dir, tmp_path / "out", **SMALL)
         with pytest.raises(ValueError, match="None of the 6 questions to evaluate on"):
             train("vqa", tuned, vqa_dir, tmp_path / "out", eval_only=True)
+    assert not (tmp_path / "out").exists()
     out = train("vqa", tuned, vqa_dir, tmp_path / "new", new_vocabulary=True, **SMALL)
     assert json.loads((out / "answers.json").read_text()) == ["red", "green", "blue"]
     again = train("vqa", tuned, vqa_dir, tmp_path / "again", eval_only=True, adapter=out)

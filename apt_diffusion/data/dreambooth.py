@@ -1,4 +1,4 @@
-"""DreamBooth data: pictures of one subject, with prior preservation beside pictures of its class.
+"""DreamBooth data: pictures of one subject; with prior preservation also pictures of its class.
 
 `DreamBoothData` maps a position of the endless stream to everything that a training step needs of it. The order,
 cut, flip, timestep and noise of a sample depend on the seed and the position alone, see `order`.

@@ -64,7 +64,9 @@ def _repeated_folders(folder: Path) -> dict[Path, tuple[int, str]]:
         name = re.fullmatch(r"(\d+)_(.+)", subfolder.name)
         if name and subfolder.is_dir() and any(map(is_picture, subfolder.iterdir())):
             if not 1 <= int(name[1]) <= MAX_REPEATS:
-                raise ValueError(f"{subfolder} asks for {name[1]} repeats: expected a number from 1 to {MAX_REPEATS}.")
+                raise ValueError(
+                    f"{subfolder} has {name[1]} repeats in its name: expected a number from 1 to {MAX_REPEATS}."
+                )
             found[subfolder] = int(name[1]), name[2].strip()
     return found
 

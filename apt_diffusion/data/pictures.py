@@ -74,7 +74,7 @@ def choose_view(
 
 
 def time_ids(picture: Picture, view: View) -> tuple[int, int, int, int, int, int]:
-    """What SDXL is told of a view (arXiv 2307.01952, section 2.2), pairs of vertical and horizontal pixels.
+    """SDXL's size conditioning for a view (arXiv 2307.01952, section 2.2), pairs of vertical and horizontal pixels.
 
     They are the picture's size, where the view begins in the resized (and mirrored) picture, and the view's size.
     """

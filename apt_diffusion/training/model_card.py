@@ -1,4 +1,4 @@
-"""README.md beside an adapter: what it is, how to use it, how it was made. Also a valid model card for the hub."""
+"""README.md next to an adapter: its contents, its use, its training. It is a valid model card for the hub."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def write_model_card(
         tags: for the hub.
         settings: of the training; secrets are left out.
         command: the command line of the training.
-        prompt: the prompt that asks for what was learnt.
+        prompt: the prompt that names the subject.
         images: sample images inside `folder`.
         loss_plot: the picture of the loss inside `folder`.
         metrics: results by name.

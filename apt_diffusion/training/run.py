@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
-    """Accelerate and logging, from a script's flags; warns where a launcher started fewer processes than asked."""
+    """Accelerate and logging, from a script's flags; warns where a launcher started fewer processes than intended."""
     accelerator = Accelerator(
         # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
         cpu=not torch.accelerator.is_available(),

@@ -352,7 +352,7 @@ class Session:
     # The end
 
     def header(self, **known: str) -> dict[str, str]:
-        """Strings for the header of the trained weights' file: how they came about, and what is `known` besides."""
+        """Strings for the header of the trained weights' file: settings, command line and versions, and `known`."""
         return provenance.adapter_metadata(vars(self.args), self.command, self.steps_done, **known)
 
     def finish(self, save: Callable[[Path], Any], card: dict[str, Any]) -> None:

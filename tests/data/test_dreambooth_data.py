@@ -135,7 +135,7 @@ def test_a_folder_in_kohyas_layout_repeats_its_subfolders(tmp_path, caplog):
 def test_repeats_that_make_no_sense_are_refused(tmp_path, repeats):
     (tmp_path / f"{repeats}_dog").mkdir()
     save(tmp_path / f"{repeats}_dog" / "a.png")
-    with pytest.raises(ValueError, match=f"asks for {repeats} repeats: expected a number from 1 to 10000"):
+    with pytest.raises(ValueError, match=f"has {repeats} repeats in its name: expected a number from 1 to 10000"):
         find_pictures(tmp_path, "default")
 
 

@@ -118,7 +118,7 @@ def _adapter_flags(add) -> None:
     add(
         "--query_source",
         choices=QUERY_SOURCES,
-        help="Who asks the prompts in the UNet: the attention's input (the paper, and the default) or its output.",
+        help="Queries of the UNet's adapter: the attention's input (the paper, the default) or its output.",
     )
     add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
@@ -129,7 +129,7 @@ def _adapter_flags(add) -> None:
 def _data_flags(add) -> None:
     add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
     add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
-    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl beside the pictures.")
+    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl next to the pictures.")
     add(
         "--caption_dropout_rate",
         type=fraction,

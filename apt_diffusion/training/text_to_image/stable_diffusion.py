@@ -40,7 +40,7 @@ def full_config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict
 
 
 class StableDiffusionBase:
-    """The base model: its parts are loaded when they are asked for, so that only what is needed is in memory.
+    """The base model. Each part is loaded by a method of its own, so that only those in use are in memory.
 
     Args:
         name_or_path: a hub id, a folder, or `miniature`.

@@ -76,7 +76,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
         return re.match(rf"text_encoder\..*\blayers\.{last}\.", parameter_name) is not None
 
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """What the UNet takes besides the text: pooled text, and sizes and cut of each picture."""
+        """The UNet's other inputs: text states, pooled text, and the sizes and cut of each picture."""
         pooled = embeddings["pooled_prompt_embeds"].to(dtype)
         added = {"text_embeds": pooled, "time_ids": time_ids.float()}  # bfloat16 has no 1000 different sizes
         return super().conditions(embeddings, time_ids, dtype) | {"added_cond_kwargs": added}

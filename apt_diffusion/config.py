@@ -30,7 +30,7 @@ class APTConfig:
             states before they become keys and values), `"text"` (the text output of joint attention).
         target_modules: name suffixes of the attention modules, or one regular expression for full names.
         modules_to_save: name suffixes of modules (heads), or of single parameters, that are trained and stored
-            beside the adapter.
+            together with the adapter.
         num_prompts_pattern, rank_pattern: other sizes for some modules, as PEFT's `rank_pattern`: a name suffix or
             regular expression for the end of a full name -> size; the first that matches holds.
 

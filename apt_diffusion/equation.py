@@ -1,4 +1,4 @@
-"""The method: Approximated Prompt Tuning (arXiv 2306.15706), as one module beside a frozen attention.
+"""The method: Approximated Prompt Tuning (arXiv 2306.15706), as one module next to a frozen attention.
 
 Axes: B batch, N tokens, d width, p prompts, r rank.  Names of the paper stand behind the lines.
 

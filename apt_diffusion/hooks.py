@@ -26,7 +26,7 @@ class Binding:
         argument: the parameter's name.
         position: its position, `None` for one that is given by name only.
         output: which output is O, `None` where the argument itself is corrected.
-        batch_dim: 0, or 1 for modules that take `(N, B, d)`; `None`: it cannot be told.
+        batch_dim: 0, or 1 for modules that take `(N, B, d)`; `None`: unknown.
     """
 
     argument: str

@@ -135,7 +135,7 @@ def input_width(name: str, module: nn.Module) -> int:
                 return width
     linear = next((child for child in module.modules() if isinstance(child, nn.Linear)), None)
     if linear is None or isinstance(module, nn.Linear):
-        raise ValueError(f"{name} ({type(module).__name__}) is not an attention module: its width cannot be told.")
+        raise ValueError(f"{name} ({type(module).__name__}) is not an attention module: its width is unknown.")
     return linear.in_features
 
 
@@ -147,8 +147,8 @@ def context_width(name: str, module: nn.Module) -> int:
     return width
 
 
-def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> ApproximatedPrompt:
-    """A new adapter of `width` on the device of the module next to it.
+def new_adapter(config: APTConfig, width: int, module: nn.Module) -> ApproximatedPrompt:
+    """A new adapter of `width` on the device of the attention module.
 
     It has the module's dtype where that is float32 or better; next to half precision it is float32, in which keys and
     scale are computed anyway: an optimizer's epsilon is zero in float16.
@@ -157,7 +157,7 @@ def new_adapter(config: APTConfig, width: int, beside: nn.Module) -> Approximate
     adapter = ApproximatedPrompt(
         width, config.num_prompts, config.rank, config.activation, config.dropout, config.init
     )
-    weight = next(beside.parameters(), None)
+    weight = next(module.parameters(), None)
     if weight is None:
         return adapter
     device = "cpu" if weight.device.type == "meta" else weight.device

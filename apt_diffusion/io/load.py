@@ -1,7 +1,7 @@
 """Loading adapters, all or nothing: everything is read and checked before the first module is touched.
 
 The places come from the file's tensors. The settings come from its header, or from the caller for tensors without one:
-what queries the prompts, and the activation, cannot be told from tensors.
+what queries the prompts, and the activation, do not show in tensors.
 """
 
 import dataclasses
@@ -181,8 +181,8 @@ def _settings(
     in_header = file.configs
     if in_header is None and given is None:
         raise ValueError(
-            f"{file.name} holds tensors without settings: what queries the prompts and the activation cannot be told "
-            "from them, and another value gives other results. Pass config=APTConfig(...) as the adapter was made, or "
+            f"{file.name} holds tensors without settings: what queries the prompts and the activation do not "
+            "show in them, and another value gives other results. Pass config=APTConfig(...) as the adapter was made, or "
             "load the file itself: its header has them."
         )
     settings: dict[str, tuple[APTConfig, bool]] = {}

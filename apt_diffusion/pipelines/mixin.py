@@ -93,7 +93,8 @@ class APTLoaderMixin(Stock):
         misspelt = [name for name in kwargs if name.startswith("apt_")]  # stock pipelines take any name silently
         if misspelt:
             raise TypeError(f"Unknown arguments {misspelt}: there are apt_scale and apt_adapter_names.")
-        kwargs |= inspect.signature(super().__call__).bind_partial(*args).arguments
+        by_position = inspect.signature(super().__call__).bind_partial(*args).arguments
+        kwargs = dict(**by_position, **kwargs)  # a TypeError where one is given twice
         if self.apt_prompt_tags:
             kwargs, apt_adapter_names = take_tags(kwargs, apt_scale, apt_adapter_names, self._active_weights())
         if apt_adapter_names is not None:
@@ -110,7 +111,7 @@ class APTLoaderMixin(Stock):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Any:
-        """As the stock method; the name of an embedded model will do, and adapters saved beside it come back.
+        """As the stock method; the name of an embedded model will do, and adapters saved with it come back.
 
         Without `dtype` everything is loaded in float32, whatever the files hold.
         """
@@ -125,7 +126,7 @@ class APTLoaderMixin(Stock):
         return pipeline
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As the stock method, with the base model's own weights in its files and the adapters beside them."""
+        """As the stock method, with the base model's own weights in its files and the adapters next to them."""
         folder = Path(save_directory)
         index = {}
         components = [ModelAdapters.of(component) for component in components_of(self).values()]
@@ -222,8 +223,8 @@ class APTLoaderMixin(Stock):
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method; by leaf or to disk, adapters stay on their device."""
-        asked = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
-        stay = asked.get("offload_type") == "leaf_level" or asked.get("offload_to_disk_path") is not None
+        settings = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
+        stay = settings.get("offload_type") == "leaf_level" or settings.get("offload_to_disk_path") is not None
         with api.hidden_apt(self) if stay else contextlib.nullcontext():
             super().enable_group_offload(*args, **kwargs)
 

@@ -61,7 +61,7 @@ class AdapterStore:
         return sorted(self._files())
 
     def file(self, name: str) -> Path:
-        """The file of one adapter; beside it lie a trainer's model card and samples. `ValueError` if unknown."""
+        """The file of one adapter, next to a trainer's model card and samples. `ValueError` if unknown."""
         file = self._files(name).get(name)
         if file is None:
             with self._lock:
@@ -94,7 +94,7 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def attached(self, model: Any, names: str | Sequence[str]) -> Iterator[None]:
-        """Within it `model` has the named adapters beside its own; which are active stays as it is.
+        """Within it `model` has the named adapters in addition to its own; which are active stays as it is.
 
         One that `model` has already is left alone. A failure attaches none.
 

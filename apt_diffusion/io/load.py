@@ -181,9 +181,9 @@ def _settings(
     in_header = file.configs
     if in_header is None and given is None:
         raise ValueError(
-            f"{file.name} holds tensors without settings: what queries the prompts and the activation do not "
-            "show in them, and another value gives other results. Pass config=APTConfig(...) as the adapter was made, or "
-            "load the file itself: its header has them."
+            f"{file.name} holds tensors without settings: what queries the prompts and the activation do not show in "
+            "them, and another value gives other results. Pass config=APTConfig(...) as the adapter was made, or load "
+            "the file itself: its header has them."
         )
     settings: dict[str, tuple[APTConfig, bool]] = {}
     for part in parts:

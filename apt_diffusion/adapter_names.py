@@ -1,4 +1,4 @@
-"""Adapter names: any non-empty string, also one that torch does not allow as the name of a module."""
+"""Adapter names: any non-empty string, even one that torch would refuse as a module name (it may contain a dot)."""
 
 from collections.abc import Iterable, Iterator
 

@@ -2,7 +2,7 @@
 
 Every function takes one model (UNet, transformer, CLIP, ViLT, METER, any `nn.Module` with `target_modules`), a
 diffusers pipeline (its denoisers and text encoders), or a dict of such components. Wrapped models (`torch.compile`,
-DDP, FSDP) are seen through.
+DDP, FSDP) are unwrapped first.
 """
 
 import contextlib

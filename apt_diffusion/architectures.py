@@ -1,7 +1,7 @@
-"""Where APT attaches, as data: one row per family of models, and the roles of a pipeline's components.
+"""A table of the modules that APT attaches to, one row per model family, and the roles of a pipeline's components.
 
-Classes are recognised by name along the MRO, so that nothing here imports diffusers or transformers, and subclasses of
-a known model are known, too. `register_architecture` adds a row from outside.
+A model is recognised by the class names along its MRO: nothing here imports diffusers or transformers, and subclasses
+of a known model are recognised, too. `register_architecture` adds a row from other code.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Adapter weights per component and per block.
 
-For UNets in the form that diffusers' `set_adapters` takes, where a list names one number per transformer of the block:
-`{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`. For other models by the
-beginning of module names: `{"transformer": {"transformer_blocks.0": 0.5, "single_transformer_blocks": 0.0}}`; the
-longest that fits holds. What is not named weighs 1.
+For UNets, the format is that of diffusers' `set_adapters`, where a list has one weight per transformer of the block:
+`{"unet": {"down": {"block_1": [0.5, 1.0]}, "mid": 0.2, "up": 1.0}, "text_encoder": 0.8}`. For other models, keys are
+prefixes of module names: `{"transformer": {"transformer_blocks.0": 0.5, "single_transformer_blocks": 0.0}}`; the
+longest matching prefix wins. Modules that match no key have weight 1.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The settings of one call: scale, weights and an adapter per sample, and what is prepared for it."""
+"""The settings of one pipeline or model call: scale, adapter weights, adapters per sample, and cached prompt keys."""
 
 import contextlib
 import logging

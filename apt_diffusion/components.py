@@ -1,4 +1,4 @@
-"""The components of a pipeline that carry adapters, and which settings each of them gets."""
+"""Selects the components of a pipeline that get adapters, and the `APTConfig` of each component."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Well-known models as the closed forms of `costs` see them: their attention modules by width and number of tokens."""
+"""Attention modules of well-known models by width and number of tokens: input of the closed forms in `costs.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

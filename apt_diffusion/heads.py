@@ -1,7 +1,7 @@
 """`modules_to_save`: heads that belong to an adapter, kept apart from the base model's own.
 
-A head stays the module that it is, so the base's parameter names do not change; what is swapped, in place, is its
-values: the base's, or those of the adapter whose heads are in use.
+The head's module stays in the model, so parameter names do not change. Only its values are swapped in place: those of
+the base model, or those of the adapter whose heads are in use.
 """
 
 from dataclasses import dataclass, field

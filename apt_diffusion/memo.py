@@ -1,7 +1,7 @@
-"""One "computed until an input changes": a value that is kept while what it was computed from stays the same.
+"""A cache for values computed from tensors: a value is computed again only after one of its input tensors has changed.
 
-The check costs microseconds per tensor, where the value may cost minutes: the prompts' keys in the denoising loop and
-the text features of a classifier's classes are kept this way.
+The check takes microseconds per tensor. The prompts' keys in the denoising loop and the text features of a
+classifier's classes are cached this way.
 """
 
 import weakref

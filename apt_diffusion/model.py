@@ -1,8 +1,8 @@
 """ModelAdapters: everything that is attached to one model, in one object.
 
-It holds the adapters' settings, which of them are active with which weights, the scale, the switch, the settings of
-the call under way, and the heads. The processor cores of the model hold what they need to compute, and are written
-here only (`_apply`).
+It holds the adapters' settings, the active adapters and their weights, the scale, the on/off switch, the settings of
+the current call, and the heads. The processor cores hold copies of the values that they compute with; only this class
+writes them (`_apply`).
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""Adapters in a model whose weights diffusers or accelerate move between devices, and to disk."""
+"""Attaching adapters to a model whose weights diffusers or accelerate move between devices, or to disk."""
 
 import contextlib
 import sys

@@ -1,6 +1,6 @@
-"""Modules under the names that they had before, with a `DeprecationWarning`.
+"""Imports modules under their former names, with a `DeprecationWarning`.
 
-Python's import system calls the finder only for names that no file has.
+The finder is last in `sys.meta_path`, so Python calls it only for names that no file has.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The processor core: the named adapters of one attention module, mixed by weight or one mix per sample.
+"""The processor core: the named adapters of one attention module, mixed by weight, for the whole batch or per sample.
 
 The core is a child of the attention module (`apt`; `apt_context` and `apt_text` for the other streams). A forward hook
 (`hooks.py`) calls it with the attention's output and input; for people who manage diffusers processors themselves,

@@ -1,4 +1,4 @@
-"""For commands: a terminal that shows progress and results, without notices that nobody can act on."""
+"""Keeps a command's terminal output to progress and results: silences library notices that a user cannot act on."""
 
 import logging
 

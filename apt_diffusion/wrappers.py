@@ -1,4 +1,4 @@
-"""Wrappers around a model (DDP, FSDP, torch.compile, ...): what is inside, and what cannot be done through them."""
+"""Unwraps models (DDP, FSDP, torch.compile, ...), and refuses operations that do not work on a wrapped model."""
 
 from torch import Tensor, nn
 

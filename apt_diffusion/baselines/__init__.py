@@ -1,6 +1,6 @@
 """The methods that APT is compared with, on ViLT, METER and CLIP: attached, frozen, saved and removed like APT.
 
-Importing this package registers them, in the order of the tables.
+Importing this package registers the methods, in the order in which tables list them.
 """
 
 from .adapter import Adapter

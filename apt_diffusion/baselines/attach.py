@@ -1,7 +1,7 @@
 """Attaching one of the compared methods to a model, and freezing, saving, loading and removing it.
 
-One method at a time: this is for comparisons. APT has a front door and a file format of its own, `add_apt` and
-`save_apt_weights`; the functions here take a model with APT, and APT's files, too, so that one loop can run them all.
+A model carries one method at a time. APT itself is attached with `add_apt` and saved with `save_apt_weights`; the
+functions here also accept models with APT and APT's files, so that one loop can compare all methods.
 """
 
 import contextlib

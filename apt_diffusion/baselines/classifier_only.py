@@ -1,4 +1,4 @@
-"""Only the heads that are trained with every method."""
+"""The baseline without an adapter: only the task heads, which every method trains, are trained."""
 
 from torch import nn
 

@@ -1,7 +1,7 @@
 """Modules that several of the compared methods add to a model: a bottleneck, and prompts as tokens.
 
-Each module brings its own hooks. They are bound methods: deep copies and pickles of a model carry hooks that belong to
-the copy. Axes: B batch, N tokens, p prompts, d width, b bottleneck.
+The forward hooks are bound methods of these modules, so a deep copy or pickle of a model has hooks that use the copied
+modules. Axes: B batch, N tokens, p prompts, d width, b bottleneck.
 """
 
 import inspect

@@ -1,7 +1,7 @@
-"""Methods of adaptation, and the register of them that trainers, benchmarks, cost tables and the studio read.
+"""The base class of adaptation methods, and the registry read by trainers, benchmarks, cost tables and the studio.
 
-A method is one object: it attaches to a model, knows its parameters and its costs, and has settings that become flags
-of the trainers. `register_method` adds one from anywhere.
+A method is one object. It attaches to a model, lists its parameters, counts its costs, and declares settings that
+become flags of the trainers. `register_method` adds a method, also from code outside this package.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Shallow prompts (arXiv 2104.08691): tokens that join the others once and go through all layers."""
+"""Shallow prompts (arXiv 2104.08691): learnable tokens at the input of the first layer, carried through all layers."""
 
 import re
 from collections.abc import Sequence

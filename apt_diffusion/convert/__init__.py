@@ -1,4 +1,4 @@
 """Official checkpoints of METER, ViLT and APT, turned into transformers-style folders and adapter files.
 
-`python -m apt_diffusion.convert --help` is the command, `conversion.convert` the function.
+Run `python -m apt_diffusion.convert --help`, or call `conversion.convert`.
 """

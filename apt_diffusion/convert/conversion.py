@@ -1,4 +1,4 @@
-"""One official checkpoint to one folder: model, adapter, matching head, processor, and the account of every key."""
+"""Converts an official checkpoint to a folder: model, adapter, matching head, processor, and a report of every key."""
 
 import re
 import shutil

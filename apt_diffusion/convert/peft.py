@@ -1,6 +1,6 @@
-"""Between the file of `save_apt_weights` and the folder of PEFT's `save_pretrained`.
+"""Converts between the file of `save_apt_weights` and the folder of PEFT's `save_pretrained`.
 
-PEFT knows one model per folder. An adapter of a pipeline becomes one folder per component, inside one folder.
+A PEFT folder describes one model, so an adapter of a pipeline becomes a folder with one subfolder per component.
 """
 
 import json

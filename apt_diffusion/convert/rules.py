@@ -1,4 +1,4 @@
-"""Renaming by rules, with an account of every key."""
+"""Renames checkpoint keys by rules, and reports what happened to each key."""
 
 import re
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Columns of a data set by what they hold: pictures, one text, several texts. Other kinds are refused by name."""
+"""Finds a data set's column by the type of its values: pictures, one text, several texts. Others raise an error."""
 
 import hashlib
 from collections import defaultdict

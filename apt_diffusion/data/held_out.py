@@ -1,4 +1,4 @@
-"""Pictures that are not trained on: their loss at fixed noise and timesteps can be compared between steps and runs."""
+"""Validation pictures: their loss at fixed noise and timesteps can be compared between steps and runs."""
 
 import dataclasses
 import math

@@ -1,7 +1,7 @@
 """The one reader of pictures, for trainers, data sets and the studio: whatever PIL can read, as upright RGB.
 
-A stranger's file may cost no more than `MAX_PIXELS` to decode and, as every model scales a picture's short side to a
-fixed size, no more than `MAX_ASPECT` to scale: both are seen in its header.
+Two limits are checked in the file's header before pixels are decoded. `MAX_PIXELS` bounds the cost of decoding;
+`MAX_ASPECT` bounds the cost of scaling the short side to a model's fixed size.
 """
 
 import functools

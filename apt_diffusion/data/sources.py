@@ -1,6 +1,6 @@
 """Where the pictures and annotations of a data set come from: files in the folder given, or rows of a hub data set.
 
-Everything is checked before the first step: a picture that is missing after an hour of training helps nobody.
+All files are checked before the first step, so a missing picture does not stop a training half way.
 """
 
 import json

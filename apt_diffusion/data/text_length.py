@@ -1,4 +1,4 @@
-"""Texts that are longer than a model reads: which lose what."""
+"""Reports texts that are longer than a model's context, and what truncation removes from them."""
 
 import logging
 from collections.abc import Iterable, Sequence

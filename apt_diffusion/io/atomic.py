@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under a temporary name, then renamed."""
+"""Atomic writes of files and folders: written under a temporary name, then renamed. No partial file is visible."""
 
 import contextlib
 import os

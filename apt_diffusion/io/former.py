@@ -1,4 +1,4 @@
-"""Adapter files of former versions, read as if they were written today.
+"""Reads adapter files of former versions by renaming their tensors and settings to the current format.
 
 Version 0.1 wrote APT in two forms. The second, by `save_method`, had the adapter's name in the keys
 (`….apt.adapters.default.prompts`) and the method's settings in the header under `METHOD_HEADER`.

@@ -1,9 +1,9 @@
 """The grammar of tensor names in an adapter's file: `<component>.<module>.<child>.<parameter>`.
 
 The component is absent for a single model; the child is `apt`, `apt_context` or `apt_text`. Heads (`modules_to_save`)
-stand under their own names. Module names are those without torch's wrappers and without the segment `text_model.` (or
-`vision_model.`) that some versions of transformers have inside `CLIPTextModel`: a file made on either side loads on
-both.
+are stored under their own names. Module names leave out torch's wrappers and the segment `text_model.` (or
+`vision_model.`) that some versions of transformers have inside `CLIPTextModel`, so that a file loads with every
+version.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Saving adapters: one safetensors file that explains itself. Nothing pickled is written or read.
+"""Saving adapters as one safetensors file with all settings in its header. Nothing pickled is written or read.
 
-The header holds the library's version, the `APTConfig` and the number of places of each component, and what is known
-of base model and training.
+The header holds the library's version, the `APTConfig` and the number of adapted modules of each component, and the
+base model and training settings if they are known.
 """
 
 import json

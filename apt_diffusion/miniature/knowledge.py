@@ -1,4 +1,4 @@
-"""What the miniature CLIP, ViLT and METER know: figures on fixed items, read through their own processors.
+"""Evaluates what the miniature CLIP, ViLT and METER know, on fixed test items that their own processors encode.
 
 `python tools/pretrain_miniature_vl.py --model MODEL --grade` prints them; docs/miniature.md has those of the shipped
 weights. Nothing here trains a network: the probes are ridge regressions on frozen features.

@@ -1,4 +1,4 @@
-"""Around a trainer, to teach the miniature model a subject: pictures for prior preservation, and a judge."""
+"""Helpers to train a subject on the miniature model: pictures for prior preservation, and a judge of the results."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""ViLT and METER start from the vision tower of a CLIP, as the real ones start from a trained ViT and from CLIP."""
+"""Initialises the miniature ViLT and METER from a CLIP's vision tower; the real models start from a ViT and a CLIP."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Subjects that pre-training never drew, to teach to the miniature model, and a score that looks for them.
+"""Subjects that pre-training never drew, for personalisation of the miniature model, and a score that detects them.
 
 Each is made of two parts of one colour each. A picture's score is how well the regions of these two colours fit the
 subject's outline at its best place and size.

@@ -1,1 +1,1 @@
-"""Models and heads of the vision-language side that transformers does not have."""
+"""Vision-language models and heads that transformers does not provide."""

@@ -1,7 +1,7 @@
 """Classification by any `CLIPModel`: classes are texts, `logits = exp(logit_scale) · cos(picture, text)`.
 
-With APT in both towers the texts of all classes are encoded in every training step, a part at a time; at inference
-they do not depend on the picture, and are encoded once. Axes: B pictures, C classes, T templates, d width of the joint
+With APT in both towers the texts of all classes are encoded in every training step, in chunks; at inference they are
+encoded once, because they do not depend on the picture. Axes: B pictures, C classes, T templates, d width of the joint
 space.
 """
 

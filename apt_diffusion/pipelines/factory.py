@@ -1,4 +1,4 @@
-"""APT pipelines out of stock ones: the class itself, its name, and its place in diffusers' auto pipelines."""
+"""Makes an APT pipeline class from a stock one, and registers it with diffusers' auto pipelines."""
 
 import re
 import sys

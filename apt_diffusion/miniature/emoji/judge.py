@@ -1,4 +1,4 @@
-"""A judge of emoji pictures, trained apart from the model: which thing, in whose style, on what ground, how large."""
+"""The judge: a classifier of emoji pictures by thing, style, ground and size, trained separately from the model."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Prompts of the emoji model's grammar."""
+"""Builds prompts in the grammar of the emoji model's training captions."""
 
 from random import Random
 

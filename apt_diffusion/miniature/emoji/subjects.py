@@ -1,4 +1,4 @@
-"""Things that the emoji model never saw, to teach to it, and what the judge says of the pictures that come out."""
+"""Things that the emoji model never saw, for personalisation, and the judge's scores of the resulting pictures."""
 
 import re
 import shutil

@@ -1,7 +1,7 @@
-"""What a picture of the drawn world shows, as words, and claims about it that hold or do not.
+"""The content of a picture of the drawn world in words, and claims about a picture that are true or false.
 
-Everything that the tasks say about a picture is a `Claim` or reads the `Picture`: a text is right or wrong for any
-picture, not only for the one that it was made from.
+Every text of the tasks is a `Claim` or is computed from the `Picture`, so its truth can be decided for any picture,
+not only for the one that it was made from.
 """
 
 from dataclasses import dataclass

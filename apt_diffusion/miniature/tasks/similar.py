@@ -1,4 +1,4 @@
-"""Scenes that differ in one part only: what must be told apart to know whether a text fits."""
+"""Hard negatives: scenes that differ from a given scene in one part only."""
 
 import torch
 from torch import Tensor

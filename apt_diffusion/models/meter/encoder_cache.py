@@ -1,8 +1,8 @@
 """Outputs of METER's frozen encoders, computed once and kept on disk, across epochs and runs.
 
-Pays where only the cross-modal layers learn and pictures are not augmented. Features lie in a folder named after
-everything that they depend on: encoder weights, config and precision, and for pictures the settings of the image
-processor. A picture is known by its path, size and time of change, a text by its token ids.
+Use it when only the cross-modal layers are trained and pictures are not augmented. The folder's name is a hash of
+everything that the features depend on: encoder weights, config and precision, and for pictures the settings of the
+image processor. A picture's key is its path, file size and modification time, a text's key its token ids.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Tensors by key on disk, in safetensors shards that are written once: whole or not there."""
+"""A key-value store of tensors on disk, in safetensors shards; each shard is written once, atomically."""
 
 import contextlib
 import functools

@@ -37,6 +37,7 @@ def go(tiny_sd_path, instance_dir, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_three_steps_and_three_resumed_are_six_straight(go, name):
     skip_without(name)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from apt_diffusion.io.atomic import new_folder
 from apt_diffusion.miniature.emoji.judge import JUDGE_FILE, VOCABULARY_FILE, Judge
 from apt_diffusion.miniature.models import make_scheduler
 
@@ -56,16 +56,13 @@ def build_pipeline(vae: nn.Module, text_encoder: nn.Module, unet: nn.Module, tok
 def export_pipeline(folder: str | Path, pipeline: Any, card: str) -> None:
     """Writes all parts in fp16 to a new folder, then puts it in the place of the old one."""
     folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
     for part in (pipeline.vae, pipeline.unet):
         part.to(memory_format=torch.contiguous_format)
-    pipeline.to(dtype=torch.float16)
-    pipeline.save_pretrained(temporary)
-    pipeline.to(dtype=torch.float32)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder, replace=True) as temporary:
+        pipeline.to(dtype=torch.float16)
+        pipeline.save_pretrained(temporary)
+        pipeline.to(dtype=torch.float32)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def export_judge(folder: str | Path, judge: Judge) -> None:

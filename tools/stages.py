@@ -1,7 +1,6 @@
 """One training run: seeded steps, a schedule that ends, averaged weights, checkpoints from which it goes on."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from apt_diffusion.io.atomic import replacing
 
 # Each draws from seeds of its own.
 STREAMS = ("autoencoder", "text", "denoiser", "grader", "export", "clip", "vilt", "meter", "decoder", "judge", "sd3")
@@ -106,9 +107,8 @@ def save_stage(stage: Stage, average: list[Tensor], step: int, file: Path) -> No
         "optimizers": [optimizer.state_dict() for optimizer in stage.optimizers],
         "average": average,
     }
-    temporary = file.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        torch.save(state, temporary)
 
 
 def load_stage(stage: Stage, average: list[Tensor], file: Path) -> int:

@@ -242,7 +242,10 @@ def test_a_failure_attaches_none(pipe, trained):
     file = folder / "cat" / WEIGHTS_NAME
     tensors = load_file(file)
     pipe.apt_store = AdapterStore(folder)
-    save_file({key: tensor[:1] for key, tensor in tensors.items()}, file)  # an adapter, but of another size
+    header = read_adapter_file(file).metadata
+    save_file(
+        {key: tensor[:1] for key, tensor in tensors.items()}, file, metadata=header
+    )  # an adapter, but of another size
     for names, message in ((["dog", "cat"], "cannot|not fit"), (["dog", "bird"], "no adapter 'bird'")):
         with pytest.raises(ValueError, match=message):
             draw(pipe, apt_adapter_names=names)

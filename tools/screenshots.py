@@ -104,7 +104,7 @@ def main() -> None:
         command = [sys.executable, ROOT / "app.py", "--port", str(port), "--adapters", adapters, "--model", args.model]
         server = subprocess.Popen([*command, "--admin-token", TOKEN])
         try:
-            for _ in range(240):
+            for _ in range(600):
                 try:
                     urllib.request.urlopen(address, timeout=5)
                     break

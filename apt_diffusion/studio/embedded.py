@@ -1,7 +1,7 @@
 """What the studio knows of the embedded Stable Diffusions: prompts to try, things to teach, how to draw."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..miniature import subjects as shapes
@@ -72,3 +72,6 @@ EMBEDDED = {
         train_steps=200,  # after 400 large pictures are sharper, small ones and those with two things worse
     ),
 }
+EMBEDDED["miniature-sd3"] = replace(
+    EMBEDDED["miniature"], title="the embedded miniature Stable Diffusion 3", prompts=EMBEDDED["miniature"].prompts[1:]
+)

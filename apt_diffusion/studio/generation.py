@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 
-from ..pipelines import (
-    StableDiffusionAPTImg2ImgPipeline,
-    StableDiffusionAPTInpaintPipeline,
-    StableDiffusionAPTPipeline,
-)
+from .. import pipelines
+from ..miniature import resolve_model
 from .background import Watcher, in_background
 from .embedded import EMBEDDED, Embedded
 from .gates import recorded_gates, step_maps
 from .library import Adapter
 from .order import Order
-from .python_code import call_settings
+from .python_code import call_settings, pipeline_name
 from .samplers import make_sampler, samplers_for
 from .turns import Turns, Who
 
@@ -65,10 +62,12 @@ class Painter:
         self.turns = turns or Turns()
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float16 if self.device == "cuda" else torch.float32
-        self.pipe = StableDiffusionAPTPipeline.from_pretrained(model, dtype=self.dtype).to(self.device)
+        self.pipe = load_pipeline(model, self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.stride = self.pipe.vae_scale_factor  # pixels per latent cell
-        self.size = self.pipe.unet.config.sample_size * self.stride
+        self.is_transformer = getattr(self.pipe, "unet", None) is None
+        denoiser = self.pipe.transformer if self.is_transformer else self.pipe.unet
+        self.size = denoiser.config.sample_size * self.stride
         self.samplers = list(samplers_for(self.pipe.scheduler))
 
     @property
@@ -92,14 +91,19 @@ class Painter:
             if value % 8 or not 8 <= value <= 2 * self.size:
                 raise ValueError(f"The {name} must be a multiple of 8, at most {2 * self.size}; {value} is not.")
         make_sampler(self.pipe.scheduler, order.sampler)
+        if self.is_transformer and any(factor != 1 for _, factor in order.blocks):
+            raise ValueError("Strength by block is for models with a UNet; this one is a transformer.")
 
-    def draw(self, order: Order, who: Who = NOBODY, with_base: bool = True) -> Iterator[Progress | Waiting]:
+    def draw(
+        self, order: Order, who: Who = NOBODY, with_base: bool = True, again: bool = False
+    ) -> Iterator[Progress | Waiting]:
         """The pictures with the adapters, then those of the base model from the same noise.
 
         Args:
             order: what to draw.
             who: waits for the model.
             with_base: draw the base model's, too, where there are adapters.
+            again: it goes on with what was begun, and is not refused for want of a place.
         """
         self.check(order)
         parts = [("adapted", order.strength), ("base", 0.0)] if order.adapters else [("base", 1.0)]
@@ -107,7 +111,7 @@ class Painter:
             parts = parts[:1]
 
         def work(watcher: Watcher) -> None:
-            with self._held(watcher, order, who), self.adapters_in_place(order):
+            with self._held(watcher, order, who, again), self.adapters_in_place(order):
                 for index, (part, strength) in enumerate(parts):
                     self._draw_part(watcher, order, part, strength, index, len(parts))
 
@@ -118,6 +122,8 @@ class Painter:
         self.check(order)
         if not order.adapters:
             raise ValueError("Choose an adapter first.")
+        if self.is_transformer:
+            raise ValueError("Maps are for models with a UNet; this one is a transformer.")
 
         def work(watcher: Watcher) -> None:
             with (
@@ -136,8 +142,10 @@ class Painter:
         with self.turns.turn(who, 1.0), self.adapters_in_place(Order("a picture", adapters=((adapter, 1.0),))):
             pass
 
-    def _held(self, watcher: Watcher, order: Order, who: Who) -> contextlib.AbstractContextManager[None]:
-        return self.turns.turn(who, order.cost, lambda ahead, seconds: watcher.emit(Waiting(ahead, seconds)))
+    def _held(
+        self, watcher: Watcher, order: Order, who: Who, again: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        return self.turns.turn(who, order.cost, lambda ahead, seconds: watcher.emit(Waiting(ahead, seconds)), again)
 
     @contextlib.contextmanager
     def adapters_in_place(self, order: Order) -> Iterator[None]:
@@ -155,11 +163,9 @@ class Painter:
     def _pipeline_for(self, order: Order) -> Any:
         """A pipeline of the same modules, with the order's sampler, for its task."""
         components = self.pipe.components | {"scheduler": make_sampler(self.pipe.scheduler, order.sampler)}
-        pipeline: Any = type(self.pipe)
-        if order.picture is not None:
-            pipeline = StableDiffusionAPTInpaintPipeline if order.mask is not None else None
-            pipeline = pipeline or StableDiffusionAPTImg2ImgPipeline
-        made = pipeline(**components, requires_safety_checker=False)
+        pipeline = getattr(pipelines, pipeline_name(type(self.pipe).__name__, order))
+        unsafe = {"requires_safety_checker": False} if "safety_checker" in components else {}
+        made = pipeline(**components, **unsafe)
         made.set_progress_bar_config(disable=True)
         return made
 
@@ -191,8 +197,24 @@ class Painter:
     def _preview(self, latents: torch.Tensor) -> tuple[Image.Image, ...]:
         """What the unfinished latents look like."""
         vae = self.pipe.vae
-        decoded = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        decoded = vae.decode(latents, return_dict=False)[0]
         return tuple(self.pipe.image_processor.postprocess(decoded.float(), output_type="pil"))
+
+
+def load_pipeline(model: str, dtype: torch.dtype) -> Any:
+    """The model's own pipeline, with adapters: Stable Diffusion, or one whose denoiser is a transformer.
+
+    Raises:
+        OSError: where it cannot be found.
+        ValueError: for a pipeline that does not draw from a prompt alone.
+    """
+    from diffusers import DiffusionPipeline
+
+    place = resolve_model(model)
+    name = DiffusionPipeline.load_config(place)["_class_name"]
+    name = name if "APT" in name else name.removesuffix("Pipeline") + "APTPipeline"
+    return getattr(pipelines, name).from_pretrained(place, dtype=dtype)
 
 
 def _start(order: Order) -> dict[str, Image.Image]:

@@ -296,6 +296,6 @@ def _read_header(file: Path, modified: int, size: int) -> tuple[str, dict[str, s
 
 def _kind(key: str) -> str:
     first = key.split(".")[0]
-    if first in ("unet", "text_encoder", "text_encoder_2"):
+    if first in ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3"):
         return "stable_diffusion"
     return first if first in ("vilt", "meter") else "clip"

@@ -6,9 +6,12 @@ from .library import download_name, slug
 from .order import Order
 from .samplers import OWN, samplers_for
 
-TASKS = {"": "StableDiffusionAPTPipeline", "picture": "StableDiffusionAPTImg2ImgPipeline"} | {
-    "mask": "StableDiffusionAPTInpaintPipeline"
-}
+
+def pipeline_name(name: str, order: Order) -> str:
+    """The class that draws an order, next to the one that draws from noise: for a start picture, or for a mask."""
+    if order.picture is None:
+        return name
+    return name.removesuffix("Pipeline") + ("InpaintPipeline" if order.mask is not None else "Img2ImgPipeline")
 
 
 def call_settings(order: Order) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def python_code(painter: Any, order: Order) -> str:
     """Python that draws the same pictures, pixel by pixel, where the adapters' files lie in the current folder."""
     place = "" if painter.device == "cpu" else f", dtype={painter.dtype}).to({painter.device!r}"
     task = "mask" if order.mask is not None else "picture" if order.picture is not None else ""
-    pipeline = TASKS[task] if task else type(painter.pipe).__name__
+    pipeline = pipeline_name(type(painter.pipe).__name__, order)
     lines = ["import torch", f"from apt_diffusion import {pipeline}"]
     if task:
         lines.append("from PIL import Image")

@@ -75,6 +75,11 @@ class Studio:
         """Settings that a page has read from a picture; `ValueError` where they make no sense."""
         return settings_in_text(said)
 
+    def check_trainable(self) -> None:
+        """`ValueError` for a model that the trainer does not adapt."""
+        if self.painter.is_transformer:
+            raise ValueError("The trainer adapts models with a UNet; this studio draws with a transformer.")
+
     def draw_class_pictures(self, who: Who) -> Iterator[int | Waiting]:
         """What the trainings of an embedded model share; nothing for other models, whose trainer draws its own."""
         if self.trainings.class_pictures is not None:

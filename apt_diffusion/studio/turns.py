@@ -65,7 +65,11 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(
-        self, who: Who, cost: float, on_wait: Callable[[int, float | None], None] | None = None
+        self,
+        who: Who,
+        cost: float,
+        on_wait: Callable[[int, float | None], None] | None = None,
+        again: bool = False,
     ) -> Iterator[None]:
         """Waits for the turn and holds the model within it.
 
@@ -74,11 +78,12 @@ class Turns:
             cost: see `Ticket`.
             on_wait: called about once a second meanwhile with how many go before, and in how many seconds it is this
                 one's turn (`None` while nothing was measured yet). Whatever it raises gives the place up.
+            again: it goes on with what was begun: there is always a place.
 
         Raises:
             ValueError: where no place is left, for anybody or for this visitor.
         """
-        ticket = self._take_place(who, cost)
+        ticket = self._take_place(who, cost, again)
         try:
             while not self._served(ticket):
                 if on_wait is not None:
@@ -109,23 +114,27 @@ class Turns:
         """How many wait."""
         return len(self._waiting)
 
-    def _take_place(self, who: Who, cost: float) -> Ticket:
+    def _take_place(self, who: Who, cost: float, again: bool) -> Ticket:
         with self._changed:
-            if len(self._waiting) >= self.places:
-                raise ValueError(
-                    f"Too many people wait for the model: {len(self._waiting)}. Please try again in a minute."
-                )
-            own = sum(ticket.who.visitor == who.visitor for ticket in self._waiting)
-            if own >= self.per_visitor:
-                raise ValueError(f"{own} of your requests wait already, as many as may: wait for one of them.")
-            if sum(ticket.who.address == who.address for ticket in self._waiting) >= self.per_address:
-                raise ValueError("Your address has as many requests waiting as it may. Try again in a minute.")
+            if not again:
+                self._check_places(who)
             ticket = Ticket(who, cost, next(self._numbers))
             self._waiting.append(ticket)
             # Whoever comes anew starts level with those who wait: no credit for having been away.
             least = min((self._used[other.who.visitor] for other in self._waiting[:-1]), default=0.0)
             self._used[who.visitor] = max(self._used.get(who.visitor, 0.0), least)
             return ticket
+
+    def _check_places(self, who: Who) -> None:
+        if len(self._waiting) >= self.places:
+            raise ValueError(
+                f"Too many people wait for the model: {len(self._waiting)}. Please try again in a minute."
+            )
+        own = sum(ticket.who.visitor == who.visitor for ticket in self._waiting)
+        if own >= self.per_visitor:
+            raise ValueError(f"{own} of your requests wait already, as many as may: wait for one of them.")
+        if sum(ticket.who.address == who.address for ticket in self._waiting) >= self.per_address:
+            raise ValueError("Your address has as many requests waiting as it may. Try again in a minute.")
 
     def _order(self) -> list[Ticket]:
         """Those who wait in the order in which they would be served, if nobody came."""

@@ -1,6 +1,7 @@
 """The studio with either embedded Stable Diffusion."""
 
 import pytest
+import torch
 
 from apt_diffusion.studio.embedded import EMBEDDED
 from apt_diffusion.studio.generation import Painter
@@ -35,3 +36,31 @@ def test_emoji_are_drawn_as_suits_their_model_and_pages_offer_them(tmp_path):
     ):
         assert words in text
     assert Painter("miniature").embedded is EMBEDDED["miniature"]
+
+
+def test_a_transformer_draws_from_noise_and_from_a_picture_and_says_what_it_cannot(tmp_path):
+    import numpy as np
+    from diffusers import StableDiffusion3Pipeline
+    from PIL import Image
+
+    from apt_diffusion.miniature import resolve_model
+    from apt_diffusion.studio.generation import Progress
+    from apt_diffusion.studio.order import Order
+
+    painter = Painter("miniature-sd3")
+    settings = {"prompt": "a red circle on a blue background", "steps": 3, "guidance": 3.0, "seed": 5}
+    size = {"width": painter.size, "height": painter.size}
+
+    def draw(**changes):
+        steps = painter.draw(Order(**settings, **size, **changes))
+        return next(np.asarray(s.pictures[0]) for s in steps if isinstance(s, Progress) and s.done)
+
+    stock = StableDiffusion3Pipeline.from_pretrained(resolve_model("miniature-sd3"), dtype=torch.float32)
+    generator = [torch.Generator().manual_seed(5)]
+    call = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": generator}
+    expected = stock(settings["prompt"], **call, **size).images[0]
+    assert np.array_equal(draw(), np.asarray(expected))
+    assert not np.array_equal(draw(picture=Image.new("RGB", (64, 64), "white")), np.asarray(expected))
+    assert painter.samplers == ["Euler", "Heun"]
+    with pytest.raises(ValueError, match="for models with a UNet"):
+        draw(blocks=(("up", 0.5),))

@@ -72,7 +72,7 @@ def test_the_first_screen_says_what_this_is_and_the_button_is_on_it(visit):
     page.wait_for_selector("#train:visible")
     train, status = box(page, "#train"), box(page, "#train-status")
     assert train["y"] + train["height"] <= 768
-    assert abs(status["y"] - (train["y"] + train["height"])) < 60 and abs(status["x"] - train["x"]) < 60
+    assert abs(train["y"] - (status["y"] + status["height"])) < 60 and abs(status["x"] - train["x"]) < 60
 
 
 def test_on_a_phone_the_pictures_follow_the_button(visit):

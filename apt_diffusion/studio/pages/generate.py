@@ -179,7 +179,7 @@ class GeneratePage:
         for number, order in enumerate(orders):
             many = f"Prompt {number + 1} of {len(orders)}: " if len(orders) > 1 else ""
             yield self._begun(order, many)
-            for step in self.studio.painter.draw(order, who):
+            for step in self.studio.painter.draw(order, who, again=number > 0):
                 if isinstance(step, Waiting):
                     yield {self.status: progress(many + waiting(step.ahead, step.seconds))}
                     continue
@@ -242,7 +242,7 @@ class GeneratePage:
         batch = self.studio.drawings.new_batch(is_shown=False)
         for place, cell in enumerate(cells):
             share = place / len(cells)
-            for step in self.studio.painter.draw(cell, who, with_base=False):
+            for step in self.studio.painter.draw(cell, who, with_base=False, again=place > 0):
                 if isinstance(step, Waiting):
                     yield {self.status: progress(waiting(step.ahead, step.seconds), share)}
                 elif step.done:

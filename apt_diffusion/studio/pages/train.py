@@ -105,11 +105,11 @@ class TrainPage:
         )
 
     def _build_buttons(self) -> None:
+        self.status = html(progress("No training yet."), elem_id="train-status")
         with gr.Row(elem_classes="apt-buttons"):
             self.start = gr.Button("Train", variant="primary", elem_id="train", min_width=90)
             self.cancel = gr.Button("Stop", variant="stop", interactive=False, elem_id="cancel", min_width=80)
             self.resume = gr.Button("Continue", interactive=False, elem_id="resume", min_width=90)
-        self.status = html(progress("No training yet."), elem_id="train-status")
         help_line(
             "<b>Train</b> starts in the background: this page may be closed. <b>Stop</b> keeps the adapter as "
             "it is by then, and <b>Continue</b> goes on from there."
@@ -184,6 +184,7 @@ class TrainPage:
     ) -> Iterator[dict]:  # fmt: skip
         if not files:
             raise ValueError("Add some pictures of your subject first.")
+        self.studio.check_trainable()
         lesson = Lesson(
             text(name, "name"), text(prompt, "prompt"), text(class_prompt, "kind of thing").strip(),
             whole(steps, "number of steps"), real(rate, "learning rate"),

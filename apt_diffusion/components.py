@@ -40,7 +40,7 @@ def cores_of(model: Any) -> Iterator[APTProcessorCore]:
 def config_per_component(
     model: Any, components: dict[str, nn.Module], config: APTConfig | dict[str, APTConfig]
 ) -> dict[str, APTConfig]:
-    """The settings of each component that is to be adapted; `ValueError` where that cannot be meant."""
+    """The settings of each component that is to be adapted; `ValueError` if the config fits no component."""
     if isinstance(config, dict):
         unknown = sorted(set(config) - set(components))
         if unknown or not config:

@@ -1,14 +1,14 @@
 """The method: Approximated Prompt Tuning (arXiv 2306.15706), as one module next to a frozen attention.
 
-Axes: B batch, N tokens, d width, p prompts, r rank.  Names of the paper stand behind the lines.
+Axes: B batch, N tokens, d width, p prompts, r rank.  The comments at line ends give the paper's names.
 
     K = P + (P Dᵀ) Uᵀ              keys of the prompts: they do not depend on the input
     A = relu(X Kᵀ)                 affinity of every token to every prompt
     w = stop_gradient(max_p A)     how strongly the prompts act on a token
     Y = exp(s) · (O + w ⊙ (A P))   the corrected output of the attention
 
-Next to a model in half precision the two products, which are nearly all of the cost, are taken in that precision (a
-matrix unit sums them in float32); K, exp(s) and the strength of an adapter are computed in float32 first.
+In a half-precision model the two matrix products, which are nearly all of the cost, are computed in that precision (a
+matrix unit accumulates in float32); K, exp(s) and the adapter's weight are computed in float32 first.
 """
 
 from typing import NamedTuple

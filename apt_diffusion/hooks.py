@@ -1,7 +1,7 @@
 """The one attachment mechanism: module-level hooks that call the processor cores of an attention module.
 
-A closure over the core would make `copy.deepcopy` share the original's weights, and could not be pickled; these
-functions read the module's children instead. Which argument is X is bound once, through the forward's signature.
+A hook that closes over the core would share the original's weights after `copy.deepcopy`, and could not be pickled, so
+these functions read the core from the module's children. Attaching finds the argument X once, by forward's signature.
 """
 
 import inspect

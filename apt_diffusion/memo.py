@@ -26,7 +26,7 @@ class Memo:
         self.value: Any = None
 
     def get(self, compute: Callable[[], Any], tensors: list[Tensor], settings: Any) -> Any:
-        """`compute()`, or its result of before if neither `tensors` nor `settings` have changed since."""
+        """`compute()`, or its previous result if neither `tensors` nor `settings` have changed since."""
         if any(tensor.is_inference() for tensor in tensors):
             return compute()  # inference tensors do not count their changes
         if not self._holds(tensors, settings):

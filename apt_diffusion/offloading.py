@@ -25,7 +25,7 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def keep_off_disk(model: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Takes `parameters` out of the groups that diffusers keeps on disk, where nobody could read or write them."""
+    """Removes `parameters` from the groups that diffusers keeps on disk, where they could not be read or written."""
     hooks = [_group_hook(module) for module in model.modules() if "_diffusers_hook" in vars(module)]
     for group in {hook.group for hook in hooks if hook and hook.group.offload_to_disk_path}:
         ours = [parameter for parameter in parameters if parameter in group.tensor_to_key]
@@ -43,7 +43,7 @@ def _group_hook(module: nn.Module) -> Any:
 
 
 def regroup_offloaded(model: nn.Module) -> None:
-    """Makes the parameter lists of `model`'s offloaded blocks anew, as diffusers does for a LoRA that comes late.
+    """Rebuilds the parameter lists of `model`'s offloaded blocks, as diffusers does for a LoRA that is loaded later.
 
     With streams, a parameter that is missing in its block's list ends the next forward pass in a `KeyError`. Leaves,
     and blocks on disk, move what is in their lists and nothing else: there an adapter stays where it is.

@@ -1,4 +1,4 @@
-"""The places of an adapter in one model: modules by name, and the width and binding of every stream there."""
+"""Finds the modules of one model that an adapter corrects: their names, and the width and binding of each stream."""
 
 import re
 from collections.abc import Iterator

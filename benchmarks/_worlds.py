@@ -1,4 +1,4 @@
-"""What personalisation is tried on: embedded models, things that they do not know, and a judge of each."""
+"""Test beds for personalisation: embedded models, things that they do not know, and a judge for each model."""
 
 import dataclasses
 from collections.abc import Callable

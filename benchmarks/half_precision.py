@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the step costs next to a model in half precision, beside the attention that it corrects.
+"""Time of APT's correction in half precision, compared with the attention that it corrects.
 
     python benchmarks/half_precision.py --device cuda
     python benchmarks/half_precision.py --device cpu --dtypes bfloat16

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What an attached adapter costs per forward pass, beside the base model and beside an unmerged LoRA.
+"""Time of a forward pass with an attached adapter, compared with the base model and with an unmerged LoRA.
 
     python benchmarks/inference.py
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Steps per second and peak memory of a training step: ours beside that of diffusers' `train_dreambooth_lora.py`.
+"""Steps per second and peak memory of training: this library compared with diffusers' `train_dreambooth_lora.py`.
 
     python benchmarks/training_speed.py                  # Stable Diffusion 1.5's shapes, and the embedded model
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Training steps of vision-language models: APT beside deep prompts on ViLT, kept encoder outputs on METER.
+"""Training steps of vision-language models: APT and deep prompts on ViLT, and cached encoder outputs on METER.
 
     python benchmarks/vl_training_speed.py
 

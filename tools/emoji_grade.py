@@ -1,4 +1,4 @@
-"""What the judge finds in the model's pictures, beside what their captions ask for, and in real pictures."""
+"""Grades the emoji model: compares the judge's labels with the captions, for drawn and for real pictures."""
 
 from pathlib import Path
 from typing import Any

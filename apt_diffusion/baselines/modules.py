@@ -66,8 +66,8 @@ class Prefix(nn.Module):
 
     Shallow prompts (arXiv 2104.08691) are carried through every layer and dropped at the end. Deep ones (arXiv
     2203.12119) are dropped behind their attention, because the next layer has prompts of its own. `norm`, the layer's
-    own, is applied to them where it is applied to the tokens. Where a module reads other states than its own, the
-    prompts join those.
+    own, is applied to them where it is applied to the tokens. In a cross-attention the
+    prompts are added to the states that keys and values are made of.
     """
 
     def __init__(self, num_prompts: int, hidden_size: int, norm: nn.Module | None = None) -> None:

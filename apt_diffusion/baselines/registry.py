@@ -76,7 +76,7 @@ class Method:
         learning_rates: the learning rates that a comparison tries.
         costs_per: the unit that `costs` counts: an `"attention"` module, a `"branch"` (attention or feed-forward part
             of a layer), or a whole `"layer"`.
-        costs_note: what tables of costs say in brackets behind the label.
+        costs_note: a note that cost tables show in brackets after the label.
     """
 
     name: str = ""  # set by `register_method`
@@ -97,7 +97,7 @@ class Method:
         raise NotImplementedError
 
     def detach(self, model: nn.Module) -> None:
-        """Undoes `attach`: afterwards the model has the modules and hooks of before."""
+        """Undoes `attach`: afterwards the model has the same modules and hooks as before `attach`."""
         for module in list(model.modules()):
             child = module._modules.pop(CHILD, None)
             if child is not None:
@@ -186,7 +186,7 @@ def register_method(name: str, method: Method, exist_ok: bool = False) -> None:
     """Adds a method to the comparison: trainers, benchmarks, cost tables and the studio know it from now on.
 
     Args:
-        name: what it is called on command lines and in files: small letters, digits and underscores.
+        name: its name on command lines and in files: small letters, digits and underscores.
         method: the method.
         exist_ok: whether it may take the place of another one of that name.
 
@@ -215,13 +215,13 @@ def register_method(name: str, method: Method, exist_ok: bool = False) -> None:
 
 
 def unregister_method(name: str) -> None:
-    """Takes a method away again; `ValueError` where there is none of that name."""
+    """Removes a registered method; `ValueError` for an unknown name."""
     get_method(name)
     del _METHODS[name]
 
 
 def get_method(name: str) -> Method:
-    """The method of that name; `ValueError` naming all others where there is none."""
+    """The method of that name; for an unknown name, a `ValueError` that lists all methods."""
     if name not in _METHODS:
         raise ValueError(f"Unknown method {name!r}, expected one of {tuple(_METHODS)}.")
     return _METHODS[name]

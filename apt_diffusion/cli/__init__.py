@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def unknown(kind: str, given: str, known: list[str], help_command: str) -> str:
-    """The message for a word that is none of those known, with the nearest of them."""
+    """The error message for an unknown word, with the nearest known word."""
     import difflib
 
     near = difflib.get_close_matches(given, known, n=1)

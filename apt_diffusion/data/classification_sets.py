@@ -1,7 +1,7 @@
-"""The eleven data sets of CoOp (arXiv 2109.01134): where their pictures lie, what their classes are called.
+"""The eleven data sets of CoOp (arXiv 2109.01134): the folders of their pictures, and the names of their classes.
 
 Templates and names are those of https://github.com/KaiyangZhou/CoOp, so that accuracies can be compared with published
-ones. In a `split_zhou_*.json` names are final but for underscores; the rules here turn folder names into the same.
+ones. A `split_zhou_*.json` has these names, with underscores for spaces; the rules here derive them from folder names.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Pictures as CLIP takes them: squares, cut out at random while training, from the middle in tests. PIL only."""
+"""Square crops for CLIP with PIL: random crops in training, centre crops in evaluation."""
 
 import math
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """DreamBooth data: pictures of one subject; with prior preservation also pictures of its class.
 
-`DreamBoothData` maps a position of the endless stream to everything that a training step needs of it. The order,
+`DreamBoothData` maps a position of the endless sample stream to the inputs of a training step. The order,
 cut, flip, timestep and noise of a sample depend on the seed and the position alone, see `order`.
 """
 

@@ -1,4 +1,4 @@
-"""Folders of pictures as people have them: which files are pictures, and which caption each has."""
+"""Reads image folders in the common layouts: finds the pictures and the caption of each."""
 
 import json
 import logging

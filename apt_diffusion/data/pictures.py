@@ -1,4 +1,4 @@
-"""Pictures as the trainer sees them: which square of each, and its pixels."""
+"""Square crops of training pictures: chooses the crop and returns its pixels."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """Loading adapters, all or nothing: everything is read and checked before the first module is touched.
 
-The places come from the file's tensors. The settings come from its header, or from the caller for tensors without one:
-what queries the prompts, and the activation, do not show in tensors.
+The tensor names say which modules to adapt. The settings come from the file's header. For tensors without a header the
+caller gives them, because tensors show neither what queries the prompts nor the activation.
 """
 
 import dataclasses

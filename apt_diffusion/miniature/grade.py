@@ -1,4 +1,4 @@
-"""Grades pictures of the drawn world: a small classifier reads what is in them, the caption says what should be."""
+"""Grades pictures of the drawn world: a small classifier names their content, which is compared with the caption."""
 
 from pathlib import Path
 from typing import Any

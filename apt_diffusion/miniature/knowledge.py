@@ -184,7 +184,7 @@ def masked_word_accuracy(model: nn.Module, word_head: nn.Module, processor: Any,
 
 
 def matching_grades(model: nn.Module, word_head: nn.Module, processor: Any, count: int = 300) -> dict[str, float]:
-    """Matching, masked words, and what a linear map reads about questions that pre-training never asked."""
+    """Matching, masked words, and linear probes of frozen features on questions that pre-training never used."""
     items = matching_items(count)
     return {
         "matching": matching_accuracy(model, processor, items),

@@ -29,7 +29,7 @@ def class_captions(model: str, count: int = 64, seed: int = 0) -> list[str]:
     """Captions that the embedded text-to-image model of this name knows.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the name is unknown.
     """
     known = {"miniature": random_captions, "miniature-sd3": random_captions, "miniature-emoji": random_prompts}
     if model not in known:

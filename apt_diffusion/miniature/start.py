@@ -19,7 +19,7 @@ PARTS = {
 
 
 def start_meter(meter: nn.Module, clip_vision: nn.Module) -> None:
-    """Exactly: METER's vision tower is CLIP's without the last layer."""
+    """Copies CLIP's vision tower without its last layer into METER's vision tower; the copy is exact."""
     tower = clip_vision.state_dict()
     own = meter.meter.vision_model.state_dict()
     meter.meter.vision_model.load_state_dict({name: tower[name] for name in own})
@@ -27,7 +27,10 @@ def start_meter(meter: nn.Module, clip_vision: nn.Module) -> None:
 
 @torch.no_grad()
 def start_vilt(vilt: nn.Module, clip_vision: nn.Module) -> None:
-    """Nearly: ViLT has no norm before its first layer, so CLIP's goes into the embeddings, with a fixed deviation."""
+    """Copies CLIP's vision tower into ViLT, approximately: CLIP's first norm is folded into ViLT's embeddings.
+
+    ViLT has no norm there, so the norm's data-dependent deviation is replaced by its mean over drawn pictures.
+    """
     embed, norm, target = clip_vision.embeddings, clip_vision.pre_layrnorm, vilt.vilt.embeddings
     generator = torch.Generator().manual_seed(0)
     spread = embed(render(sample_scenes(256, generator), generator)).std(-1).mean()

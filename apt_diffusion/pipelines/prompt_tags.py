@@ -1,4 +1,4 @@
-"""Adapters named in a prompt, `a sks dog <apt:dog:0.8>`, as people write `<lora:...>` elsewhere."""
+"""Parses adapter tags in prompts, `a sks dog <apt:dog:0.8>`, in the style of the `<lora:...>` tags of other tools."""
 
 import math
 import re

@@ -1,1 +1,1 @@
-"""The studio in the browser: what stands behind its pages, testable without them. `pages` alone knows Gradio."""
+"""The studio, a web app: its logic without the user interface. Only the subpackage `pages` imports Gradio."""

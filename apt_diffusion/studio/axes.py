@@ -1,4 +1,4 @@
-"""Comparing settings: what an axis of a grid of pictures can be, and the orders of its cells."""
+"""Grids of pictures that compare settings: the possible axes, and the drawing settings of each cell."""
 
 import dataclasses
 from collections.abc import Callable

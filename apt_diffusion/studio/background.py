@@ -1,4 +1,4 @@
-"""Long work in a thread, watched step by step from a generator."""
+"""Runs long work in a thread and yields its progress step by step from a generator."""
 
 import queue
 import threading
@@ -9,18 +9,18 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Raised inside the work when nobody wants its result any more."""
+    """Raised inside the work after its generator was closed."""
 
 
 class Watcher:
-    """What the work calls: `emit` hands something out, and raises `Stopped` once the generator was closed."""
+    """The work's connection to its generator: `emit` yields a value there, or raises `Stopped` if it was closed."""
 
     def __init__(self) -> None:
         self.queue: queue.SimpleQueue = queue.SimpleQueue()
         self.is_stopped = threading.Event()
 
     def emit(self, value: object) -> None:
-        """Hands a value to who iterates; raises `Stopped` where nobody does any more."""
+        """Yields a value from the generator; raises `Stopped` if the generator was closed."""
         if self.is_stopped.is_set():
             raise Stopped
         self.queue.put(("value", value))
@@ -29,8 +29,8 @@ class Watcher:
 def in_background(work: Callable[[Watcher], None]) -> Iterator:
     """Runs `work(watcher)` in a thread and yields what it emits. Its exception is raised here.
 
-    Whoever drops the generator stops the work at its next `emit`. Locks belong inside the work: a generator that is
-    forgotten half-way holds none.
+    Closing the generator stops the work at its next `emit`. Take locks inside the work, so that a generator that is
+    abandoned half-way holds none.
     """
     watcher = Watcher()
 

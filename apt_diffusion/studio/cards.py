@@ -1,4 +1,4 @@
-"""Model cards as HTML: text only. What others have written loads nothing, links nowhere, and is no heading of ours."""
+"""Model cards as HTML, text only: a stranger's card loads nothing, links nowhere, and cannot imitate page headings."""
 
 import functools
 from typing import Any

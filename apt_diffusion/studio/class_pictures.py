@@ -1,4 +1,4 @@
-"""Pictures of what an embedded model knows, for prior preservation; drawn a few at a time, between other drawings."""
+"""Class pictures for prior preservation, drawn by an embedded model a few at a time between visitors' drawings."""
 
 import shutil
 from collections.abc import Iterator

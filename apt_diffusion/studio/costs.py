@@ -1,4 +1,4 @@
-"""What APT costs next to other methods on well-known models, for the page of that name."""
+"""Compares the costs of APT and other methods on well-known models, for the page Cost."""
 
 from ..cost_models import MODELS, compare, compared_methods
 from ..costs import Costs

@@ -1,10 +1,10 @@
-"""The time that is left, as a number that falls steadily."""
+"""Estimates the remaining time of a task as a number that never rises."""
 
 SMOOTHING = 0.15  # weight of a new estimate
 
 
 class Countdown:
-    """Estimates from how fast steps are done; what it says never rises."""
+    """Smoothed estimate from the average time per step; it never rises."""
 
     def __init__(self) -> None:
         self._first: tuple[float, int] | None = None  # when which step was done

@@ -1,4 +1,4 @@
-"""What visitors have drawn: kept on disk for each of them, bounded by age, number and bytes."""
+"""Stores each visitor's drawn pictures on disk, bounded by age, number and bytes."""
 
 import re
 import secrets

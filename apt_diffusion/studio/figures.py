@@ -1,4 +1,4 @@
-"""Pictures with their captions, as HTML: each stands in a figure of its own, with what can be done with it."""
+"""Renders pictures with captions as HTML: one figure per picture, with its action buttons."""
 
 import base64
 import io

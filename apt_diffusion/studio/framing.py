@@ -1,4 +1,4 @@
-"""Pictures as the trainer will see them: its own code chooses the cut."""
+"""Previews the crops that the trainer will use, computed by the trainer's own code."""
 
 import tempfile
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Where APT acts: the gate w = max_p A of every token, recorded while a model runs, and drawn over a picture."""
+"""Maps of where APT acts: records every token's gate w = max_p A while a model runs, and overlays it on a picture."""
 
 import contextlib
 import math

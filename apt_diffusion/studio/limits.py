@@ -1,11 +1,11 @@
-"""What visitors may take of the machine."""
+"""Limits on what visitors may use of the machine: waiting requests, training steps and trainings."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What visitors may take of the machine.
+    """Limits on what visitors may use of the machine.
 
     Args:
         queue: requests that may wait for the model.

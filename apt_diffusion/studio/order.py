@@ -1,4 +1,4 @@
-"""What to draw: the settings of a drawing, checked, as the page and links and pictures hold them."""
+"""The checked settings of one drawing, in the form that the page, links and picture files store."""
 
 import math
 import re

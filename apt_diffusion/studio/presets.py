@@ -1,4 +1,4 @@
-"""Settings under a name: some that come with the studio, and those that a visitor keeps."""
+"""Presets, drawing settings saved under a name: the studio's own, and those that a visitor saves."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What leaves this computer with an adapter: its header and card, without the places where things lie here."""
+"""Prepares an adapter for download or publication: removes this computer's paths from its header and card."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""Training jobs: `train/train_apt_sd.py` in a process of its own, which outlives browser tab and server.
+"""Training jobs: `train/train_apt_sd.py` in a separate process, which outlives browser tab and server.
 
-All that is known of a job is on disk, so that it is found again after either was closed:
+The state of a job is on disk only, so it is found again after tab or server was closed:
 
     .visitors/<visitor>/trainings/<name>/job.json     settings and process
     .visitors/<visitor>/trainings/<name>/pictures/    what was uploaded

@@ -1,4 +1,4 @@
-"""Models that look: visual question answering (ViLT, METER) and classification (CLIP), with and without an adapter."""
+"""Vision-language models of the page Understand: question answering (ViLT, METER) and classification (CLIP)."""
 
 import contextlib
 import json

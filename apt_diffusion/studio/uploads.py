@@ -1,4 +1,4 @@
-"""Pictures from strangers: checked before they are decoded, re-encoded, and kept under names of our own."""
+"""Uploaded pictures: checked before decoding, then re-encoded and stored under names that the studio chooses."""
 
 from collections.abc import Sequence
 from pathlib import Path

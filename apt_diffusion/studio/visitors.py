@@ -1,4 +1,4 @@
-"""Who is who: a random cookie per browser. A visitor's own lies in a folder that only the cookie leads to."""
+"""Identifies visitors by a random cookie per browser. A visitor's folder can be found only with the cookie."""
 
 import hashlib
 import re

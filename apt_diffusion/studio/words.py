@@ -1,4 +1,4 @@
-"""Sentences of the status lines."""
+"""Texts of the status lines: durations and waiting times."""
 
 
 def duration(seconds: float) -> str:

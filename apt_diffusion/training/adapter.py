@@ -1,4 +1,4 @@
-"""A new adapter to train, or the one of a checkpoint to train on."""
+"""Prepares the adapter of a run: attaches a new one, or loads that of a checkpoint to continue."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Flags that cannot take effect: one warning before the first step says which, and why."""
+"""Warns before the first step of command-line flags that have no effect in this run, with the reason."""
 
 import argparse
 import logging

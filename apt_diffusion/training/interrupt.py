@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the loop ends its step, saves, and leaves."""
+"""Handles Ctrl-C and SIGTERM gracefully: the training loop ends its step, saves a checkpoint, and stops."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""The log of a run, one JSON line per step, and its picture."""
+"""The loss log of a run, one JSON line per step, and its plot."""
 
 import json
 from pathlib import Path

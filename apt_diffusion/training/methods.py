@@ -1,4 +1,4 @@
-"""A method of the comparison in a trainer: its flags, attached to be trained, saved, loaded."""
+"""Connects the compared methods to the trainers: command-line flags, attaching, saving and loading."""
 
 import argparse
 import json

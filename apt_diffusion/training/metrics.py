@@ -1,4 +1,4 @@
-"""What evaluations say: a log, its picture, and `results.json`."""
+"""Logs evaluation metrics, plots them, and writes `results.json`."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run tells about itself while it goes: progress bar, loss log, trackers."""
+"""Reports the progress of a run: progress bar, loss log, trackers."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where the trainers' scripts are: `train/` of a checkout, or the folder `scripts` of an installed package."""
+"""Finds the trainers' scripts: `train/` of a checkout, or the folder `scripts` of an installed package."""
 
 import os
 from pathlib import Path

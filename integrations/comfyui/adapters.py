@@ -1,4 +1,4 @@
-"""Adapter files as ComfyUI's nodes need them: modules by the place in the model that they correct."""
+"""Reads adapter files for the ComfyUI nodes: adapter modules by the attention of the model that they correct."""
 
 from dataclasses import dataclass
 from pathlib import Path

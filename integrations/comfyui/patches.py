@@ -1,4 +1,4 @@
-"""What is hooked into ComfyUI's models: the correction of `apt_diffusion`'s forward hook, in ComfyUI's own patches.
+"""Applies APT in ComfyUI: the correction of `apt_diffusion`'s forward hook, written as ComfyUI model patches.
 
 ComfyUI calls the patches of a transformer block with one dict of options per call, so X can be kept there until the
 attention has given its output. Several adapters add up: `Y = O + Σ λ_i (Y_i − O)`.

@@ -26,7 +26,7 @@ WINDOWS = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the judge tells apart."""
+    """The labels that the judge distinguishes."""
 
     concepts: tuple[str, ...]
     styles: tuple[str, ...]

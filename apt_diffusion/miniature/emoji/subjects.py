@@ -75,10 +75,10 @@ class Request:
 
     @classmethod
     def read(cls, prompt: str) -> "Request":
-        """Of a prompt of the model's grammar, in which `PROMPT` without its article stands for the subject.
+        """Parses a prompt of the model's grammar, in which `PROMPT` without its article names the subject.
 
         Raises:
-            ValueError: the prompt is none.
+            ValueError: the prompt does not follow the grammar.
         """
         found = GRAMMAR.fullmatch(prompt)
         if found is None:
@@ -104,11 +104,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the judge says of pictures; shares and cosines, higher is better but for two."""
+    """The judge's scores of pictures: shares and cosines. Higher is better, except for `bleeding` and `drift`."""
 
-    similarity: dict[str, float]  # of the subject's window to the training pictures, by kind of prompt
+    similarity: dict[str, float]  # cosine of the subject's window to the training pictures, by kind of prompt
     recognised: dict[str, float]  # share in which the judge names the subject, by kind of prompt
-    fidelity: float  # share of what else the prompts that name it ask for: ground, pattern, companion
+    fidelity: float  # share of the other requested attributes that are right: ground, pattern, companion
     bleeding: float  # share of the other prompts' pictures in which the judge names the subject
     kept: float  # share of the other prompts' pictures that still show their own thing
     drift: float  # root mean square difference from the base model's pictures of these, of pixels in [0, 1]

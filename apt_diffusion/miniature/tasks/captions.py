@@ -10,7 +10,7 @@ COUNT_WORDS = ("no", "one", "two")
 
 
 def describe(picture: Picture, rng: Random, sentences: float = 0.4) -> tuple[str, Claim]:
-    """What pre-training says of a picture: a caption, whole or with omissions, or a sentence about one attribute.
+    """A pre-training text about a picture: a caption, whole or with omissions, or a sentence about one attribute.
 
     Args:
         picture: what is shown.

@@ -1,4 +1,4 @@
-"""Few-shot classification: textured things, in classes that a zero-shot model reads in part.
+"""Few-shot classification: textured things, in classes that a zero-shot model recognises in part.
 
 Pre-training draws stripes and checks on backgrounds only; here the thing itself has them. Twelve base classes and
 twelve new ones share the textures, not the colours.

@@ -1,4 +1,4 @@
-"""Pictures of the tasks, drawn in seeded chunks: the first N of a split are the same however many are asked for."""
+"""Draws the tasks' pictures in seeded chunks, so the first N pictures of a split do not depend on the split's size."""
 
 import zlib
 from collections.abc import Iterator
@@ -12,17 +12,17 @@ from ..world import HELD_OUT_COLOR, INSIDE, Scenes, render, sample_scenes
 from .picture import Picture, read_picture
 
 CHUNK = 100
-MATCHING = 0.3  # share of pairs of things that are made alike in shape, to be counted and compared
+MATCHING = 0.3  # share of scenes whose two things get the same shape, for questions that count and compare
 FIXED_SEED = 0
 
 
 def split_seed(task: str, split: str, seed: int, chunk: int = 0) -> int:
-    """Only training data heed `seed`: validation and test are the same for everybody."""
+    """The seed of one chunk. Only training splits use `seed`: validation and test splits are always the same."""
     return zlib.crc32(f"{task}/{split}/{seed if split == 'train' else FIXED_SEED}/{chunk}".encode())
 
 
 def task_scenes(count: int, generator: torch.Generator) -> Scenes:
-    """As in pre-training, but that more pairs of things are alike in shape."""
+    """Random scenes as in pre-training, except that more scenes have two things of the same shape."""
     scenes = sample_scenes(count, generator)
     alike = torch.rand(count, generator=generator) < MATCHING
     allowed = (HELD_OUT_COLOR[scenes.shape[:, 1]] != scenes.color[:, 0]) & (scenes.layout != INSIDE)

@@ -35,11 +35,11 @@ class EncoderCache:
     """The features of a model's encoders under `folder`; several processes may fill and read it at once.
 
     It does not hold the model, so it can travel to the workers of a data loader. Features are those of the encoders in
-    evaluation mode: a training that is to give the same losses without the cache keeps them so.
+    evaluation mode: a training without the cache has the same losses only with its encoders in evaluation mode, too.
 
     Args:
         model: a METER model whose encoders are frozen and hold nothing but their own parameters.
-        folder: of all caches; models do not get into each other's way there.
+        folder: parent folder of all caches; several models can share it.
         image_processor: the one that pictures go through; it must not draw at random.
         dtype: what features are kept in, the encoders' own precision if `None`; `torch.float16` needs half the space.
 
@@ -140,7 +140,7 @@ class EncoderCache:
         return torch.stack([self.images[key] for key in keys])
 
     def text_embeds(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`(B, T, d_text)` on the CPU, for the model's `text_embeds`; zero where there is padding, which nobody sees.
+        """`(B, T, d_text)` on the CPU, for the model's `text_embeds`; zero at padding, which the mask hides.
 
         Raises:
             ValueError: for texts that are missing here.

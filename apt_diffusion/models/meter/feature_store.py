@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class FeatureStore:
-    """All shards of one folder. Any number of processes may add and read; nobody changes or deletes a shard."""
+    """All shards of one folder. Any number of processes may add and read; shards are never changed or deleted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ class FeatureStore:
             )
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Writes one shard of what nobody has written in the meantime."""
+        """Writes one shard with the tensors that no other process has written meanwhile."""
         self.refresh()
         new = {key: tensor for key, tensor in tensors.items() if key not in self}
         if not new:

@@ -1,7 +1,8 @@
-"""METER: CLIP's vision tower and RoBERTa, then two stacks of cross-modal layers that read each other.
+"""METER: CLIP's vision tower and RoBERTa, then two stacks of cross-modal layers that attend to each other.
 
-Every cross-modal layer is post-norm: self-attention, attention to the other stack, feed-forward. Both stacks step in
-parallel: each reads the other's states from before the step. Axes: B batch, T words, I image tokens, d width.
+Every cross-modal layer is post-norm: self-attention, attention to the other stack, feed-forward. Both stacks run in
+parallel: layer i of one stack attends to the states that entered layer i of the other. Axes: B batch, T words, I image
+tokens, d width.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class MeterForImagesAndTextClassificationOutput(ModelOutput):
 
 
 class MeterAttention(nn.Module):
-    """Multi-head attention to its own states or to others; dropout, residual and norm are the layer's."""
+    """Multi-head self- or cross-attention; dropout, residual and norm follow in `MeterCrossLayer`."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class MeterAttention(nn.Module):
 
 
 class MeterCrossLayer(GradientCheckpointingLayer):
-    """One step of one stack: `(h, c) -> h`."""
+    """One layer of one stack: `(own states, the other stack's states) -> own states`."""
 
     def __init__(self, config: MeterConfig) -> None:
         super().__init__()

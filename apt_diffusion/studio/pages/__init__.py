@@ -1,1 +1,1 @@
-"""The pages: Gradio and nothing else. What they do stands in the modules above."""
+"""The user interface in Gradio. The logic is in the parent package."""

@@ -1,4 +1,4 @@
-"""The page Adapters: what the model can be taught with, whose it is, and what its owner may do with it."""
+"""The page Adapters: lists the adapters with their owners, and what an owner may do with each."""
 
 from pathlib import Path
 from typing import Any

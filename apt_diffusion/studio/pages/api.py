@@ -1,4 +1,4 @@
-"""What programs may call: `generate` and `list_adapters`, documented on Gradio's own page; all else is private."""
+"""The API for programs: `generate` and `list_adapters`, documented on Gradio's API page; all else is private."""
 
 import functools
 from collections.abc import Callable

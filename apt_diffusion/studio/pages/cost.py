@@ -1,4 +1,4 @@
-"""The page Cost."""
+"""The page Cost: parameters and multiply-accumulates of APT and other methods on well-known models."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""How pages answer: with a dict of what changes, and with a sentence where something is wrong."""
+"""Event handlers of the pages: they return a dict of changed components, and show errors as one sentence."""
 
 import functools
 import inspect

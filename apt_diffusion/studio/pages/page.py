@@ -1,4 +1,4 @@
-"""The page's own script: what Gradio's components do not do by themselves."""
+"""The page's JavaScript: behaviour that Gradio's components lack."""
 
 import hashlib
 from pathlib import Path

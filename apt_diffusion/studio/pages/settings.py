@@ -1,4 +1,4 @@
-"""The settings of a drawing on the page Generate: their controls, what these say, and how they are filled."""
+"""The controls for the settings of a drawing on the page Generate: layout, labels, and filling them with values."""
 
 import random
 from itertools import zip_longest

@@ -1,4 +1,4 @@
-"""All pages as one site."""
+"""Assembles all pages of the studio into one Gradio app."""
 
 import gradio as gr
 

@@ -1,4 +1,4 @@
-"""The part of the page Generate that starts from a picture: all of it is changed, or what a brush has marked."""
+"""The part of the page Generate for image to image and inpainting: a start picture with an optional brush mask."""
 
 import base64
 import binascii

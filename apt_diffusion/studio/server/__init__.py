@@ -1,1 +1,1 @@
-"""The studio's web server: what stands between a stranger's request and the pages."""
+"""The studio's web server: checks every request before it reaches the pages."""

@@ -1,4 +1,4 @@
-"""Answers of the server itself, before a page or Gradio sees the request."""
+"""HTTP responses that the server sends itself, before Gradio handles the request."""
 
 import json
 from typing import Any

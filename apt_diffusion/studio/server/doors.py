@@ -1,4 +1,4 @@
-"""What Gradio's server offers and the studio does not use stays closed; uploads have a size, and need a disk."""
+"""Blocks Gradio's endpoints that the studio does not use, and limits uploads by size and free disk space."""
 
 import shutil
 from pathlib import Path

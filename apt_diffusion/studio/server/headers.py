@@ -1,4 +1,4 @@
-"""Which pages may talk to the server, and what a browser may do with the pages that it gets."""
+"""Security headers: which origins may call the server, and what a browser may do with its pages."""
 
 import re
 import secrets

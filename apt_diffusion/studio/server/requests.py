@@ -1,4 +1,4 @@
-"""What a page may send: so many bytes, JSON with finite numbers, for a function that exists, and no foreign files."""
+"""Validates requests: body size, JSON with finite numbers, an existing function, and no files of other visitors."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""How many browser tabs the server remembers. Their names are invented by whoever sends a request."""
+"""Bounds the number of browser sessions that the server keeps, because clients choose the session names."""
 
 import contextlib
 import threading

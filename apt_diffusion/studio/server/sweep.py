@@ -1,4 +1,4 @@
-"""Old files go: what the server keeps on disk is bounded by age, count and bytes."""
+"""Deletes old files: bounds what the server keeps on disk by age, count and bytes."""
 
 import contextlib
 import threading

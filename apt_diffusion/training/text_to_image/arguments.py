@@ -1,6 +1,6 @@
 """The command line of `train_apt_sd.py`: every flag of diffusers' `train_dreambooth_lora.py`, and those of APT.
 
-What makes no sense is refused here, before anything is loaded.
+Invalid values and combinations raise errors here, before anything is loaded.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which kind of base model a name stands for."""
+"""Determines whether a model name or folder is a Stable Diffusion or a Stable Diffusion XL."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What must fit together before weights are loaded, and what has no effect."""
+"""Checks the run's settings against the base model before weights are loaded, and lists flags without effect."""
 
 import argparse
 

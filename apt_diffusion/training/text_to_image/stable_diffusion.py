@@ -1,4 +1,4 @@
-"""Stable Diffusion as the trainer uses it: its parts, its latents, how prompts condition its UNet."""
+"""Stable Diffusion in the trainer: loading its components, encoding latents, and conditioning the UNet on prompts."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is particular to Stable Diffusion XL (arXiv 2307.01952): two text encoders, pooled text, sizes and cuts."""
+"""Stable Diffusion XL (arXiv 2307.01952) in the trainer: two text encoders, pooled text, size and crop inputs."""
 
 import re
 from typing import Any

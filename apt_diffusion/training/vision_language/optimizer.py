@@ -1,4 +1,4 @@
-"""AdamW of ViLT's and METER's recipes, SGD of CLIP's: which parameter learns how fast, and when."""
+"""AdamW of ViLT's and METER's recipes, SGD of CLIP's: parameter groups, learning rates and schedules."""
 
 import argparse
 import logging

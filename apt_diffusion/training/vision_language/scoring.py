@@ -1,4 +1,4 @@
-"""Scores of every picture with every caption, shared by the processes."""
+"""Scores every picture with every caption; the processes divide the pairs among themselves."""
 
 import torch
 from accelerate.utils import send_to_device

@@ -25,6 +25,8 @@ from support.studio_helpers import ROOT, bomb, copy_adapter, disguised, make_ada
 
 from apt_diffusion.studio.library import EXAMPLES
 
+pytestmark = pytest.mark.slow  # a server starts first
+
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, tiny_sd_path):

@@ -192,7 +192,7 @@ def adapter_parameters(model: Any) -> list[nn.Parameter]:
 def warn_untrained(model: Any) -> list[str]:
     """Call it once after the first backward pass: one warning names the adapter parameters that have no gradient.
 
-    An adapter on a layer whose output nobody reads is never trained. Returns the names.
+    An adapter on a layer whose output is unused is never trained. Returns the parameters' names.
     """
     names = [
         f"{part}.{name}.{parameter_name}".strip(".")

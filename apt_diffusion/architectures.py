@@ -61,7 +61,7 @@ class Architecture:
         init, query_source, streams: defaults of `APTConfig`.
         text_modules: regular expression for the modules whose attention is joint, with the text as second output;
             `None`: those that have a projection for it, `to_add_out` or `to_out_t`.
-        last_text_is_idle: nobody reads the text output of the last joint attention: the stream `"text"` leaves it out.
+        last_text_is_idle: the last joint attention's text output is unused, so the stream `"text"` skips that module.
         bindings: streams whose arguments are named or placed differently in this family, by stream name.
     """
 
@@ -174,7 +174,7 @@ UNKNOWN_ARCHITECTURE = Architecture((), "")
 
 
 def register_architecture(row: Architecture) -> None:
-    """Makes APT know a family of models; for a class name that has a row already, the new one holds.
+    """Makes APT know a family of models; a new row replaces an earlier one for the same class name.
 
     Raises:
         ValueError: for a row without class names or places, or with unknown streams.

@@ -23,12 +23,12 @@ def apt_call(
     adapter_names: Sequence[Sample] | None = None,
     images_per_prompt: int = 1,
 ) -> Iterator[None]:
-    """Within it the adapters act with the settings of one call; at its end with the model's own again.
+    """Context manager: applies settings for one call, and restores the model's own settings at the end.
 
-    What is changed during the call (scale, weights, adapters) acts at once and stays.
+    Changes that are made during the call (scale, weights, adapters) act at once and stay.
 
     Args:
-        model: see the module's docstring.
+        model: a model, a diffusers pipeline or a dict of components.
         scale: a number in place of the model's scale, or `{adapter: weight}`: exactly these adapters.
         adapter_names: per sample of the batch an adapter's name, `{adapter: weight}` for a mix, or `None` for the
             base model. A name alone has its weight in `scale` or its active one, else 1.

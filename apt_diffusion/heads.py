@@ -15,7 +15,7 @@ from .places import find_modules, matches
 
 @dataclass
 class Heads:
-    """The base's values of every head, those of each adapter not in use, and whose are in the model now."""
+    """Head values of the base model and of the adapters not in use; `in_use` is the adapter whose heads are active."""
 
     base: dict[str, Tensor] = field(default_factory=dict)
     stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)

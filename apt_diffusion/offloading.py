@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Within it `module` has its weights, as in its forward pass: for what uses them without calling it."""
+    """Context manager: loads the offloaded weights of `module`, for code that reads them without a forward pass."""
     hooks = [getattr(module, "_hf_hook", None), _group_hook(module)]  # accelerate's and diffusers'
     hooks = [hook for hook in hooks if hook is not None]
     for hook in hooks:

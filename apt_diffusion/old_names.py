@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-# Old name -> new names, of which the first is meant; a package stands for its modules, too.
+# Old name -> new names; the warning recommends the first. An old package also covers its submodules.
 OLD_NAMES: dict[str, tuple[str, ...]] = {
     "core": ("equation",),
     "sites": ("architectures", "places"),
@@ -49,7 +49,7 @@ class OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
     def targets(self, old: str) -> list[str]:
-        """The new modules of an old name within the package."""
+        """Full names of the new modules for an old name, without the package prefix."""
         name, _, inside = ("", "", "") if old in OLD_NAMES else old.partition(".")
         if inside:
             return [f"{self.package}.{OLD_NAMES[name][0]}.{inside}"]

@@ -31,7 +31,7 @@ class APTProcessorCore(nn.Module):
         query_sources: name -> `"hidden_states"` (X queries the prompts) or `"attn_output"` (O queries them).
         weights: name -> λ of the active adapters, in the order in which they were activated.
         scale: factor on every λ.
-        enabled: `False` leaves the attention alone.
+        enabled: `False` returns the attention's output unchanged.
         adapters_per_sample: per sample a name, `{name: λ}` for a mix, or `None` for the base model. A batch that is k
             times as long repeats them k times, as classifier-free guidance stacks it.
         keep_folded: keep what does not depend on the input between calls without gradients; see `prepared_apt`.
@@ -75,7 +75,7 @@ class APTProcessorCore(nn.Module):
             return self._forward_shared(attn_output, hidden_states)
 
     def once(self, states: Tensor) -> Tensor:
-        """`forward(states, states)`; with `keep_folded` once for the same states, not once per denoising step."""
+        """`forward(states, states)`; with `keep_folded` cached for the same states over denoising steps."""
         active = [self.adapters[name] for name in self._names_in_use()]
         if not self._may_keep() or any(adapter.active_dropout for adapter in active):
             return self(states, states)
@@ -188,8 +188,8 @@ class APTProcessorCore(nn.Module):
             return compute()
         return self._memos.setdefault(key, Memo()).get(compute, tensors, settings)
 
-    # Whoever builds a model from parts of another's state (ControlNet, AnimateDiff) means the base: the state of a
-    # part has no adapters in it, and can be loaded back. The state of the whole model has them.
+    # ControlNet and AnimateDiff build models from parts of another model's state dict and expect base weights there.
+    # So the state dict of a part has no adapters, and can be loaded back; that of the whole model has them.
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As `nn.Module.state_dict`, for the whole model; nothing within the state of a part of the model."""

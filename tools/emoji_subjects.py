@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""The training pictures of the things that the emoji model never saw: what examples/things holds.
+"""Draws the training pictures of the things that the emoji model never saw.
 
-python tools/emoji_subjects.py --sprites runs/emoji/sprites.npz --output_dir examples/things
+python tools/emoji_subjects.py --sprites runs/emoji/sprites.npz    # into apt_diffusion/miniature/emoji/things
 """
 
 import argparse
@@ -15,7 +15,7 @@ from apt_diffusion.miniature.pictures import to_images
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes five pictures of each thing, with a caption beside each."""
+    """Writes five pictures of each thing, each with its caption in a `.txt` file of the same name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sprites", type=Path, default=Path("runs/emoji/sprites.npz"))
     parser.add_argument("--output_dir", type=Path, default=THINGS)

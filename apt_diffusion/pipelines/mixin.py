@@ -47,8 +47,8 @@ class APTLoaderMixin(Stock):
             adapters draw the same prompt in one batch.
 
     Attributes:
-        apt_store: an `AdapterStore`. Adapters that a call names and the pipeline does not have come from it, and
-            leave when the call ends.
+        apt_store: an `AdapterStore`. Adapters that a call names and that the pipeline does not have are loaded from
+            it for that call only.
         apt_prompt_tags: whether `<apt:name:0.8>` in a prompt names an adapter for it. A prompt with such tags is drawn
             with exactly these adapters, one without with the active ones.
     """

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..processor import Sample
 
-# Also a negative prompt: a tag there is an error that should be told, not text that is drawn.
+# Negative prompts are parsed, too: a tag there raises an error instead of being drawn as text.
 TEXT_ARGUMENTS = re.compile(r"(negative_)?prompt(_\d)?")
 _TAG = re.compile(r"\s*<apt:([^<>]*)>")
 

@@ -50,7 +50,7 @@ class Adapter:
 
         Raises:
             ValueError: for a file that is damaged or gone. Here and in the errors of `load_apt_weights` it has the
-                adapter's name: where it lies is nobody's business.
+                adapter's name: local paths are never shown.
         """
         if not self.file.is_file():
             raise ValueError(GONE)

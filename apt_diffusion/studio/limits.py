@@ -9,11 +9,11 @@ class Limits:
 
     Args:
         queue: requests that may wait for the model.
-        queue_per_visitor: of them for one visitor.
-        queue_per_address: of them for one address, which a classroom may share.
-        train_steps: of one training.
-        trainings: at a time.
-        trainings_per_address: of them for one address.
+        queue_per_visitor: waiting requests of one visitor.
+        queue_per_address: waiting requests of one network address, which a classroom may share.
+        train_steps: steps of one training.
+        trainings: trainings at a time.
+        trainings_per_address: trainings at a time from one address.
     """
 
     queue: int = 32

@@ -51,7 +51,7 @@ class Studio:
 
     @property
     def model_name(self) -> str:
-        """The base model as visitors read it: where a folder lies is nobody's business."""
+        """The base model as visitors read it: without the path of a local folder."""
         name = self.painter.model
         if self.painter.embedded:
             return self.painter.embedded.title

@@ -120,7 +120,7 @@ class Turns:
                 self._check_places(who)
             ticket = Ticket(who, cost, next(self._numbers))
             self._waiting.append(ticket)
-            # Whoever comes anew starts level with those who wait: no credit for having been away.
+            # A new visitor starts at the lowest use among those who wait: no credit for absence.
             least = min((self._used[other.who.visitor] for other in self._waiting[:-1]), default=0.0)
             self._used[who.visitor] = max(self._used.get(who.visitor, 0.0), least)
             return ticket

@@ -11,7 +11,7 @@ def duration(seconds: float) -> str:
 
 
 def waiting(ahead: int, seconds: float | None) -> str:
-    """What somebody reads who waits for the model."""
+    """The status line of a visitor who waits for the model."""
     if ahead == 0:
         return "Waiting for the model: you are next."
     before = "one request is" if ahead == 1 else f"{ahead} requests are"

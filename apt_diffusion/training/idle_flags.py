@@ -11,11 +11,11 @@ Rule = tuple[str, bool, str]
 def warn_of_idle_flags(
     args: argparse.Namespace, parser: argparse.ArgumentParser, rules: Iterable[Rule], logger: logging.Logger
 ) -> None:
-    """Logs those flags of `rules` that somebody set and that have no effect.
+    """Logs one warning for the flags of `rules` that the user set and that have no effect.
 
     Args:
         args: the script's flags.
-        parser: theirs; a flag at its default says nothing.
+        parser: the script's parser; flags at their default are not reported.
         rules: as `shared_rules` and the script's own.
         logger: the script's.
     """

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """Within it, the first SIGINT or SIGTERM sets `signal_number`; a second one acts as it always does.
 
-    Outside the main thread, where Python lets nobody handle signals, nothing changes.
+    Outside the main thread, where Python allows no signal handlers, it does nothing.
     """
 
     def __init__(self) -> None:

@@ -100,7 +100,7 @@ def load_trained(model: nn.Module, place: str | Path, **hub: Any) -> None:
 def check_same_method(model: nn.Module, config: APTConfig | MethodConfig, place: str | Path) -> None:
     """`ValueError` where the method that was loaded from `place` is not the one of this run's settings.
 
-    What is trained beside APT is what the file says; it must hold the task's head.
+    With APT, `modules_to_save` comes from the file, which must contain the task's head.
     """
     if isinstance(config, APTConfig):
         new = {"method": "apt", **resolve_config(model, config).to_dict()}

@@ -24,7 +24,7 @@ class Doors:
     """ASGI middleware.
 
     Args:
-        app: what it stands before.
+        app: the wrapped ASGI app.
         upload_folder: where uploads are kept.
     """
 

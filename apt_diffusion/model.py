@@ -133,14 +133,15 @@ class ModelAdapters:
             raise
 
     def _register(self, adapter_name: str, config: APTConfig, place: Place, adapter: ApproximatedPrompt) -> None:
-        core = place.module._modules.get(place.child)
+        core = present = place.module._modules.get(place.child)
         if core is None:
             core = APTProcessorCore(place.width)
             core.full_name, core.binding = f"{place.module_name}.{place.child}", place.binding
-            register(place.module, place.child, core)
         adapter.train(place.module.training)
         # A context core has one input, so both sources are the same there.
         core.add(adapter_name, adapter, "hidden_states" if place.binding.output is None else config.query_source)
+        if present is None:
+            register(place.module, place.child, core)
 
     def delete(self, adapter_name: str) -> None:
         """Takes one adapter away, and the hooks of cores that are empty then."""

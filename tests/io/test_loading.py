@@ -292,6 +292,32 @@ def test_a_failure_while_attaching_leaves_the_model_as_it_was(pipe, saved, monke
     apt.add_apt(pipe, SMALL, "new")
 
 
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_failure_at_new_places_leaves_no_core_behind(unet, monkeypatch, after):
+    import apt_diffusion.model as model_module
+    from apt_diffusion.processor import APTProcessorCore
+
+    before, calls = snapshot(unet), []
+    add, register = APTProcessorCore.add, model_module.register
+
+    def failing(function):
+        def replaced(*args):
+            calls.append(1)
+            if len(calls) > after:
+                raise Fails
+            return function(*args)
+
+        return replaced
+
+    for target, name, function in ((APTProcessorCore, "add", add), (model_module, "register", register)):
+        calls.clear()
+        monkeypatch.setattr(target, name, failing(function))
+        with pytest.raises(Fails):
+            apt.add_apt(unet, SMALL)
+        monkeypatch.undo()
+        assert same(before, snapshot(unet)) and not list(cores_of(unet))
+
+
 def test_a_failure_in_a_hot_swap_puts_the_old_weights_back(pipe, saved, monkeypatch):
     from apt_diffusion.io import hotswap
 

@@ -213,7 +213,7 @@ def warn_untrained(model: Any) -> list[str]:
 
 @contextlib.contextmanager
 def hidden_apt(model: Any) -> Iterator[None]:
-    """Within it the model looks like the base model: no APT children, base heads. For saving the base."""
+    """Context manager: the model has no APT children and the base model's heads. For saving the base."""
     with disable_apt(model):
         hidden = [
             (module, child, module._modules.pop(child))

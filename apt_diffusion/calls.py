@@ -69,7 +69,7 @@ def names_of_call(scale: Any, adapter_names: Sequence[Sample] | None) -> list[st
 
 @contextlib.contextmanager
 def prepared_apt(model: Any) -> Iterator[None]:
-    """Within it, and without gradients, keys and scales are computed once per adapter, not once per call.
+    """Context manager: without gradients, keys and scales are computed once per adapter, not once per call.
 
     A change of weights is seen there too, unless it hides from PyTorch's version counter (`parameter.data.copy_`):
     that is why this is a context and not the rule. Pipelines enter it for every call; around several calls it serves

@@ -40,7 +40,7 @@ class APT(Method):
         remove_apt(model)
 
     def parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """Those of the active adapters, without their heads."""
+        """Parameters of the active adapters, without their heads."""
         config = ModelAdapters.of(model).configs.get(ADAPTER)
         heads = head_tensors(model, config.modules_to_save) if config and config.modules_to_save else {}
         own = {id(p) for p in adapter_parameters(model)} - {id(tensor) for tensor in heads.values()}

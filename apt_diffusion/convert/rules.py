@@ -97,7 +97,7 @@ def apt_rules(attention: str, target: str) -> tuple[Rule, ...]:
 
 
 def shape(state: dict[str, Tensor], key: str) -> tuple[int, ...]:
-    """Of a tensor that the checkpoint must hold."""
+    """Shape of a tensor that the checkpoint must contain."""
     if key not in state:
         raise ValueError(f"The checkpoint lacks {key}: it is cut short, or not the official code's.")
     return tuple(state[key].shape)

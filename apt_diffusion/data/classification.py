@@ -116,7 +116,7 @@ def _read_zhou(file: Path, row: DataSet | None, training: bool) -> Labelled:
 
 
 def _find_image_dir(folder: Path, example: str) -> Path:
-    """Of a data set that is none of CoOp's: the folder itself, or the one within it where the pictures are."""
+    """The picture folder of a data set outside of CoOp's list: the folder itself, or its subfolder with pictures."""
     candidates = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     return next((path for path in candidates if inside(path, example).is_file()), folder)
 
@@ -339,5 +339,5 @@ def class_group(data: Labelled, group: str) -> Labelled:
 
 
 def harmonic_mean(base: float, new: float) -> float:
-    """Of the accuracies on base and new classes; 0 where one of them is."""
+    """Harmonic mean of the accuracies on base and new classes; 0 if one of them is 0."""
     return 2 * base * new / (base + new) if base * new else 0.0

@@ -23,7 +23,7 @@ LatentCache = dict[View, Tensor]
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures become squares."""
+    """How pictures are cropped to squares."""
 
     size: int
     center_crop: bool = False

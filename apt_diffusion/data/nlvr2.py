@@ -39,7 +39,7 @@ class Statement:
 
     @property
     def sentence_id(self) -> tuple[str, str]:
-        """Of the set of pictures and the sentence: the same for all pairs that a sentence was judged on."""
+        """Identifier of a picture set and sentence: the same for all pairs that a sentence was judged on."""
         parts = self.identifier.split("-")
         return "-".join(parts[:-2]), parts[-1]
 

@@ -11,7 +11,7 @@ BATCH = 10000
 
 
 def kept_and_lost(texts: Iterable[str], tokenizer: Any, max_length: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Of the texts with more than `max_length` tokens: the ids that are read, without special ones, and what is not.
+    """For each text over `max_length` tokens: the token ids that are kept, without special ones, and the text cut off.
 
     Args:
         texts: any number; only those that could be too long are tokenised.

@@ -98,7 +98,7 @@ class ClipClassifier(nn.Module):
         return min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
     def text_features(self) -> Tensor:
-        """Of all classes, length 1, `(C, d)`; kept while nothing that they depend on changes, see `ModuleCache`."""
+        """Text features of all classes, of length 1, `(C, d)`; cached until a value that they depend on changes."""
         towers = [self.model.text_model, self.model.text_projection]
         learning = torch.is_grad_enabled() and any(p.requires_grad for tower in towers for p in tower.parameters())
         if learning or self.model.text_model.training:

@@ -49,7 +49,7 @@ def encode_texts(model: nn.Module, batch: Batch) -> Batch:
 
 
 def scores(model: nn.Module, images: Batch, texts: Batch) -> Tensor:
-    """Of B encoded pictures with B encoded texts, `(B,)`."""
+    """Scores of B encoded pictures with B encoded texts, `(B,)`."""
     return model(**images, **texts).logits[:, 0]
 
 

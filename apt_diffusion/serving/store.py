@@ -57,7 +57,7 @@ class AdapterStore:
         self._reading: dict[str, threading.Lock] = defaultdict(threading.Lock)  # two threads do not read one file
 
     def names(self) -> list[str]:
-        """What is on disk now, sorted."""
+        """Names of the adapters that are on disk now, sorted."""
         return sorted(self._files())
 
     def file(self, name: str) -> Path:
@@ -94,7 +94,7 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def attached(self, model: Any, names: str | Sequence[str]) -> Iterator[None]:
-        """Within it `model` has the named adapters in addition to its own; which are active stays as it is.
+        """Context manager: attaches the named adapters to `model` in addition to its own, without activating them.
 
         One that `model` has already is left alone. A failure attaches none.
 
@@ -129,7 +129,7 @@ class AdapterStore:
 
     @property
     def names_in_memory(self) -> list[str]:
-        """What is kept, the least recently used first."""
+        """Names of the adapters in memory, the least recently used first."""
         with self._lock:
             return list(self._kept)
 

@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
 
 
 def limits_of(args: argparse.Namespace) -> Limits:
-    """What the flags say that visitors may take."""
+    """The `Limits` that the flags set."""
     return Limits(
         args.queue_size,
         args.queue_per_visitor,

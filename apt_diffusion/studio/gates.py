@@ -26,7 +26,7 @@ Record = dict[str, list[Tensor]]
 
 @contextlib.contextmanager
 def recorded_gates(model: Any) -> Iterator[Record]:
-    """Within it, every call of an adapted attention module notes the gate of each token.
+    """Context manager: records the gate of each token in every call of an adapted attention module.
 
     With several active adapters, the sum of their gates times their weights. Corrections of the text stream of a
     UNet (`apt_context`) are not noted.

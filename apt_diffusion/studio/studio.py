@@ -67,7 +67,7 @@ class Studio:
         return Order(adapters=tuple(by_name.values()), prompt=prompt, **settings)
 
     def settings_of(self, order: Order) -> Settings:
-        """What pictures of an order say of themselves."""
+        """The settings that are stored in the pictures of an order."""
         return settings_of(order, self.model_name)
 
     @staticmethod

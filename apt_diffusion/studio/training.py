@@ -74,7 +74,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Status:
-    """How a job is."""
+    """State of a training job."""
 
     state: str  # "starting", "running", "stopping", "stopped", "failed" or "finished"
     name: str

@@ -242,7 +242,7 @@ def check_labels(labels: Sequence[str], given: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def noted_patches(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it a ViLT notes which patches it reads, in its order: rows and columns, `(B, patches, 2)` per call.
+    """Context manager: records which patches a ViLT reads, in its order: rows and columns, `(B, patches, 2)` per call.
 
     ViLT shuffles the patches of every picture (`torch.multinomial`), also where it reads all of them.
     """

@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """Within it, the first SIGINT or SIGTERM sets `signal_number`; a second one acts as it always does.
+    """Context manager: the first SIGINT or SIGTERM sets `signal_number`; a second one acts as it always does.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
     """

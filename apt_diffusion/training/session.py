@@ -264,7 +264,7 @@ class Session:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Within it, one batch's loss goes to `backward`; the last batch of a step is followed by the optimizer's."""
+        """Context manager of one batch: call `backward` in it. After the last batch of a step, the optimizer steps."""
         accelerator, optimizer = self.accelerator, self._optimizer
         with accelerator.accumulate(*self._trained):
             yield

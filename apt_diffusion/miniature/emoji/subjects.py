@@ -120,7 +120,7 @@ def folder_of(name: str) -> Path:
 
 
 def captions_of(name: str) -> tuple[str, ...]:
-    """Those of a subject's training pictures, in their order."""
+    """Captions of a subject's training pictures, in order."""
     return tuple(file.read_text(encoding="utf-8").strip() for file in sorted(folder_of(name).glob("*.txt")))
 
 

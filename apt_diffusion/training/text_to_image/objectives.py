@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Objective(Protocol):
-    """What a training step needs to know of a noise schedule."""
+    """A noise schedule's part of a training step: noisy inputs, targets and loss weights."""
 
     num_timesteps: int
 

@@ -18,7 +18,7 @@ from .method import set_training_mode
 
 @contextlib.contextmanager
 def evaluating(session: Session, network: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
-    """Within it nothing is trained: no dropout, no gradients, no trace in training's random numbers.
+    """Context manager for evaluation: no dropout, no gradients, and training's random state is restored.
 
     Args:
         session: of the run.

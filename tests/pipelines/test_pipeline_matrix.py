@@ -218,13 +218,9 @@ def test_offloaded_blocks_list_an_adapter_that_comes_late(make, plain_of, monkey
     monkeypatch.setattr(ModuleGroup, "_init_cpu_param_dict", note)
     unet = make("StableDiffusionAPTPipeline").unet
     unet.enable_group_offload(CPU, CPU, "block_level", num_blocks_per_group=1)
-    apt.load_apt_weights({"unet": unet}, unet_part(plain_of("StableDiffusionAPTPipeline").files[0]))
+    apt.load_apt_weights({"unet": unet}, plain_of("StableDiffusionAPTPipeline").files[0], components=["unet"])
     registries = [m._diffusers_hook for m in unet.modules() if hasattr(m, "_diffusers_hook")]
     hooks = [hook for r in registries if (hook := r.get_hook("group_offloading"))]
     now = set().union(*(listed[hook.group] for hook in hooks))
     adapters = [p for core in cores_of(unet) for p in core.parameters()]
     assert adapters and all(parameter in now for parameter in adapters)
-
-
-def unet_part(file):
-    return {key: tensor for key, tensor in load_file(file).items() if key.startswith("unet.")}

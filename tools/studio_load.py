@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-PROMPT = "a sks glyph on a red background"
+PROMPT = "a large sks toy on a pink background"
 
 
 @dataclass
@@ -77,7 +77,7 @@ def values(config: dict, function: dict, seed: int) -> list:
     """What the page sends when it is opened, with this seed and one picture."""
     names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
     start = {part["id"]: part["props"].get("value") for part in config["components"]}
-    given = {"prompt": PROMPT, "seed": seed, "new-seed": False, "count": 1, "adapters": ["example/mushroom"]}
+    given = {"prompt": PROMPT, "seed": seed, "new-seed": False, "count": 1, "adapters": ["example/teddy-bear"]}
     return [given.get(names[i], start[i]) for i in function["inputs"]]
 
 

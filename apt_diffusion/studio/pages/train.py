@@ -111,8 +111,8 @@ class TrainPage:
             self.cancel = gr.Button("Stop", variant="stop", interactive=False, elem_id="cancel", min_width=80)
             self.resume = gr.Button("Continue", interactive=False, elem_id="resume", min_width=90)
         help_line(
-            "<b>Train</b> starts in the background: this page may be closed. <b>Stop</b> keeps the adapter as "
-            "it is by then, and <b>Continue</b> goes on from there."
+            "<b>Train</b> goes on in the background: once its steps run, this page may be closed. <b>Stop</b> "
+            "keeps the adapter as it is by then, and <b>Continue</b> goes on from there."
         )
         with gr.Column(visible=False) as self.result:
             self.use = gr.Button("Draw with it", variant="primary", elem_id="use-adapter")

@@ -15,7 +15,7 @@ from _models import lora_config, randomized, sd15_text_encoder, sd15_unet, twin,
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
-from apt_diffusion import add_apt, load_apt_weights, prepared_apt, set_apt_adapters
+from apt_diffusion import APTConfig, add_apt, load_apt_weights, prepared_apt, set_apt_adapters
 from apt_diffusion.api import cores_of
 from apt_diffusion.io.save import apt_state_dict
 
@@ -26,7 +26,8 @@ def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[
     from peft import get_peft_model_state_dict
 
     parts = {"unet": twin(unet), "text_encoder": twin(text_encoder)}
-    add_apt(parts)
+    settings = APTConfig()
+    add_apt(parts, settings)
     weights = {}
     for part, model in parts.items():
         randomized(model, ".apt")
@@ -39,7 +40,7 @@ def swap_results(unet: nn.Module, text_encoder: nn.Module, rounds: int) -> list[
 
     variants = {
         "LoRA r4 hot swap (diffusers), UNet": swap_lora,
-        "APT hot swap, UNet and text encoder": lambda: load_apt_weights(parts, weights, hotswap=True),
+        "APT hot swap, UNet and text encoder": lambda: load_apt_weights(parts, weights, hotswap=True, config=settings),
     }
     return compare(variants, rounds, "swap")
 

@@ -1,5 +1,6 @@
 """The embedded model of emoji, its judge, and the scripts that made them (on sprites of the test's own)."""
 
+import functools
 import hashlib
 import io
 import json
@@ -249,6 +250,27 @@ def test_training_of_every_stage_resumes_exactly(world, tmp_path, monkeypatch):
     straight, resumed = trained("straight", "whole"), trained("resumed", "killed", "rest")
     for name in straight:
         assert all(torch.equal(straight[name][key], resumed[name][key]) for key in straight[name]), name
+
+
+def test_an_exported_model_is_graded_beside_real_pictures(world, tmp_path, monkeypatch):
+    import pretrain_miniature_emoji as script
+    from emoji_export import CARD, export_judge, export_pipeline
+
+    monkeypatch.setattr(script, "save_sheet", functools.partial(script.save_sheet, count=2))
+    tokenizer = script.make_emoji_tokenizer(world.names, world.styles)
+    modules = {"unet": tiny_unet(), "text_encoder": script.make_text_encoder(tokenizer)}
+    pipeline = script.pipeline_of(world, script.make_autoencoder(), modules)
+    export_pipeline(tmp_path / "model" / script.MODEL_FOLDER, pipeline, CARD)
+    vocabulary = script.Vocabulary(tuple(world.names), tuple(world.styles), script.PATTERNS, tuple(script.COLORS))
+    export_judge(tmp_path / "model", script.Judge(vocabulary))
+    flags = ["--sprites", str(tmp_path / "sprites.npz"), "--export_dir", str(tmp_path / "model")]
+    script.main(["--grade", *flags, "--output_dir", str(tmp_path / "out"), "--grade_count", "2", "--grade_limit", "2"])
+    grades = json.loads((tmp_path / "out" / "grades.json").read_text())
+    assert set(grades) == {"drawn", "real"}
+    for table in grades.values():
+        assert list(table) == ["large, every pair", "large, plain", "small", "two"]
+        assert all(share in (0, 0.5, 1) for row in table.values() for share in row.values())
+    assert (tmp_path / "out" / "graded.png").is_file()
 
 
 def archive(folder: Path, package, licence: str) -> Path:

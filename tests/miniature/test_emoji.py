@@ -322,7 +322,6 @@ def test_a_package_is_fetched_once_and_drawn(package, tmp_path, monkeypatch):
     for _ in range(2):
         file = fetch(package, tmp_path / "npm")
     assert calls.read_text() == f"pack @example/icons@1.0.0 --pack-destination {tmp_path / 'npm'}\n"
-    pytest.importorskip("resvg_py")
     sprite = draw_icon(read_icons(file, package), "box")
     assert sprite.shape == (64, 64, 4) and tuple(sprite[32, 32]) == (255, 0, 0, 255)
     assert np.flatnonzero(sprite[:, 32, 3]).tolist() == list(range(16, 48))  # twice as wide as high, and centred

@@ -210,7 +210,7 @@ class Lesson:
 
 
 def learn(
-    pipeline: Any, method: Method, words: str, lesson: Lesson, steps: int, batch_size: int, seed: int
+    pipeline: Any, method: Method, words: str, lesson: Lesson, args: argparse.Namespace, seed: int
 ) -> tuple[int, float, float]:
     """Trains `method` with a cosine schedule: its number of parameters, seconds and processor seconds per step."""
     torch.manual_seed(seed)
@@ -218,16 +218,17 @@ def learn(
     optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=1e-2)
     generator = torch.Generator().manual_seed(seed)
     wall, processor = time.perf_counter(), time.process_time()
-    for step in range(steps):
+    for step in range(args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
-        error = lesson.family.error(pipeline, *lesson.batch(generator, batch_size), generator)
+            group["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        with precision(args):  # anew in each step: while it lasts, weights are cast once and kept
+            error = lesson.family.error(pipeline, *lesson.batch(generator, args.batch_size), generator)
         (2 * error.float()).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return sum(p.numel() for p in parameters), wall / steps, processor / steps
+    return sum(p.numel() for p in parameters), wall / args.steps, processor / args.steps
 
 
 def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
@@ -238,10 +239,9 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     pipeline = load_pipeline(world.model)
     lesson = Lesson(pipeline, world.family, output_dir / thing, output_dir / "class", args.pictures)
     base = torch.load(base_file(output_dir, thing, args), weights_only=True)
+    method = methods_of(world)[name]
+    parameters, seconds, processor = learn(pipeline, method, world.name, lesson, args, seed)
     with precision(args):
-        parameters, seconds, processor = learn(
-            pipeline, methods_of(world)[name], world.name, lesson, args.steps, args.batch_size, seed
-        )
         drawn = world.draw(pipeline, thing, args.images, **world.settings).float()
     shown = to_images(drawn[:: args.images])
     save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))

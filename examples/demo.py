@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The main job, offline: teach the embedded model a thing with `train/train_apt_sd.py`, then draw it.
 
-    python examples/demo.py                        # a teddy bear from five pictures; the grid is out/demo/grid.png
-    python examples/demo.py --thing robot          # or another thing that the model never saw
+    python examples/demo.py                        # a robot from five pictures; the grid is out/demo/grid.png
+    python examples/demo.py --thing "teddy bear"   # or another thing that the model never saw
 
 The grid has four rows: the pictures that teach; the base model; the adapted model with the same prompts and noise; the
 adapted model with prompts that do not ask for the thing.
@@ -53,7 +53,7 @@ OTHERS = (
 def main() -> None:
     """Draws class pictures, starts the trainer, draws the grid and says what the judge finds in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--thing", default="teddy bear", choices=list(SUBJECTS), help="what to teach")
+    parser.add_argument("--thing", default="robot", choices=list(SUBJECTS), help="what to teach")
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="adapter, samples, grid.png")
     parser.add_argument("--max_train_steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

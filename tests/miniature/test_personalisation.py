@@ -1,0 +1,69 @@
+"""The comparison of methods that teach a thing: every method trains what it says, and a run can be repeated."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import personalisation
+
+    return personalisation
+
+
+@pytest.fixture
+def args(script, tmp_path) -> argparse.Namespace:
+    """Of two steps on a shape, with five class pictures."""
+    flags = "--world shapes --things tree --steps 2 --batch_size 1 --images 1 --mixed_precision bf16"
+    args = script.parse_args([*flags.split(), "--output_dir", str(tmp_path)])
+    script.WORLDS["shapes"].save("parcel", tmp_path / "class")
+    script.prepare(args)
+    return args
+
+
+def test_what_is_taught_shows_in_half_precision_too(script, args, monkeypatch):
+    """The base model's pictures change: weights that were cast once are not used again after a step."""
+    for name, method in {
+        "lora": script.lora(3e-2, 4),
+        "cross-attention": script.Method(3e-3, "cross-attention"),
+        "apt": script.apt(3e-2, 20),
+    }.items():
+        monkeypatch.setitem(script.METHODS, name, method)
+        result = script.run((name, "tree", 0), args)
+        assert result["drift"] > 1e-3, name
+        assert result["parameters"] > 1000 and set(script.WORLDS["shapes"].columns) < set(result)
+    table = script.format_table([result, result | {"seed": 1}], script.WORLDS["shapes"].columns)
+    assert table.splitlines()[-1].startswith(f"| apt | {result['parameters']:,} |")
+    assert f"| {result['drift']:.2f} ± 0.00 |" in table
+
+
+def test_inversion_learns_the_words_alone(script, args):
+    pipeline = script.load_pipeline("miniature")
+    before = {key: value.clone() for key, value in pipeline.text_encoder.state_dict().items()}
+    lesson = script.Lesson(pipeline, Path(args.output_dir) / "tree", Path(args.output_dir) / "class", 5)
+    count, *_ = script.learn(pipeline, script.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
+    embedding = pipeline.text_encoder.get_input_embeddings()
+    assert count == 2 * embedding.rows.shape[1] and not embedding.rows.equal(
+        embedding.embedding.weight[embedding.tokens]
+    )
+    kept = next(value for key, value in before.items() if key.endswith("token_embedding.weight"))
+    assert torch.equal(embedding.embedding.weight, kept)
+    ids = pipeline.tokenizer("a sks glyph on a red background", return_tensors="pt").input_ids
+    states, plain = embedding(ids), embedding.embedding(ids)
+    assert ((states - plain).abs().amax(2) > 0)[0].tolist() == [token in embedding.tokens.tolist() for token in ids[0]]
+
+
+def test_things_and_numbers_of_pictures_are_checked(script, capsys):
+    for flags, words in (
+        (["--things", "mushroom"], "no such thing: mushroom; there are teddy bear"),
+        (["--pictures", "6"], "--pictures must be from 1 to 5, not 6"),
+    ):
+        with pytest.raises(SystemExit):
+            script.parse_args(flags)
+        assert words in capsys.readouterr().err

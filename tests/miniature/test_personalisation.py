@@ -46,7 +46,9 @@ def test_what_is_taught_shows_in_half_precision_too(script, args, monkeypatch):
 def test_inversion_learns_the_words_alone(script, args):
     pipeline = script.load_pipeline("miniature")
     before = {key: value.clone() for key, value in pipeline.text_encoder.state_dict().items()}
-    lesson = script.Lesson(pipeline, Path(args.output_dir) / "tree", Path(args.output_dir) / "class", 5)
+    lesson = script.Lesson(
+        pipeline, script.WORLDS["shapes"].family, Path(args.output_dir) / "tree", Path(args.output_dir) / "class", 5
+    )
     count, *_ = script.learn(pipeline, script.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
     embedding = pipeline.text_encoder.get_input_embeddings()
     assert count == 2 * embedding.rows.shape[1] and not embedding.rows.equal(

@@ -58,6 +58,7 @@ def train(page: Page, steps: int) -> None:
     page.get_by_role("tab", name="Train").click()
     page.locator("button[id^=example-]").last.click()
     wait_for(page, "#train-status", "5 pictures")
+    page.fill("#class-prompt :is(input, textarea)", "")  # its pictures would take some minutes
     page.fill("#train-steps input[type=number]", str(steps))
     page.keyboard.press("Tab")
     page.click("#train")

@@ -59,7 +59,7 @@ class Painter:
 
     def __init__(self, model: str, turns: Turns | None = None) -> None:
         self.model = model
-        self.turns = turns or Turns()
+        self.turns = Turns() if turns is None else turns  # an empty queue is false
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float16 if self.device == "cuda" else torch.float32
         self.pipe = load_pipeline(model, self.dtype).to(self.device)

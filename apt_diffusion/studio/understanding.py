@@ -55,7 +55,7 @@ class Reader:
     """
 
     def __init__(self, turns: Turns | None = None) -> None:
-        self.turns = turns or Turns()
+        self.turns = Turns() if turns is None else turns  # an empty queue is false
         self._models: OrderedDict[tuple, tuple[nn.Module, Any]] = OrderedDict()  # the least recently used first
 
     def ask(self, picture: Image.Image, question: str, adapter: Adapter, who: Who = NOBODY) -> Reading:

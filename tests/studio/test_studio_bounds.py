@@ -126,6 +126,15 @@ def test_places_are_limited_for_all_for_a_visitor_and_for_an_address():
     add(Who("dora", "z"))
     with pytest.raises(ValueError, match="Too many people wait for the model: 4"), turns.turn(Who("emil", "e"), 1):
         pass
+
+    class GivenUp(Exception):
+        pass
+
+    def give_up(ahead, seconds):
+        raise GivenUp
+
+    with pytest.raises(GivenUp), turns.turn(Who("emil", "e"), 1, give_up, again=True):  # what was begun has a place
+        pass
     release.set()
     for thread in taken:
         thread.join(10)

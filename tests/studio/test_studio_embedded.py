@@ -64,3 +64,14 @@ def test_a_transformer_draws_from_noise_and_from_a_picture_and_says_what_it_cann
     assert painter.samplers == ["Euler", "Heun"]
     with pytest.raises(ValueError, match="for models with a UNet"):
         draw(blocks=(("up", 0.5),))
+
+
+def test_all_models_of_a_studio_share_its_queue_and_its_limits(tmp_path):
+    pytest.importorskip("gradio")
+    from pathlib import Path
+
+    from apt_diffusion.studio.limits import Limits
+    from apt_diffusion.studio.studio import Studio
+
+    studio = Studio("miniature", tmp_path, Path("train/train_apt_sd.py"), Limits(queue=3))
+    assert studio.painter.turns is studio.turns is studio.reader.turns and studio.turns.places == 3

@@ -95,7 +95,8 @@ def fenced(text: str, language: str) -> list[str]:
 def plain(text: str) -> str:
     """A text of others in one line, in which no character is markup of Markdown or HTML."""
     text = " ".join(text.split())
-    text = re.sub(r"([\\`*_{}\[\]()<>#!|~&@])", r"\\\1", text)
+    # An underscore between letters or digits, as in the names of settings, is no markup.
+    text = re.sub(r"([\\`*{}\[\]()<>#!|~&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))", r"\\\1", text)
     return re.sub(r"(?<=:)(?=//)|(?<=www)(?=\.)|^(?=[-+=])|(?<=^\d)(?=[.)])", r"\\", text)  # links and lists
 
 

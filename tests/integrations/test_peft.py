@@ -17,6 +17,8 @@ from apt_diffusion.convert.__main__ import main as convert_command
 from apt_diffusion.convert.peft import apt_to_peft, peft_to_apt
 from apt_diffusion.peft import APTLayer, APTTunerConfig
 
+pytestmark = pytest.mark.slow
+
 UNET_INPUTS = (
     torch.linspace(-1, 1, 512).view(2, 4, 8, 8),
     torch.tensor([3, 400]),

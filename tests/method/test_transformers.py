@@ -16,6 +16,8 @@ import apt_diffusion as apt
 from apt_diffusion.api import cores_of
 from apt_diffusion.model import named_cores
 
+pytestmark = pytest.mark.slow
+
 SMALL = apt.APTConfig(num_prompts=4, rank=2)
 # Each draws its samples one by one, so a row may differ from the row of a batch in the last digits only.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

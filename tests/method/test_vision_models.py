@@ -12,6 +12,8 @@ from support.vision_models import VISION_MODELS, make_dinov2, make_llava, make_v
 import apt_diffusion as apt
 from apt_diffusion.api import apt_call, cores_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = apt.APTConfig(num_prompts=4, rank=2)
 NAMES = list(VISION_MODELS)
 

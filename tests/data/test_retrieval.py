@@ -128,6 +128,7 @@ def hub_folder(tmp_path):
     return str(folder)
 
 
+@pytest.mark.slow  # the hub is tried several times before it is given up
 def test_a_data_set_of_the_hub(hub_folder):
     split = read_hub(hub_folder, ("train", "restval"))
     assert split.captions == ["picture 0", "the same", "picture 1", "the same"]

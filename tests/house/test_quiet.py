@@ -4,9 +4,12 @@ import logging
 import subprocess
 import sys
 
+import pytest
+
 from apt_diffusion.quiet import LOGGER, NOTICE, hide_torchvision_notices
 
 
+@pytest.mark.slow
 def test_importing_a_pipeline_says_nothing():
     code = "from apt_diffusion import StableDiffusionAPTPipeline, StableDiffusionXLAPTPipeline"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -85,6 +85,7 @@ def make(kind):
     return (Toy().eval(), toy_output) if kind == "toy" else (make_text_encoder().eval(), text_output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["toy", "text encoder"])
 def test_only_the_model_that_changed_is_compiled_again(kind):
     model, run = make(kind)
@@ -117,6 +118,7 @@ def test_only_the_model_that_changed_is_compiled_again(kind):
     assert other.graphs == before[2] and len(calls) == 1
 
 
+@pytest.mark.slow
 def test_every_attachment_after_a_compiled_call_is_seen():
     toy, run = make("toy")
     counting = Counting(toy, run)

@@ -66,6 +66,7 @@ def draw(pipeline, prompts: list[str], seed: int = 0, steps: int = 12) -> torch.
 # The model
 
 
+@pytest.mark.slow
 def test_it_draws_the_things_and_grounds_of_the_prompt_and_seeds_decide(emoji):
     vocabulary = load_judge().vocabulary
     things = ["fox", "pizza", "rocket", "sunflower"]
@@ -206,6 +207,7 @@ def tiny_unet():
     )
 
 
+@pytest.mark.slow
 def test_training_of_every_stage_resumes_exactly(world, tmp_path, monkeypatch):
     import pretrain_miniature_emoji as script
     import stages
@@ -252,6 +254,7 @@ def test_training_of_every_stage_resumes_exactly(world, tmp_path, monkeypatch):
         assert all(torch.equal(straight[name][key], resumed[name][key]) for key in straight[name]), name
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_graded_beside_real_pictures(world, tmp_path, monkeypatch):
     import pretrain_miniature_emoji as script
     from emoji_export import CARD, export_judge, export_pipeline

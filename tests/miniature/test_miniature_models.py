@@ -174,6 +174,7 @@ def test_training_runs_the_models_as_their_own_forward_does(script, fused):
         assert torch.allclose(pooled, model.base_model(**batch).pooler_output, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vilt"])
 def test_pretraining_resumes_exactly(script, name, tmp_path):
     import stages

@@ -181,6 +181,7 @@ def test_an_untrained_transformer_predicts_nothing():
     assert torch.count_nonzero(sample) == 0
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_exactly(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     import pretrain_miniature_sd3 as script

@@ -14,6 +14,8 @@ from support.pipeline_helpers import KINDS, SMALL, differ, draw, make_pipe
 import apt_diffusion as apt
 from apt_diffusion.api import cores_of
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -407,6 +407,7 @@ def test_maps_have_a_legend_and_a_slider_goes_through_the_steps(visit):
 # Programs
 
 
+@pytest.mark.slow
 def test_gradios_client_generates_and_lists_and_sees_nothing_else(address, tmp_path):
     from gradio_client import Client
 

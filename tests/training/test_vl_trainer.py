@@ -361,7 +361,8 @@ def test_frozen_encoders_have_no_dropout_and_everything_else_does(tiny_vl):
         ({"cache_encoder_outputs": "cache", "method": "full"}, "--method full trains them"),
         ({"cache_encoder_outputs": "cache"}, "ViLT has no encoders"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "no checkpoint 'checkpoint-9'"),
-        ({"adapter": "nowhere", "eval_only": True}, "nowhere"),
+        # The hub is tried several times before it is given up.
+        pytest.param({"adapter": "nowhere", "eval_only": True}, "nowhere", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_work_is_refused_before_data_are_read(flags, message, go, monkeypatch, tmp_path):

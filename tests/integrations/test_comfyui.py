@@ -16,6 +16,8 @@ from support.comfyui_stub import StubClip, StubPatcher, StubSampling, StubUNet, 
 
 import apt_diffusion as apt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 INPUTS = (
     torch.linspace(-1, 1, 512).view(2, 4, 8, 8), torch.tensor([3, 400]), torch.linspace(-2, 2, 448).view(2, 7, 32),
@@ -211,7 +213,6 @@ def test_the_folder_works_where_it_is_copied(tmp_path):
     assert done.stdout.strip() == "['APTAdapterInfo', 'APTStrengthSchedule', 'LoadAPTAdapter'] False", done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no checkout of ComfyUI")
 def test_a_real_graph_draws_the_picture_of_diffusers(tmp_path):
     script = ROOT / "tests" / "support" / "comfyui_graph.py"

@@ -11,6 +11,8 @@ from support.vl_helpers import COLORS, assert_same_weights, picture, results, ro
 from apt_diffusion.data.classification import few_shot, read_data_set
 from apt_diffusion.data.crops import ClipPictures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def model(tiny_clip):

@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from support.method_helpers import METHODS
 from support.vl_helpers import assert_same_weights, make_retrieval_folder, picture, results, rows, train, weights
 
+pytestmark = pytest.mark.slow
+
 METRICS = [f"{way}_recall@{k}" for way in ("text", "image") for k in (1, 5, 10)]
 
 

@@ -9,7 +9,7 @@ from ..processor import Sample
 
 # Negative prompts are parsed, too: a tag there raises an error instead of being drawn as text.
 TEXT_ARGUMENTS = re.compile(r"(negative_)?prompt(_\d)?")
-_TAG = re.compile(r"\s*<apt:([^<>]*)>")
+_TAG = re.compile(r"<apt:([^<>]*)>")
 
 
 def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
@@ -21,11 +21,11 @@ def split_tags(prompt: str) -> tuple[str, dict[str, float]]:
     weights: dict[str, float] = {}
     for tag in _TAG.finditer(prompt):
         name, colon, text = tag[1].rpartition(":")
-        name, weight = (name.strip(), _number(tag[0].strip(), text)) if colon else (text.strip(), 1.0)
+        name, weight = (name.strip(), _number(tag[0], text)) if colon else (text.strip(), 1.0)
         if not name:
-            raise ValueError(f"{tag[0].strip()!r} names no adapter: write <apt:name> or <apt:name:0.8>.")
+            raise ValueError(f"{tag[0]!r} names no adapter: write <apt:name> or <apt:name:0.8>.")
         weights[name] = weights.get(name, 0.0) + weight
-    return _TAG.sub("", prompt).strip() if weights else prompt, weights
+    return re.sub(" {2,}", " ", _TAG.sub("", prompt)).strip() if weights else prompt, weights
 
 
 def _number(tag: str, text: str) -> float:

@@ -1,13 +1,13 @@
 """The checked settings of one drawing, in the form that the page, links and picture files store."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
+from ..pipelines.prompt_tags import split_tags
 from .library import Adapter
 
 MAX_STEPS = 100
@@ -17,7 +17,6 @@ MAX_SEED = 2**32 - 1
 MAX_PROMPT = 1000  # characters
 MAX_WEIGHT = 2.0
 BLOCKS = ("text_encoder", "down", "mid", "up")
-APT_TAG = re.compile(r"<apt:([^:<>]{1,60})(?::([^<>]{0,12}))?>")
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,8 @@ def take_tags(prompt: str, resolve: Callable[[str], Adapter]) -> tuple[str, list
     Raises:
         ValueError: for an unknown name, or a weight that is no number.
     """
-    found = []
-    for match in APT_TAG.finditer(prompt):
-        weight = 1.0 if match[2] is None else real(match[2], f"weight in {match[0]}")
-        found.append((resolve(match[1].strip()), weight))
-    return re.sub(r"\s{2,}", " ", APT_TAG.sub("", prompt)).strip(), found
+    text, weights = split_tags(prompt)
+    return text, [(resolve(name), weight) for name, weight in weights.items()]
 
 
 def whole(value: Any, name: str) -> int:

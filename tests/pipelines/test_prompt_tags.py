@@ -35,6 +35,12 @@ def test_tags_and_text_are_told_apart(text, expected):
     assert split_tags(text) == expected
 
 
+def test_a_strangers_long_text_is_read_once():
+    text = "a" + " " * 10**6 + "<apt:" * 10**5
+    assert split_tags(text) == (text, {})
+    assert split_tags(text + "<apt:b:2>") == ("a " + "<apt:" * 10**5, {"b": 2.0})
+
+
 @pytest.mark.parametrize(
     "tag", ["<apt:dog:loud>", "<apt:dog:nan>", "<apt:dog:>", "<apt:dog:1e999>", "<apt:>", "<apt::1>"]
 )

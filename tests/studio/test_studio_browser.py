@@ -1,9 +1,11 @@
 """What people do in the studio, with a real browser."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from support.studio_browser import (
     as_file,
@@ -97,6 +99,32 @@ def test_a_subject_is_taught_stopped_continued_and_drawn(visit, adapters, tmp_pa
     neighbour.reload()
     neighbour.wait_for_selector("#draw")
     assert offered(neighbour) == ["my-b-dog-b", "shared"]
+
+
+def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
+    page = visit()
+    tab(page, "Train")
+    upload(page, as_file("a.png", picture(tmp_path / "a.png")), as_file("b.png", picture(tmp_path / "b.png")))
+    wait_for(page, "#train-status", "2 pictures")
+    page.fill("#adapter-name input, #adapter-name textarea", "slow to start")
+    page.fill("#train-steps input[type=number]", str(STEPS))
+    page.keyboard.press("Tab")
+    page.click("#train")
+    wait_for(page, "#train-status", "Loading the model")
+    (job,) = adapters.glob(".visitors/*/trainings/slow-to-start/job.json")
+    trainer = psutil.Process(json.loads(job.read_text())["pid"])
+    trainer.suspend()  # the start now lasts until the picture is there
+    try:
+        tab(page, "Generate")
+        draw(page, "a glyph", 5)
+        wait_for(page, "#status", "Done")
+        wait_for_pictures(page)
+        tab(page, "Train")
+        wait_for(page, "#train-status", "Loading the model")
+    finally:
+        trainer.resume()
+    page.click("#cancel")
+    wait_for(page, "#train-status", "Stopped")
 
 
 def test_bad_uploads_get_a_sentence_and_leave_the_page_usable(visit, tmp_path):

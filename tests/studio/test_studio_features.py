@@ -372,7 +372,7 @@ def test_an_adapter_is_uploaded_used_renamed_published_taken_back_and_deleted(vi
 # Wait
 
 
-def test_who_waits_reads_the_position_and_drawing_goes_on_beside_a_start(visit):
+def test_who_waits_reads_the_position(visit):
     first, second = visit(), visit()
     choose(first, "#adapters", "shared")
     wait_for(first, "#adapters", "shared")

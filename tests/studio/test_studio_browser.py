@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ STEPS = 400  # enough to be stopped on the way on a fast machine, too
 def adapters(tmp_path_factory, tiny_sd_path):
     folder = tmp_path_factory.mktemp("studio") / "adapters"
     make_adapter(tiny_sd_path, folder / "shared")
+    (folder / "shared" / "samples").mkdir()
+    picture(folder / "shared" / "samples" / "step-000002.png", 24, 24)
     make_looking_adapter("vilt", folder / "answers", answers='["red", "blue", "two"]')
     make_looking_adapter("clip", folder / "classes")
     return folder
@@ -125,6 +128,47 @@ def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
         trainer.resume()
     page.click("#cancel")
     wait_for(page, "#train-status", "Stopped")
+
+
+def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_path):
+    page = visit()
+    tab(page, "Train")
+    upload(page, as_file("a.png", picture(tmp_path / "a.png")), as_file("b.png", picture(tmp_path / "b.png")))
+    wait_for(page, "#train-status", "2 pictures")
+    page.fill("#adapter-name input, #adapter-name textarea", "of a class")
+    page.fill("#class-prompt input, #class-prompt textarea", "a glyph")
+    page.fill("#train-steps input[type=number]", str(STEPS))
+    page.keyboard.press("Tab")
+    page.click("#train")
+    wait_for(page, "#train-status", "Loading the model")
+    (job,) = adapters.glob(".visitors/*/trainings/of-a-class/job.json")
+    trainer = psutil.Process(json.loads(job.read_text())["pid"])
+    end = time.monotonic() + 120
+    while not list(job.parent.glob("class/*.png")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    trainer.suspend()  # a fast machine would be through before the page asks
+    try:
+        said = wait_for(page, "#train-status", "Drawing pictures of “a glyph”")
+        drawn = len(list(job.parent.glob("class/*.png")))
+        assert f"{drawn} of 64" in said
+        bar = page.locator("#train-status progress")
+        assert float(bar.get_attribute("value")) == pytest.approx(drawn / 64, abs=1e-3)
+    finally:
+        trainer.resume()
+    page.click("#cancel")
+    wait_for(page, "#train-status", "Stopped")
+
+
+def test_cards_show_sample_pictures_and_costs_a_conclusion(visit):
+    page = visit()
+    tab(page, "Adapters")
+    page.wait_for_function("[...document.querySelectorAll('#adapter-cards img')].some(image => image.naturalWidth == 24)")
+    tab(page, "Cost")
+    choose(page, "#cost-model", "ViLT-B/32")
+    said = wait_for(page, "#cost-summary", "82.4 % less")
+    assert "So the same prompts need 5.7 times less arithmetic as APT than as deep prompts" in said
+    assert "Choose APT where adapters are mixed" in said
 
 
 def test_bad_uploads_get_a_sentence_and_leave_the_page_usable(visit, tmp_path):

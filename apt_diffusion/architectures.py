@@ -46,7 +46,7 @@ STREAMS = {
     "context": Stream("apt_context", "encoder_hidden_states", output=None),
     "text": Stream("apt_text", "encoder_hidden_states", output=1),  # of joint attention
 }
-WHOLE_BATCH = {"query": dataclasses.replace(STREAMS["query"], per_sample=False)}
+WHOLE_BATCH = {name: dataclasses.replace(stream, per_sample=False) for name, stream in STREAMS.items()}
 CHILDREN = tuple(stream.child for stream in STREAMS.values())
 
 
@@ -97,8 +97,11 @@ ARCHITECTURES = [
     # Stable Diffusion: `identity`, so that adding an untrained adapter does not change one pixel. Who queries and what
     # is corrected was chosen by measurement: docs/miniature.md.
     Architecture(("UNet2DConditionModel",), r".*\.attn2", init="identity"),
-    # AnimateDiff: the UNet's places, so that adapters of the UNet fit, without those of its motion modules.
-    Architecture(("UNetMotionModel",), r"(?!.*\bmotion_modules\.).*\.attn2", init="identity"),
+    # AnimateDiff: the UNet's places, so that adapters of the UNet fit, without those of its motion modules. The frames
+    # of all films stand in one batch.
+    Architecture(
+        ("UNetMotionModel",), r"(?!.*\bmotion_modules\.).*\.attn2", init="identity", bindings=WHOLE_BATCH
+    ),
     Architecture(("CLIPTextModel", "CLIPTextModelWithProjection"), r".*\.self_attn", init="identity"),
     Architecture(("CLIPPreTrainedModel",), r".*\.self_attn"),
     Architecture(("ViltPreTrainedModel",), r".*encoder\.layer\.\d+\.attention"),

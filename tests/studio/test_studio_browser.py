@@ -163,7 +163,9 @@ def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_pa
 def test_cards_show_sample_pictures_and_costs_a_conclusion(visit):
     page = visit()
     tab(page, "Adapters")
-    page.wait_for_function("[...document.querySelectorAll('#adapter-cards img')].some(image => image.naturalWidth == 24)")
+    page.wait_for_function(
+        "[...document.querySelectorAll('#adapter-cards img')].some(image => image.naturalWidth == 24)"
+    )
     tab(page, "Cost")
     choose(page, "#cost-model", "ViLT-B/32")
     said = wait_for(page, "#cost-summary", "82.4 % less")

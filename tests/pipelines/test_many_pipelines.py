@@ -1,0 +1,152 @@
+"""The pipelines of diffusers that a denoiser with adapters can stand in, each as `apt_pipeline` makes it."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from support.pipeline_helpers import MASK, PICTURE, differ, make_controlnet
+
+import apt_diffusion as apt
+from apt_diffusion.api import hidden_apt
+from apt_diffusion.miniature import resolve_model
+
+SIZE = {"height": 16, "width": 16}
+START = {"image": PICTURE, "strength": 1.0}
+HOLE = {**START, "mask_image": MASK}
+WHOLE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def controlnet(pipeline: Any) -> dict[str, Any]:
+    """A ControlNet of this pipeline's UNet."""
+    return {"controlnet": make_controlnet(pipeline.unet)}
+
+
+def t2i_adapter(pipeline: Any) -> dict[str, Any]:
+    """A T2I-Adapter with the widths of this pipeline's UNet."""
+    torch.manual_seed(5)
+    widths = list(pipeline.unet.config.block_out_channels)
+    widths += widths[-1:] * (4 - len(widths))
+    # SDXL's kind is for UNets that halve the picture before the first attention, as the tiny ones do.
+    adapter = diffusers.T2IAdapter(3, widths, num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter_xl")
+    return {"adapter": adapter.eval()}
+
+
+def motion(pipeline: Any) -> dict[str, Any]:
+    """AnimateDiff's motion modules for this pipeline's UNet."""
+    torch.manual_seed(6)
+    widths = pipeline.unet.config.block_out_channels
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=widths, motion_layers_per_block=pipeline.unet.config.layers_per_block,
+        motion_norm_num_groups=pipeline.unet.config.norm_num_groups, motion_num_attention_heads=2,
+    )  # fmt: skip
+    return {"motion_adapter": adapter.eval()}
+
+
+def sd3_controlnet(pipeline: Any) -> dict[str, Any]:
+    """A ControlNet of this pipeline's transformer; as published its last layers are zero, here they act."""
+    torch.manual_seed(7)
+    with hidden_apt(pipeline.transformer):
+        net = diffusers.SD3ControlNetModel.from_transformer(
+            pipeline.transformer, num_layers=2, num_extra_conditioning_channels=0
+        )
+    for block in net.controlnet_blocks:
+        torch.nn.init.normal_(block.weight, std=0.1)
+    return {"controlnet": net.eval()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline class, what it needs beside the base's parts, and what a call needs beside the prompt."""
+
+    stock: str
+    base: str  # "sd", "sdxl" or "sd3"
+    inputs: dict[str, Any] = field(default_factory=dict)
+    parts: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
+    films: bool = False  # the denoiser's batch holds frames
+
+
+ROWS = (
+    Row("StableDiffusionPipeline", "sd", SIZE),
+    Row("StableDiffusionImg2ImgPipeline", "sd", START),
+    Row("StableDiffusionInpaintPipeline", "sd", {**HOLE, **SIZE}),
+    Row("StableDiffusionControlNetPipeline", "sd", {"image": PICTURE}, controlnet),
+    Row("StableDiffusionControlNetImg2ImgPipeline", "sd", {**START, "control_image": PICTURE}, controlnet),
+    Row("StableDiffusionControlNetInpaintPipeline", "sd", {**HOLE, "control_image": PICTURE}, controlnet),
+    Row("StableDiffusionAdapterPipeline", "sd", {"image": PICTURE, **SIZE}, t2i_adapter),
+    Row("StableDiffusionPAGPipeline", "sd", {**SIZE, "pag_scale": 2.0}),
+    Row("StableDiffusionPAGImg2ImgPipeline", "sd", {**START, "pag_scale": 2.0}),
+    Row("StableDiffusionControlNetPAGPipeline", "sd", {"image": PICTURE, "pag_scale": 2.0}, controlnet),
+    Row("AnimateDiffPipeline", "sd", {**SIZE, "num_frames": 2}, motion, films=True),
+    Row("StableDiffusionXLPipeline", "sdxl", SIZE),
+    Row("StableDiffusionXLImg2ImgPipeline", "sdxl", START),
+    Row("StableDiffusionXLInpaintPipeline", "sdxl", {**HOLE, **SIZE}),
+    Row("StableDiffusionXLControlNetPipeline", "sdxl", {"image": PICTURE}, controlnet),
+    Row("StableDiffusionXLControlNetImg2ImgPipeline", "sdxl", {**START, "control_image": PICTURE}, controlnet),
+    Row("StableDiffusionXLAdapterPipeline", "sdxl", {"image": PICTURE, **SIZE}, t2i_adapter),
+    Row("StableDiffusionXLPAGPipeline", "sdxl", {**SIZE, "pag_scale": 2.0}),
+    Row("StableDiffusion3Pipeline", "sd3"),
+    Row("StableDiffusion3Img2ImgPipeline", "sd3", {"image": WHOLE, "strength": 1.0}),
+    Row("StableDiffusion3ControlNetPipeline", "sd3", {"control_image": WHOLE}, sd3_controlnet),
+    Row("StableDiffusion3PAGPipeline", "sd3", {"pag_scale": 2.0}),
+)
+
+
+@pytest.fixture
+def bases(tiny_sd_path, tiny_sdxl_path):
+    """Folders of the base models."""
+    return {"sd": tiny_sd_path, "sdxl": tiny_sdxl_path, "sd3": resolve_model("miniature-sd3")}
+
+
+def draw(pipeline: Any, prompt: Any, row: Row, **kwargs: Any) -> np.ndarray:
+    """Pictures, or the pictures of films, with the same noise for each prompt."""
+    count = 1 if isinstance(prompt, str) else len(prompt)
+    generators = [torch.Generator().manual_seed(0) for _ in range(count)]
+    inputs = {
+        name: value.expand(count, -1, -1, -1) if isinstance(value, torch.Tensor) else value
+        for name, value in row.inputs.items()
+    }
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
+    result = pipeline(prompt, generator=generators, **settings, **inputs, **kwargs)
+    return np.asarray(result.frames if hasattr(result, "frames") else result.images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.stock)
+def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, bases):
+    """Against the stock class: its own picture at scale 0, and each prompt's own adapter in one batch."""
+    stock_class = getattr(diffusers, row.stock)
+    base = diffusers.DiffusionPipeline.from_pretrained(bases[row.base], dtype=torch.float32)
+    parts = row.parts(base)
+    stock = stock_class.from_pipe(base, **parts)
+    pipeline = apt.apt_pipeline(stock_class).from_pipe(stock, **parts)
+    for each in (stock, pipeline):
+        each.set_progress_bar_config(disable=True)
+    expected = draw(stock, "a sks glyph", row)
+    apt.add_apt(pipeline, apt.APTConfig(num_prompts=6, rank=2), "a")
+    randomize(pipeline, 1)
+    adapted = draw(pipeline, "a sks glyph", row)
+    assert np.isfinite(adapted).all() and differ(adapted, expected)
+    assert np.array_equal(draw(pipeline, "a sks glyph", row, apt_scale=0.0), expected)
+    names = {"apt_adapter_names": ["a", None]}
+    if row.films:
+        with pytest.raises(ValueError, match="its batch has not one entry per sample"):
+            draw(pipeline, ["a sks glyph"] * 2, row, **names)
+    else:
+        mixed = draw(pipeline, ["a sks glyph"] * 2, row, **names)
+        assert np.allclose(mixed, np.concatenate([adapted, expected]), atol=1e-4)
+    apt.remove_apt(pipeline)
+    assert np.array_equal(draw(pipeline, "a sks glyph", row), expected)
+
+
+def test_the_page_lists_what_is_tried_here():
+    """`docs/pipelines.md` names exactly these classes."""
+    page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()
+    table = page.split("## What was tried")[1].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+Pipeline)`", table)) == {row.stock for row in ROWS}

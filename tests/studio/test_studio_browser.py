@@ -173,6 +173,15 @@ def test_cards_show_sample_pictures_and_costs_a_conclusion(visit):
     assert "Choose APT where adapters are mixed" in said
 
 
+def test_scores_are_explained_where_they_stand(visit):
+    page = visit()
+    tab(page, "Understand")
+    note = page.locator("details.apt-note:visible", has_text="What do the scores say?").first
+    assert not note.locator("p").is_visible()
+    note.locator("summary").click()
+    assert "probability" in note.locator("p").inner_text()
+
+
 def test_bad_uploads_get_a_sentence_and_leave_the_page_usable(visit, tmp_path):
     page = visit()
     tab(page, "Train")

@@ -1,4 +1,4 @@
-"""How a model of each family is trained: which parts are adapted, what its captions become, its denoising error."""
+"""How a model of each family is trained: which parts are adapted, what its captions become, what it predicts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +17,13 @@ class Family:
     Args:
         lora_modules: by part of the pipeline that is adapted, as diffusers' scripts choose them.
         encode: `(pipeline, caption)`: what is kept of it, without a batch axis.
-        error: `(pipeline, latents (B, C, H, W), captions (B, ...), generator)`: mean squared error of the prediction.
+        predict: `(pipeline, latents (B, C, H, W), captions (B, ...), generator)`: the prediction and its target, both
+            shaped as the latents. The generator is the CPU's, so that every device sees the same noise.
     """
 
     lora_modules: dict[str, list[str]]
     encode: Callable[[Any, str], Captions]
-    error: Callable[[Any, Tensor, Captions, torch.Generator], Tensor]
+    predict: Callable[[Any, Tensor, Captions, torch.Generator], tuple[Tensor, Tensor]]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -32,17 +33,18 @@ class Family:
 
 def tokenize(pipeline: Any, caption: str) -> Captions:
     """Token ids `(T,)`: the text encoder is adapted too."""
-    return (pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids[0],)
+    ids = pipeline.tokenizer(caption, padding="max_length", return_tensors="pt").input_ids[0]
+    return (ids.to(pipeline.device),)
 
 
-def velocity_error(pipeline: Any, latents: Tensor, captions: Captions, generator: torch.Generator) -> Tensor:
+def velocity(pipeline: Any, latents: Tensor, captions: Captions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Of a UNet that predicts the velocity, at uniform timesteps."""
     scheduler = pipeline.scheduler
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(1000, (len(latents),), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    timesteps = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     prediction = pipeline.unet(noisy, timesteps, pipeline.text_encoder(captions[0])[0]).sample
-    return (prediction - scheduler.get_velocity(latents, noise, timesteps)).square().mean()
+    return prediction, scheduler.get_velocity(latents, noise, timesteps)
 
 
 def encode(pipeline: Any, caption: str) -> Captions:
@@ -53,11 +55,11 @@ def encode(pipeline: Any, caption: str) -> Captions:
     return states[0], pooled[0]
 
 
-def flow_error(pipeline: Any, latents: Tensor, captions: Captions, generator: torch.Generator) -> Tensor:
+def flow(pipeline: Any, latents: Tensor, captions: Captions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Of a transformer's flow matching; noise levels are logit-normal and shifted as the sampler's are."""
     states, pooled = captions
-    noise = torch.randn(latents.shape, generator=generator)
-    times = torch.randn(len(latents), generator=generator).sigmoid()
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    times = torch.randn(len(latents), generator=generator).to(latents.device).sigmoid()
     shift = pipeline.scheduler.config.shift
     sigmas = (shift * times / (1 + (shift - 1) * times)).view(-1, 1, 1, 1)
     prediction = pipeline.transformer(
@@ -66,7 +68,7 @@ def flow_error(pipeline: Any, latents: Tensor, captions: Captions, generator: to
         encoder_hidden_states=states,
         pooled_projections=pooled,
     ).sample
-    return (prediction - (noise - latents)).square().mean()
+    return prediction, noise - latents
 
 
 UNET = Family(
@@ -75,7 +77,7 @@ UNET = Family(
         "text_encoder": ["q_proj", "k_proj", "v_proj", "out_proj"],
     },
     tokenize,
-    velocity_error,
+    velocity,
 )
 TRANSFORMER = Family(
     {
@@ -85,5 +87,5 @@ TRANSFORMER = Family(
         ]
     },
     encode,
-    flow_error,
+    flow,
 )

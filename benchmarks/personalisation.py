@@ -13,150 +13,29 @@ in --output_dir, so an interrupted sweep goes on, and more methods, things or se
 """
 
 import argparse
+import copy
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
-from _families import TRANSFORMER, Family
-from _worlds import WORLDS, World
+from _families import Family
+from _methods import Method, methods_of
+from _worlds import WORLDS
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from apt_diffusion import APTConfig, add_apt, freeze_base
 from apt_diffusion.data.folders import find_pictures
 from apt_diffusion.miniature import resolve_model
 from apt_diffusion.miniature.personalise import class_captions, save_class_pictures
 from apt_diffusion.miniature.pictures import save_picture_grid, to_images
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained, and its learning rate."""
-
-    lr: float
-    kind: str = "apt"  # or lora, inversion, cross-attention
-    unet: dict[str, Any] = field(default_factory=dict)  # APTConfig's, or LoRA's rank
-    text_encoder: dict[str, Any] = field(default_factory=dict)
-    transformer: dict[str, Any] = field(default_factory=dict)
-
-    def attach(self, pipeline: Any, family: Family, words: str) -> list[nn.Parameter]:
-        """Prepares the pipeline for training; the parameters to train. `words` name what is taught."""
-        parts = {part: getattr(pipeline, part) for part in family.parts}
-        for model in parts.values():
-            model.requires_grad_(False)
-        if self.kind == "inversion":
-            return [invert(pipeline, words)]
-        if self.kind == "cross-attention":
-            chosen = [p for name, p in pipeline.unet.named_parameters() if ".attn2." in name]
-            return [parameter.requires_grad_(True) for parameter in chosen]
-        for part, model in parts.items():
-            settings = getattr(self, part)
-            if self.kind == "lora":
-                from peft import LoraConfig, inject_adapter_in_model
-
-                rank = settings["rank"]
-                config = LoraConfig(
-                    r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=family.lora_modules[part]
-                )
-                inject_adapter_in_model(config, model)
-            else:
-                add_apt(model, APTConfig(**settings))
-                freeze_base(model)
-        return [p for model in parts.values() for p in model.parameters() if p.requires_grad]
-
-
-class InvertedEmbedding(nn.Module):
-    """A frozen embedding in which the rows of a few tokens are learnt."""
-
-    def __init__(self, embedding: nn.Embedding, tokens: list[int]) -> None:
-        super().__init__()
-        self.embedding = embedding
-        self.register_buffer("tokens", torch.tensor(tokens), persistent=False)
-        self.rows = nn.Parameter(embedding.weight[tokens].detach().clone())
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """`(B, T)` to `(B, T, d)`."""
-        states = self.embedding(ids)
-        for token, row in zip(self.tokens, self.rows, strict=True):
-            states = torch.where((ids == token)[..., None], row, states)
-        return states
-
-
-def invert(pipeline: Any, words: str) -> nn.Parameter:
-    """Textual inversion: the embeddings of these words, `(W, d)`."""
-    tokens = pipeline.tokenizer(words, add_special_tokens=False).input_ids
-    embedding = InvertedEmbedding(pipeline.text_encoder.get_input_embeddings(), tokens)
-    pipeline.text_encoder.set_input_embeddings(embedding)
-    return embedding.rows
-
-
-def apt(lr: float, num_prompts: int = 200, **unet: Any) -> Method:
-    """APT on the cross-attention and the text encoder; `unet` holds settings of the UNet's part alone."""
-    prompts = {"num_prompts": num_prompts}
-    return Method(lr, "apt", prompts | unet, prompts)
-
-
-def lora(lr: float, rank: int) -> Method:
-    """LoRA on all projections of the attentions."""
-    return Method(lr, "lora", {"rank": rank}, {"rank": rank})
-
-
-METHODS = {
-    "APT, the defaults": apt(3e-3),
-    "APT, lr 1.5e-3": apt(1.5e-3),
-    "APT, lr 6e-3": apt(6e-3),
-    "APT, asked by O": apt(3e-3, query_source="attn_output"),
-    "APT, asked by O, context too": apt(3e-3, query_source="attn_output", streams=("query", "context")),
-    "APT, context too": apt(3e-3, streams=("query", "context")),
-    "APT, self-attention too": apt(3e-3, 100, target_modules=("attn1", "attn2")),
-    "LoRA r16, lr 2e-3": lora(2e-3, 16),
-    "LoRA r16, lr 1e-3": lora(1e-3, 16),
-    "LoRA r16, lr 4e-3": lora(4e-3, 16),
-    # As in the table of shapes, where APT has as many parameters as LoRA of rank 15.
-    "LoRA r15, lr 1e-3": lora(1e-3, 15),
-    "LoRA r15, lr 2e-3": lora(2e-3, 15),
-    "LoRA r15, lr 4e-3": lora(4e-3, 15),
-    "LoRA r4, lr 2e-3": lora(2e-3, 4),
-    "textual inversion, lr 1e-2": Method(1e-2, "inversion"),
-    "textual inversion, lr 3e-2": Method(3e-2, "inversion"),
-    "full cross-attention, lr 3e-4": Method(3e-4, "cross-attention"),
-    "full cross-attention, lr 1e-3": Method(1e-3, "cross-attention"),
-}
-
-
-def of_transformer(kind: str, lr: float, **settings: Any) -> Method:
-    """APT or LoRA on the joint attentions of a diffusion transformer, whose text encoders stay as they are."""
-    return Method(lr, kind, transformer=settings)
-
-
-BOTH = ("query", "text")
-# LoRA of rank 13 has as many parameters as APT on the image stream, of rank 24 as many as on both streams.
-TRANSFORMER_METHODS = {
-    "APT, image stream, lr 3e-3": of_transformer("apt", 3e-3, num_prompts=200),
-    "APT, image stream, lr 1.5e-3": of_transformer("apt", 1.5e-3, num_prompts=200),
-    "APT, image stream, lr 6e-3": of_transformer("apt", 6e-3, num_prompts=200),
-    "APT, image and text, lr 3e-3": of_transformer("apt", 3e-3, num_prompts=200, streams=BOTH),
-    "APT, image and text, lr 1.5e-3": of_transformer("apt", 1.5e-3, num_prompts=200, streams=BOTH),
-    "LoRA r13, lr 2e-3": of_transformer("lora", 2e-3, rank=13),
-    "LoRA r13, lr 1e-3": of_transformer("lora", 1e-3, rank=13),
-    "LoRA r13, lr 4e-3": of_transformer("lora", 4e-3, rank=13),
-    "LoRA r24, lr 2e-3": of_transformer("lora", 2e-3, rank=24),
-}
-
-
-def methods_of(world: World) -> dict[str, Method]:
-    """Those that can be compared on the model of a world."""
-    return TRANSFORMER_METHODS if world.family is TRANSFORMER else METHODS
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -172,6 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=5, help="that teach, from 1 to 5")
     parser.add_argument("--images", type=int, default=2, help="per test prompt")
     parser.add_argument("--mixed_precision", choices=["no", "bf16"], default="no", help="of training and drawing")
+    parser.add_argument("--device", default="cpu", help="cuda: all --jobs share the GPU; the noise is the CPU's")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     args = parser.parse_args(argv)
     if not 1 <= args.pictures <= 5:
@@ -197,6 +77,7 @@ class Lesson:
         from PIL import Image
 
         image = self.pipeline.image_processor.preprocess(Image.open(picture.path).convert("RGB"))
+        image = image.to(self.pipeline.device)
         latent = self.pipeline.vae.encode(image).latent_dist.mean * self.pipeline.vae.config.scaling_factor
         return latent[0], *self.family.encode(self.pipeline, picture.prompt)
 
@@ -214,19 +95,36 @@ def learn(
 ) -> tuple[int, float, float]:
     """Trains `method` with a cosine schedule: its number of parameters, seconds and processor seconds per step."""
     torch.manual_seed(seed)
-    parameters = method.attach(pipeline, lesson.family, words)
-    optimizer = torch.optim.AdamW(parameters, lr=method.lr, weight_decay=1e-2)
+    base = copy.deepcopy({part: getattr(pipeline, part) for part in lesson.family.parts})
+    groups = method.attach(pipeline, lesson.family, words)
+    adapted = {part: getattr(pipeline, part) for part in lesson.family.parts}
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    average = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     generator = torch.Generator().manual_seed(seed)
     wall, processor = time.perf_counter(), time.process_time()
     for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = method.lr * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        batch, drawn = lesson.batch(generator, args.batch_size), generator.get_state()
         with precision(args):  # anew in each step: while it lasts, weights are cast once and kept
-            error = lesson.family.error(pipeline, *lesson.batch(generator, args.batch_size), generator)
-        (2 * error.float()).backward()  # the class pictures' loss weighs as much as the thing's, as in the trainer
+            prediction, target = lesson.family.predict(pipeline, *batch, generator)
+            if method.keeps_predictions:
+                pipeline.register_modules(**base)
+                with torch.no_grad():
+                    kept, _ = lesson.family.predict(pipeline, *batch, torch.Generator().set_state(drawn))
+                pipeline.register_modules(**adapted)
+                target = torch.cat([target[: args.batch_size], kept[args.batch_size :]])
+        # The class pictures' loss weighs as much as the thing's, as in the trainer.
+        (2 * (prediction - target).float().square().mean()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
+        decay = min(method.average, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.copy_(value)  # without averaging, the last value
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
     return sum(p.numel() for p in parameters), wall / args.steps, processor / args.steps
 
@@ -236,13 +134,13 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     name, thing, seed = job
     output_dir, world = Path(args.output_dir), WORLDS[args.world]
-    pipeline = load_pipeline(world.model)
+    pipeline = load_pipeline(world.model, args.device)
     lesson = Lesson(pipeline, world.family, output_dir / thing, output_dir / "class", args.pictures)
     base = torch.load(base_file(output_dir, thing, args), weights_only=True)
-    method = methods_of(world)[name]
+    method = methods_of(world.family)[name]
     parameters, seconds, processor = learn(pipeline, method, world.name, lesson, args, seed)
     with precision(args):
-        drawn = world.draw(pipeline, thing, args.images, **world.settings).float()
+        drawn = world.draw(pipeline, thing, args.images, **world.settings).float().cpu()
     shown = to_images(drawn[:: args.images])
     save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))
     return {
@@ -257,7 +155,7 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
 
 def precision(args: argparse.Namespace) -> torch.autocast:
     """Under which everything is computed."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=args.mixed_precision == "bf16")
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.mixed_precision == "bf16")
 
 
 def settings_name(args: argparse.Namespace) -> str:
@@ -279,11 +177,11 @@ def base_file(output_dir: Path, thing: str, args: argparse.Namespace) -> Path:
     return output_dir / f"base-{of}{args.images}-{args.mixed_precision}.pt"
 
 
-def load_pipeline(model: str) -> Any:
+def load_pipeline(model: str, device: str) -> Any:
     """An embedded model, in silence."""
     pipeline = DiffusionPipeline.from_pretrained(resolve_model(model), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -292,14 +190,14 @@ def prepare(args: argparse.Namespace) -> None:
     for thing in args.things:
         if not (output_dir / thing).is_dir():
             world.save(thing, output_dir / thing)
-    pipeline = load_pipeline(world.model)
+    pipeline = load_pipeline(world.model, args.device)
     if not (output_dir / "class").is_dir():
         count = 32 if args.world == "emoji" else 64
         save_class_pictures(pipeline, output_dir / "class", class_captions(world.model, count), **world.settings)
     for thing in args.things:
         if not (file := base_file(output_dir, thing, args)).is_file():
             with precision(args):
-                torch.save(world.draw(pipeline, thing, args.images, **world.settings).float(), file)
+                torch.save(world.draw(pipeline, thing, args.images, **world.settings).float().cpu(), file)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -362,7 +260,7 @@ def jobs_left(args: argparse.Namespace, done: list[dict[str, Any]]) -> Iterator[
     finished = {(row["method"], row["thing"], row["seed"]) for row in done}
     for seed in args.seeds:
         for thing in args.things:
-            for name in methods_of(WORLDS[args.world]):
+            for name in methods_of(WORLDS[args.world].family):
                 if name.startswith(tuple(args.methods)) and (name, thing, seed) not in finished:
                     yield name, thing, seed
 

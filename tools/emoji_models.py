@@ -1,9 +1,11 @@
 """The parts of `miniature-emoji`, untrained."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from emoji_scenes import ANYTHING, COLORS, LAYOUTS, PATTERNS, SIDE
+from torch import nn
 
 from apt_diffusion.miniature.models import MAX_TOKENS, TRIGGERS, make_tokenizer
 
@@ -55,6 +57,19 @@ def make_autoencoder() -> "AutoencoderKL":
         mid_block_add_attention=False,
         sample_size=SIDE,
     )
+
+
+def make_discriminator() -> nn.Sequential:
+    """`(B, 3, 64, 64)` to a verdict on each of 8 x 8 patches that overlap, positive where it looks real.
+
+    0.5 M parameters, which serve the training of the decoder and are not shipped.
+    """
+    layers: list[nn.Module] = []
+    widths = (3, 64, 128, 192)
+    for before, after in itertools.pairwise(widths):
+        norm = nn.GroupNorm(8, after) if before > 3 else nn.Identity()
+        layers += [nn.Conv2d(before, after, 4, 2, 1), norm, nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, 1, 1))
 
 
 def make_unet() -> "UNet2DConditionModel":

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from emoji_export import CARD, build_pipeline, export_judge, export_pipeline
 from emoji_grade import format_table, grade_model, save_sheet, whole_targets, windows_on
-from emoji_models import make_autoencoder, make_emoji_tokenizer, make_text_encoder, make_unet
+from emoji_models import make_autoencoder, make_discriminator, make_emoji_tokenizer, make_text_encoder, make_unet
 from emoji_scenes import COLORS, PATTERNS, SIDE, Captions, Scenes, World
 from stages import Stage, fit, load_stage
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from apt_diffusion.miniature.muon import Muon, split_for_muon
 MODEL_FOLDER = "stable_diffusion"
 TRAINED = ("autoencoder", "denoiser", "decoder", "judge")
 STAGES = (*TRAINED, "export")
+SHARPNESS = 0.25  # of the decoder: how hard looking real pulls, against being alike
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -196,12 +197,15 @@ def denoiser_stage(args: argparse.Namespace, world: World, vae: nn.Module) -> St
 def decoder_stage(args: argparse.Namespace, world: World, vae: nn.Module, modules: dict[str, nn.Module]) -> Stage:
     """The decoder once more, on what the denoiser makes of noisy latents: it learns to draw sharply from those.
 
-    The encoder stays as it is, so latents keep their meaning.
+    A discriminator of patches says what looks real. The encoder stays as it is, so latents keep their meaning, and
+    adapters that were trained before go on fitting.
     """
     unet, text_encoder = modules["unet"], modules["text_encoder"]
     captions = Captions(world, make_emoji_tokenizer(world.names, world.styles))
     alphas = make_scheduler().alphas_cumprod.to(world.device)
     decoder = nn.ModuleDict({"post_quant_conv": vae.post_quant_conv, "decoder": vae.decoder}).requires_grad_(True)
+    discriminator = make_discriminator().to(world.device)
+    last = vae.decoder.conv_out.weight
     count = args.batch_sizes["decoder"]
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -210,7 +214,7 @@ def decoder_stage(args: argparse.Namespace, world: World, vae: nn.Module, module
             pictures = world.render(scenes, generator)
             pictures[: count // 4] = varied_pictures(world, count, generator)[: count // 4]
             clean = vae.encode(pictures).latent_dist.mean.float() * vae.config.scaling_factor
-            timesteps = torch.randint(20, 350, (count,), generator=generator, device=world.device)
+            timesteps = torch.randint(20, 450, (count,), generator=generator, device=world.device)
             signal = alphas[timesteps].sqrt()[:, None, None, None]
             spread = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
             noisy = signal * clean + spread * torch.randn(clean.shape, generator=generator, device=world.device)
@@ -218,12 +222,21 @@ def decoder_stage(args: argparse.Namespace, world: World, vae: nn.Module, module
             latents = signal * noisy - spread * unet(noisy, timesteps, states).sample.float()
             latents[: count // 2] = clean[: count // 2]
         with autocast(world):
-            error = vae.decode(latents / vae.config.scaling_factor).sample.float() - pictures
-        return error.abs().mean() + error.square().mean() + 0.25 * edges_of(error)
+            drawn = vae.decode(latents / vae.config.scaling_factor).sample.float()
+            verdicts = discriminator(torch.cat([pictures, drawn.detach()])).float().chunk(2)
+            fixed = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+            fooled = -torch.func.functional_call(discriminator, fixed, drawn).float().mean()
+        error = drawn - pictures
+        likeness = error.abs().mean() + error.square().mean() + 0.25 * edges_of(error)
+        judged = F.relu(1 - verdicts[0]).mean() + F.relu(1 + verdicts[1]).mean()
+        # Looking real pulls a set share as hard as being alike, at the last layer.
+        pulls = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (likeness, fooled)]
+        return likeness + SHARPNESS * (pulls[0] / (pulls[1] + 1e-6)).clamp(max=1e3) * fooled + judged
 
-    optimizer = torch.optim.AdamW(decoder.parameters(), betas=(0.9, 0.95), weight_decay=1e-4)
+    trained = [*decoder.parameters(), *discriminator.parameters()]
+    optimizer = torch.optim.AdamW(trained, betas=(0.5, 0.95), weight_decay=1e-4)
     return Stage(
-        modules={"decoder": decoder},
+        modules={"decoder": decoder, "discriminator": discriminator},
         optimizers=[optimizer],
         lr=6e-4,
         loss=loss,
@@ -286,12 +299,35 @@ def random_window(pictures: Tensor, scenes: Scenes, generator: torch.Generator) 
 def run_stage(
     stage: Stage, args: argparse.Namespace, at_save: Callable[[int], None] = lambda step: None
 ) -> dict[str, nn.Module]:
-    """Trains a stage that was asked for; the averaged weights of the others come from their checkpoints."""
+    """Trains a stage that was asked for; the averaged weights of the others come from their checkpoints.
+
+    Without a checkpoint they come from what was exported before, so that the shipped model can be trained further.
+    """
     if stage.name in args.stages:
         fit(stage, args.output_dir, args.seed, args.save_every, at_save)
-    else:
+    elif is_trained(args, stage.name):
         load_stage(stage, stage.parameters, Path(args.output_dir) / f"{stage.name}.pt")
+    else:
+        load_exported(stage.modules, Path(args.export_dir))
     return stage.modules
+
+
+def is_trained(args: argparse.Namespace, stage: str) -> bool:
+    """Whether there is a checkpoint of a stage."""
+    return (Path(args.output_dir) / f"{stage}.pt").is_file()
+
+
+@torch.no_grad()
+def load_exported(modules: dict[str, nn.Module], folder: Path) -> None:
+    """Gives modules the weights that were exported; a decoder comes with its autoencoder."""
+    for name, module in modules.items():
+        if name == "judge":
+            module.load_state_dict(load_judge(folder / JUDGE_FILE.name, folder / VOCABULARY_FILE.name).state_dict())
+        elif name in ("vae", "unet", "text_encoder"):
+            exported = type(module).from_pretrained(folder / MODEL_FOLDER / name, dtype=torch.float32)
+            module.load_state_dict(exported.state_dict())
+            if name == "vae":
+                module.register_to_config(scaling_factor=exported.config.scaling_factor)
 
 
 def pipeline_of(world: World, vae: nn.Module, modules: dict[str, nn.Module]) -> Any:
@@ -335,7 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     torch.manual_seed(args.seed)
     vae = run_stage(autoencoder_stage(args, world), args)["vae"].eval().requires_grad_(False)
-    measure_latents(world, vae)
+    if is_trained(args, "autoencoder"):
+        measure_latents(world, vae)
     print(f"autoencoder: {fidelity(world, vae):.1f} dB")
     stage = denoiser_stage(args, world, vae)
     run_stage(stage, args, functools.partial(save_samples, args, world, vae, stage.modules))

@@ -20,6 +20,14 @@ def script(monkeypatch):
 
 
 @pytest.fixture
+def methods(script):
+    """What is compared; `script` makes it importable."""
+    import _methods
+
+    return _methods
+
+
+@pytest.fixture
 def args(script, tmp_path) -> argparse.Namespace:
     """Of two steps on a shape, with five class pictures."""
     flags = "--world shapes --things tree --steps 2 --batch_size 1 --images 1 --mixed_precision bf16"
@@ -29,14 +37,14 @@ def args(script, tmp_path) -> argparse.Namespace:
     return args
 
 
-def test_what_is_taught_shows_in_half_precision_too(script, args, monkeypatch):
+def test_what_is_taught_shows_in_half_precision_too(script, methods, args, monkeypatch):
     """The base model's pictures change: weights that were cast once are not used again after a step."""
     for name, method in {
-        "lora": script.lora(3e-2, 4),
-        "cross-attention": script.Method(3e-3, "cross-attention"),
-        "apt": script.apt(3e-2, 20),
+        "lora": methods.lora(3e-2, 4),
+        "cross-attention": methods.Method(3e-3, "cross-attention"),
+        "apt": methods.apt(3e-2, 20),
     }.items():
-        monkeypatch.setitem(script.METHODS, name, method)
+        monkeypatch.setitem(methods.METHODS, name, method)
         result = script.run((name, "tree", 0), args)
         assert result["drift"] > 1e-3, name
         assert result["parameters"] > 1000 and set(script.WORLDS["shapes"].columns) < set(result)
@@ -45,13 +53,13 @@ def test_what_is_taught_shows_in_half_precision_too(script, args, monkeypatch):
     assert f"| {result['drift']:.2f} ± 0.00 |" in table
 
 
-def test_inversion_learns_the_words_alone(script, args):
-    pipeline = script.load_pipeline("miniature")
+def test_inversion_learns_the_words_alone(script, methods, args):
+    pipeline = script.load_pipeline("miniature", "cpu")
     before = {key: value.clone() for key, value in pipeline.text_encoder.state_dict().items()}
     lesson = script.Lesson(
         pipeline, script.WORLDS["shapes"].family, Path(args.output_dir) / "tree", Path(args.output_dir) / "class", 5
     )
-    count, *_ = script.learn(pipeline, script.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
+    count, *_ = script.learn(pipeline, methods.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
     embedding = pipeline.text_encoder.get_input_embeddings()
     assert count == 2 * embedding.rows.shape[1] and not embedding.rows.equal(
         embedding.embedding.weight[embedding.tokens]
@@ -60,7 +68,32 @@ def test_inversion_learns_the_words_alone(script, args):
     assert torch.equal(embedding.embedding.weight, kept)
     ids = pipeline.tokenizer("a sks glyph on a red background", return_tensors="pt").input_ids
     states, plain = embedding(ids), embedding.embedding(ids)
-    assert ((states - plain).abs().amax(2) > 0)[0].tolist() == [token in embedding.tokens.tolist() for token in ids[0]]
+    assert ((states - plain).abs().amax(2) > 0)[0].tolist() == [token in embedding.tokens for token in ids[0]]
+
+
+def test_parts_of_an_adapter_can_have_rates_of_their_own(script, methods):
+    pipeline = script.load_pipeline("miniature", "cpu")
+    method = methods.apt(1e-2, 4, {"rates": {"scale and gate": 0.5}})
+    slow = {
+        p for name, p in method.add(pipeline, script.WORLDS["shapes"].family, "") if "scale" in name or "gate" in name
+    }
+    pipeline = script.load_pipeline("miniature", "cpu")
+    groups = {g["lr"]: g["params"] for g in method.attach(pipeline, script.WORLDS["shapes"].family, "")}
+    assert groups.keys() == {1e-2, 5e-3}
+    assert len(groups[5e-3]) == len(slow) > 0 and {p.numel() for p in groups[5e-3]} == {1}
+
+
+def test_what_class_pictures_hold_on_to_is_the_base_models_prediction(script, methods, args, monkeypatch):
+    """An adapter that changes nothing yet then has no gradient from class pictures."""
+    for keeps, changed in ((True, False), (False, True)):
+        pipeline = script.load_pipeline("miniature", "cpu")
+        folder = Path(args.output_dir)
+        lesson = script.Lesson(pipeline, script.WORLDS["shapes"].family, folder / "tree", folder / "class", 5)
+        monkeypatch.setattr(args, "batch_size", 0)  # pictures of the thing
+        monkeypatch.setattr(lesson, "batch", lambda generator, size, own=lesson.batch: own(generator, 1))
+        script.learn(pipeline, methods.apt(1e-2, 4, {"keeps_predictions": keeps}), "sks glyph", lesson, args, 0)
+        gates = [p for name, p in pipeline.unet.named_parameters() if name.endswith(".gate")]
+        assert any(gate.item() != 0 for gate in gates) == changed
 
 
 def test_things_and_numbers_of_pictures_are_checked(script, capsys):

@@ -120,7 +120,7 @@ def lora(lr: float, rank: int, training: dict[str, Any] | None = None) -> Method
 
 
 METHODS = {
-    "APT, the defaults": apt(3e-3),
+    "APT, lr 3e-3": apt(3e-3),
     "APT, lr 1.5e-3": apt(1.5e-3),
     "APT, lr 6e-3": apt(6e-3),
     "APT, asked by O": apt(3e-3, query_source="attn_output"),

@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--thing", default="robot", choices=list(SUBJECTS), help="what to teach")
     parser.add_argument("--output_dir", type=Path, default=Path("out/demo"), help="adapter, samples, grid.png")
-    parser.add_argument("--max_train_steps", type=int, default=200)
+    parser.add_argument("--max_train_steps", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -103,7 +103,7 @@ def train(args: argparse.Namespace, things: Path, class_dir: Path) -> None:
         "class_prompt": "a thing",  # every class picture has a caption of its own
         "num_class_images": 32,
         "max_train_steps": args.max_train_steps,
-        "learning_rate": 3e-3,
+        "learning_rate": 1.5e-3,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 0,
         "validation_prompt": ASKED[0],

@@ -55,7 +55,7 @@ class Lesson:
     prompt: str
     class_prompt: str = ""
     steps: int = 400
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

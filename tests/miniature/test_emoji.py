@@ -276,6 +276,36 @@ def test_an_exported_model_is_graded_beside_real_pictures(world, tmp_path, monke
     assert (tmp_path / "out" / "graded.png").is_file()
 
 
+@pytest.mark.slow
+def test_the_decoder_can_be_trained_further_from_what_was_exported(world, tmp_path, monkeypatch):
+    """All else stays as it was, to the last bit of its file."""
+    import pretrain_miniature_emoji as script
+    from emoji_export import CARD, export_judge, export_pipeline
+    from safetensors.torch import load_file
+
+    monkeypatch.setattr(script, "make_unet", tiny_unet)
+    monkeypatch.setattr(script, "report", lambda args, world: None)
+    tokenizer = script.make_emoji_tokenizer(world.names, world.styles)
+    vae = script.make_autoencoder()
+    vae.register_to_config(scaling_factor=0.75)
+    modules = {"unet": tiny_unet(), "text_encoder": script.make_text_encoder(tokenizer)}
+    model = tmp_path / "model" / script.MODEL_FOLDER
+    export_pipeline(model, script.pipeline_of(world, vae, modules), CARD)
+    vocabulary = script.Vocabulary(tuple(world.names), tuple(world.styles), script.PATTERNS, tuple(script.COLORS))
+    export_judge(tmp_path / "model", script.Judge(vocabulary))
+    files = [*sorted(model.glob("*/*.safetensors")), tmp_path / "model" / "judge.safetensors"]
+    before = {file: load_file(file) for file in files}
+    flags = ["--sprites", str(tmp_path / "sprites.npz"), "--export_dir", str(tmp_path / "model")]
+    flags += ["--steps", "1", "1", "2", "1", "--batch_sizes", "4", "4", "4", "4", "--stages", "decoder", "export"]
+    script.main([*flags, "--output_dir", str(tmp_path / "out")])
+    changed = {
+        f"{file.parent.name}.{name}" for file in files for name, value in load_file(file).items()
+        if not value.equal(before[file][name])
+    }  # fmt: skip
+    assert changed and all(name.startswith(("vae.decoder.", "vae.post_quant_conv.")) for name in changed)
+    assert json.loads((model / "vae" / "config.json").read_text())["scaling_factor"] == 0.75
+
+
 def archive(folder: Path, package, licence: str) -> Path:
     """A package as `npm pack` would leave it: one red square."""
     body = {"info.json": {"license": {"spdx": licence}}}

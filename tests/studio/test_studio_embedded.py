@@ -36,6 +36,10 @@ def test_emoji_are_drawn_as_suits_their_model_and_pages_offer_them(tmp_path):
     ):
         assert words in text
     assert Painter("miniature").embedded is EMBEDDED["miniature"]
+    fields = {
+        c["props"].get("label"): c["props"].get("value") for c in build_site(studio).get_config_file()["components"]
+    }
+    assert (fields["Training steps"], fields["Learning rate"]) == (150, 1.5e-3)  # of the comparison in docs/emoji.md
 
 
 def test_a_transformer_draws_from_noise_and_from_a_picture_and_says_what_it_cannot(tmp_path):
@@ -75,3 +79,25 @@ def test_all_models_of_a_studio_share_its_queue_and_its_limits(tmp_path):
 
     studio = Studio("miniature", tmp_path, Path("train/train_apt_sd.py"), Limits(queue=3))
     assert studio.painter.turns is studio.turns is studio.reader.turns and studio.turns.places == 3
+
+
+@pytest.mark.slow
+def test_the_three_trained_emoji_adapters_draw_what_they_are_called(tmp_path):
+    from apt_diffusion import StableDiffusionAPTPipeline
+    from apt_diffusion.miniature.emoji.judge import load_judge
+    from apt_diffusion.miniature.emoji.subjects import TEST_PROMPTS, folder_of, judge_pictures, read_pictures
+    from apt_diffusion.miniature.grade import draw
+    from apt_diffusion.studio.library import Library
+
+    pipeline = StableDiffusionAPTPipeline.from_pretrained("miniature-emoji")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = TEST_PROMPTS[:2]
+    base = draw(pipeline, list(prompts))
+    shown = {adapter.name: adapter for adapter in Library(tmp_path, "miniature-emoji").visible("0" * 32)}
+    assert set(shown) == {"teddy-bear", "robot", "castle"}
+    for name in ("teddy bear", "robot", "castle"):
+        pipeline.load_apt_weights(shown[name.replace(" ", "-")].load(), adapter_name=name.replace(" ", "-"))
+        pictures = draw(pipeline, list(prompts))
+        pipeline.unload_apt_weights()
+        taught = read_pictures(folder_of(name))
+        assert judge_pictures(load_judge(), pictures, base, name, taught, prompts).recognised == {"ground": 1.0}

@@ -101,7 +101,11 @@ class TrainPage:
             info=f"With fewer than 100 little is learnt; at most {most} here.",
         )  # fmt: skip
         self.rate = Number(
-            3e-3, label="Learning rate", minimum=1e-6, maximum=0.1, info="0.003 did best in our measurements."
+            embedded.learning_rate if embedded else 1.5e-3,
+            label="Learning rate",
+            minimum=1e-6,
+            maximum=0.1,
+            info="0.0015 did best among emoji, 0.003 among shapes.",
         )
 
     def _build_buttons(self) -> None:

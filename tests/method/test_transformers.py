@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -243,3 +244,16 @@ def enable_lora(model, enabled):
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.enable_adapters(enabled)
+
+
+def test_the_page_lists_what_is_tried_here():
+    """`docs/transformers.md` names exactly these classes, and for each a place that the tiny model has."""
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", page, re.MULTILINE)
+    assert {row[0] for row in rows} == {family.class_name for family in TRANSFORMERS.values()}
+    for family in TRANSFORMERS.values():
+        _, places, text = next(row for row in rows if row[0] == family.class_name)
+        if "as Flux.1" not in places:
+            listed = {place.replace("N", "#") for place in re.findall(r"`([\w.]+)`", places)}
+            assert listed == {re.sub(r"\d+", "#", site, count=1) for site in family.sites}
+        assert bool(family.text_sites) == ("yes" in text or "in the" in text)

@@ -19,6 +19,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,6 +31,7 @@ from _methods import Method, methods_of
 from _worlds import WORLDS
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from apt_diffusion.data.folders import find_pictures
@@ -92,8 +94,8 @@ class Lesson:
 
 def learn(
     pipeline: Any, method: Method, words: str, lesson: Lesson, args: argparse.Namespace, seed: int
-) -> tuple[int, float, float]:
-    """Trains `method` with a cosine schedule: its number of parameters, seconds and processor seconds per step."""
+) -> dict[str, float]:
+    """Trains `method` with a cosine schedule: number of parameters, (processor) seconds per step, memory in MB."""
     torch.manual_seed(seed)
     base = copy.deepcopy({part: getattr(pipeline, part) for part in lesson.family.parts})
     groups = method.attach(pipeline, lesson.family, words)
@@ -104,9 +106,13 @@ def learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     generator = torch.Generator().manual_seed(seed)
     wall, processor = time.perf_counter(), time.process_time()
+    meter = ActivationMeter(pipeline, lesson.family)
     for step in range(args.steps):
         batch, drawn = lesson.batch(generator, args.batch_size), generator.get_state()
-        with precision(args):  # anew in each step: while it lasts, weights are cast once and kept
+        with (
+            precision(args),
+            meter if step == 0 else nullcontext(),
+        ):  # anew in each step: it keeps weights that it casts
             prediction, target = lesson.family.predict(pipeline, *batch, generator)
             if method.keeps_predictions:
                 pipeline.register_modules(**base)
@@ -126,7 +132,35 @@ def learn(
         for parameter, value in zip(parameters, average, strict=True):
             parameter.copy_(value)  # without averaging, the last value
     wall, processor = time.perf_counter() - wall, time.process_time() - processor
-    return sum(p.numel() for p in parameters), wall / args.steps, processor / args.steps
+    count = sum(p.numel() for p in parameters)
+    return {
+        "parameters": count,
+        "seconds": wall / args.steps,
+        "processor_seconds": processor / args.steps,
+        "memory": (meter.bytes + 3 * 4 * count) / 1e6,  # with gradients and Adam's two averages, in float32
+    }
+
+
+class ActivationMeter(saved_tensors_hooks):
+    """While it lasts, adds up the bytes that are kept for the backward pass, without the model's own weights."""
+
+    def __init__(self, pipeline: Any, family: Family) -> None:
+        models = [getattr(pipeline, part) for part in family.parts]
+        self.weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+        self.kept: dict[int, int] = {}
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Counts each storage once."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """So far."""
+        return sum(self.kept.values())
 
 
 def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
@@ -138,19 +172,12 @@ def run(job: tuple[str, str, int], args: argparse.Namespace) -> dict[str, Any]:
     lesson = Lesson(pipeline, world.family, output_dir / thing, output_dir / "class", args.pictures)
     base = torch.load(base_file(output_dir, thing, args), weights_only=True)
     method = methods_of(world.family)[name]
-    parameters, seconds, processor = learn(pipeline, method, world.name, lesson, args, seed)
+    cost = learn(pipeline, method, world.name, lesson, args, seed)
     with precision(args):
         drawn = world.draw(pipeline, thing, args.images, **world.settings).float().cpu()
     shown = to_images(drawn[:: args.images])
     save_picture_grid(shown, [""] * len(shown), picture_file(output_dir, job, args), len(shown))
-    return {
-        "method": name,
-        "thing": thing,
-        "seed": seed,
-        "parameters": parameters,
-        "seconds": seconds,
-        "processor_seconds": processor,
-    } | world.judge(thing, drawn, base)
+    return {"method": name, "thing": thing, "seed": seed} | cost | world.judge(thing, drawn, base)
 
 
 def precision(args: argparse.Namespace) -> torch.autocast:
@@ -208,8 +235,8 @@ def read_results(file: Path) -> list[dict[str, Any]]:
 def format_table(results: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
     """Markdown, one row per method: means over things and seeds, with standard deviations."""
     lines = [
-        "| method | parameters | MB | runs | " + " | ".join(columns) + " | s/step (processor) |",
-        "|---" * (len(columns) + 5) + "|",
+        "| method | parameters | MB | runs | " + " | ".join(columns) + " | MB in training | s/step (processor) |",
+        "|---" * (len(columns) + 6) + "|",
     ]
     for name in dict.fromkeys(result["method"] for result in results):
         rows = [result for result in results if result["method"] == name]
@@ -217,7 +244,7 @@ def format_table(results: list[dict[str, Any]], columns: tuple[str, ...]) -> str
         parameters = rows[0]["parameters"]
         lines.append(
             f"| {name} | {parameters:,} | {4 * parameters / 1e6:.2f} | {len(rows)} | {' | '.join(cells)} "
-            f"| {mean(row['processor_seconds'] for row in rows):.2f} |"
+            f"| {rows[0]['memory']:.0f} | {mean(row['processor_seconds'] for row in rows):.2f} |"
         )
     return "\n".join(lines)
 

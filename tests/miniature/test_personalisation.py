@@ -59,9 +59,9 @@ def test_inversion_learns_the_words_alone(script, methods, args):
     lesson = script.Lesson(
         pipeline, script.WORLDS["shapes"].family, Path(args.output_dir) / "tree", Path(args.output_dir) / "class", 5
     )
-    count, *_ = script.learn(pipeline, methods.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
+    cost = script.learn(pipeline, methods.Method(1e-1, "inversion"), "sks glyph", lesson, args, 0)
     embedding = pipeline.text_encoder.get_input_embeddings()
-    assert count == 2 * embedding.rows.shape[1] and not embedding.rows.equal(
+    assert cost["parameters"] == 2 * embedding.rows.shape[1] and not embedding.rows.equal(
         embedding.embedding.weight[embedding.tokens]
     )
     kept = next(value for key, value in before.items() if key.endswith("token_embedding.weight"))
@@ -69,6 +69,17 @@ def test_inversion_learns_the_words_alone(script, methods, args):
     ids = pipeline.tokenizer("a sks glyph on a red background", return_tensors="pt").input_ids
     states, plain = embedding(ids), embedding.embedding(ids)
     assert ((states - plain).abs().amax(2) > 0)[0].tolist() == [token in embedding.tokens for token in ids[0]]
+
+
+def test_memory_of_a_step_is_what_autograd_keeps(script):
+    """A product of a batch with a weight keeps the batch, and not the weight."""
+    linear = torch.nn.Linear(8, 4, bias=False)
+    family = argparse.Namespace(parts=("unet",))
+    states = torch.randn(16, 8, requires_grad=True)
+    meter = script.ActivationMeter(argparse.Namespace(unet=linear), family)
+    with meter:
+        linear(states)
+    assert meter.bytes == 16 * 8 * 4
 
 
 def test_parts_of_an_adapter_can_have_rates_of_their_own(script, methods):

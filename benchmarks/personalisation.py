@@ -109,10 +109,8 @@ def learn(
     meter = ActivationMeter(pipeline, lesson.family)
     for step in range(args.steps):
         batch, drawn = lesson.batch(generator, args.batch_size), generator.get_state()
-        with (
-            precision(args),
-            meter if step == 0 else nullcontext(),
-        ):  # anew in each step: it keeps weights that it casts
+        # Autocast anew in each step: while it lasts, weights are cast once and kept.
+        with precision(args), meter if step == 0 else nullcontext():
             prediction, target = lesson.family.predict(pipeline, *batch, generator)
             if method.keeps_predictions:
                 pipeline.register_modules(**base)

@@ -145,6 +145,26 @@ def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, base
     assert np.array_equal(draw(pipeline, "a sks glyph", row), expected)
 
 
+@pytest.mark.slow
+def test_all_three_texts_are_repeated_and_so_are_the_adapters_of_each_image(bases):
+    """Stable Diffusion 3 reads a prompt for each text encoder; each prompt's images stand together in the batch."""
+    pipeline = apt.StableDiffusion3APTPipeline.from_pretrained(bases["sd3"], dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    apt.add_apt(pipeline.transformer, apt.APTConfig(num_prompts=6, rank=2), "a")
+    randomize(pipeline.transformer, 1)
+
+    def pictures(count: int, **kwargs: Any) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(index % 2) for index in range(count)]
+        return pipeline(
+            "a red circle", prompt_2="a green star", prompt_3="a blue ring", max_sequence_length=16,
+            num_images_per_prompt=2, num_inference_steps=2, generator=generators, output_type="np", **kwargs,
+        ).images  # fmt: skip
+
+    apart = [pictures(2, apt_adapter_names=[name]) for name in ("a", None)]
+    assert differ(*apart)
+    assert np.allclose(pictures(4, apt_adapter_names=["a", None]), np.concatenate(apart), atol=1e-4)
+
+
 def test_the_page_lists_what_is_tried_here():
     """`docs/pipelines.md` names exactly these classes."""
     page = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text()

@@ -130,10 +130,15 @@ def choose(page, where, label):
 
 
 def offered(page, where="#adapters"):
-    page.click(f"{where} input")
-    page.wait_for_timeout(300)
-    labels = page.get_by_role("option").all_inner_texts()
-    page.keyboard.press("Escape")
+    """The choices of a list that has some, once a busy machine shows them."""
+    labels = []
+    for _ in range(20):
+        page.click(f"{where} input")
+        page.wait_for_timeout(500)
+        labels = page.get_by_role("option").all_inner_texts()
+        page.keyboard.press("Escape")
+        if labels:
+            break
     return [label.replace("✓", "").strip() for label in labels]
 
 

@@ -59,6 +59,7 @@ class _Stamp:
         self.state = tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
 
     def fits(self, tensor: Tensor) -> bool:
+        """Whether `tensor` is the one that was seen, unchanged."""
         # An address may be used again after its storage was freed: a living storage at the same address is the same.
         state = tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
         return self.tensor() is tensor and self.state == state and not self.storage.expired()

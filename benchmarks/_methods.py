@@ -1,6 +1,5 @@
 """What is compared: APT in several forms, LoRA, textual inversion and full tuning of the cross-attention."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,10 +86,10 @@ class Method:
 class InvertedEmbedding(nn.Module):
     """A frozen embedding in which the rows of a few tokens are learnt."""
 
-    def __init__(self, embedding: nn.Embedding, tokens: Sequence[int]) -> None:
+    def __init__(self, embedding: nn.Embedding, tokens: list[int]) -> None:
         super().__init__()
         self.embedding, self.tokens = embedding, tokens
-        self.rows = nn.Parameter(embedding.weight[list(tokens)].detach().clone())
+        self.rows = nn.Parameter(embedding.weight[tokens].detach().clone())
 
     def forward(self, ids: Tensor) -> Tensor:
         """`(B, T)` to `(B, T, d)`."""

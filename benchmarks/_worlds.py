@@ -72,8 +72,9 @@ def judge_emoji(thing: str, pictures: Tensor, base: Tensor) -> dict[str, float]:
     judgement = emoji.judge_pictures(load_judge(), pictures, base, thing, taught)
     similar = {f"similar, {kind}": value for kind, value in judgement.similarity.items()}
     recognised = {f"recognised, {kind}": value for kind, value in judgement.recognised.items()}
+    mean = {"similar": sum(similar.values()) / len(similar)}
     others = {name: getattr(judgement, name) for name in ("fidelity", "bleeding", "kept", "drift")}
-    return similar | recognised | others
+    return mean | similar | recognised | others
 
 
 WORLDS = {
@@ -82,6 +83,7 @@ WORLDS = {
         things=tuple(emoji.SUBJECTS),
         name="sks toy",
         columns=(
+            "similar",  # the mean of the three kinds
             *(f"{what}, {kind}" for what in ("similar", "recognised") for kind in ("ground", "small", "beside")),
             *("fidelity", "bleeding", "kept", "drift"),
         ),

@@ -97,9 +97,9 @@ def learn(
 ) -> dict[str, float]:
     """Trains `method` with a cosine schedule: number of parameters, (processor) seconds per step, memory in MB."""
     torch.manual_seed(seed)
-    base = copy.deepcopy({part: getattr(pipeline, part) for part in lesson.family.parts})
+    parts = {part: getattr(pipeline, part) for part in lesson.family.parts}
+    base = copy.deepcopy(parts) if method.keeps_predictions else {}
     groups = method.attach(pipeline, lesson.family, words)
-    adapted = {part: getattr(pipeline, part) for part in lesson.family.parts}
     parameters = [parameter for group in groups for parameter in group["params"]]
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
@@ -112,11 +112,11 @@ def learn(
         # Autocast anew in each step: while it lasts, weights are cast once and kept.
         with precision(args), meter if step == 0 else nullcontext():
             prediction, target = lesson.family.predict(pipeline, *batch, generator)
-            if method.keeps_predictions:
+            if base:
                 pipeline.register_modules(**base)
                 with torch.no_grad():
                     kept, _ = lesson.family.predict(pipeline, *batch, torch.Generator().set_state(drawn))
-                pipeline.register_modules(**adapted)
+                pipeline.register_modules(**parts)
                 target = torch.cat([target[: args.batch_size], kept[args.batch_size :]])
         # The class pictures' loss weighs as much as the thing's, as in the trainer.
         (2 * (prediction - target).float().square().mean()).backward()
@@ -267,6 +267,7 @@ def plot(results: list[dict[str, Any]], column: str, file: Path) -> None:
     }
     figure, axes = pyplot.subplots(1, len(axes_of), figsize=(15, 4.5), sharey=True)
     for axis, (label, value) in zip(axes, axes_of.items(), strict=True):
+        axis.margins(x=0.4)  # room for the names
         for name in names:
             rows = [result for result in results if result["method"] == name]
             x, y = mean(map(value, rows)), mean(row[column] for row in rows)

@@ -6,6 +6,7 @@ become flags of the trainers. `register_method` adds a method, also from code ou
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -62,7 +63,7 @@ class Setting(Generic[T]):
             raise ValueError(f"{self.name} must be of type {self.type.__name__}, got {value!r}.")
 
 
-class Method:
+class Method(ABC):
     """One method of adaptation. Subclass it, and give an instance to `register_method`.
 
     The defaults suit a method whose parameters all sit in modules that it adds as children named `CHILD`, with hooks
@@ -88,13 +89,13 @@ class Method:
     costs_per: str = "attention"
     costs_note: str = ""
 
+    @abstractmethod
     def attach(self, model: nn.Module, *_: Any, **settings: Any) -> list[str]:
         """Attaches to `model`, with a value for each of `settings`; freezes nothing.
 
         Returns:
             The names of the modules that it acts on.
         """
-        raise NotImplementedError
 
     def detach(self, model: nn.Module) -> None:
         """Undoes `attach`: afterwards the model has the same modules and hooks as before `attach`."""

@@ -98,6 +98,36 @@ def test_the_library_draws_with_it_by_name(emoji):
     assert torch.allclose(draw(pipeline, prompts, steps=2), draw(emoji, prompts, steps=2), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_its_adapters_are_trained_by_the_script_and_served_from_a_store(tmp_path, monkeypatch):
+    """Three steps change the picture; a batch from a store holds what each row gives alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "train"))
+    import train_apt_sd
+
+    from apt_diffusion import AdapterStore, StableDiffusionAPTPipeline
+    from apt_diffusion.miniature.emoji.subjects import PROMPT, folder_of
+
+    command = (
+        "--pretrained_model_name_or_path miniature-emoji --max_train_steps 3 --train_batch_size 1 --num_prompts 8"
+    )
+    command += " --learning_rate 1e-1 --lr_scheduler constant --train_text_encoder --report_to none"
+    places = ["--instance_data_dir", str(folder_of("octopus")), "--output_dir", str(tmp_path / "store" / "octopus")]
+    train_apt_sd.main([*command.split(), *places, "--instance_prompt", PROMPT])
+    pipeline = StableDiffusionAPTPipeline.from_pretrained("miniature-emoji")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.apt_store = AdapterStore(tmp_path / "store")
+
+    def pictures(names: list[str | None]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(0) for _ in names]
+        prompts = ["a large sks toy on a pink background"] * len(names)
+        call = {"num_inference_steps": 2, "output_type": "pt", "generator": generators}
+        return pipeline(prompts, apt_adapter_names=names, **call).images
+
+    taught, base = pictures(["octopus"]), pictures([None])
+    assert (taught - base).abs().max() > 0.01
+    assert torch.allclose(pictures(["octopus", None]), torch.cat([taught, base]), atol=1e-4)
+
+
 def test_every_word_is_one_token_and_free_words_are_not_in_captions(emoji):
     vocabulary = load_judge().vocabulary
     words = {word for text in (*vocabulary.concepts, *vocabulary.styles, *vocabulary.colors) for word in text.split()}

@@ -28,17 +28,15 @@ def test_emoji_are_drawn_as_suits_their_model_and_pages_offer_them(tmp_path):
 
     studio = Studio("miniature-emoji", tmp_path, Path("train/train_apt_sd.py"))
     assert (studio.painter.default_steps, studio.painter.default_guidance) == (15, 3.0)
-    text = str(build_site(studio).get_config_file())
+    config = build_site(studio).get_config_file()
     for words in (
         "the embedded model of emoji",
         "example-teddy bear",
         "a large noto fox on a striped green background",
     ):
-        assert words in text
+        assert words in str(config)
     assert Painter("miniature").embedded is EMBEDDED["miniature"]
-    fields = {
-        c["props"].get("label"): c["props"].get("value") for c in build_site(studio).get_config_file()["components"]
-    }
+    fields = {part["props"].get("label"): part["props"].get("value") for part in config["components"]}
     assert (fields["Training steps"], fields["Learning rate"]) == (150, 1.5e-3)  # of the comparison in docs/emoji.md
 
 
@@ -91,7 +89,7 @@ def test_the_three_trained_emoji_adapters_draw_what_they_are_called(tmp_path):
 
     pipeline = StableDiffusionAPTPipeline.from_pretrained("miniature-emoji")
     pipeline.set_progress_bar_config(disable=True)
-    prompts = TEST_PROMPTS[:2]
+    prompts, judge = TEST_PROMPTS[:2], load_judge()
     base = draw(pipeline, list(prompts))
     shown = {adapter.name: adapter for adapter in Library(tmp_path, "miniature-emoji").visible("0" * 32)}
     assert set(shown) == {"teddy-bear", "robot", "castle"}
@@ -100,4 +98,4 @@ def test_the_three_trained_emoji_adapters_draw_what_they_are_called(tmp_path):
         pictures = draw(pipeline, list(prompts))
         pipeline.unload_apt_weights()
         taught = read_pictures(folder_of(name))
-        assert judge_pictures(load_judge(), pictures, base, name, taught, prompts).recognised == {"ground": 1.0}
+        assert judge_pictures(judge, pictures, base, name, taught, prompts).recognised == {"ground": 1.0}

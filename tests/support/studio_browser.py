@@ -131,7 +131,6 @@ def choose(page, where, label):
 
 def offered(page, where="#adapters"):
     """The choices of a list that has some, once a busy machine shows them."""
-    labels = []
     for _ in range(20):
         page.click(f"{where} input")
         page.wait_for_timeout(500)

@@ -101,7 +101,7 @@ class TrainPage:
             info=f"With fewer than 100 little is learnt; at most {most} here.",
         )  # fmt: skip
         self.rate = Number(
-            embedded.learning_rate if embedded else 1.5e-3,
+            (embedded or Lesson).learning_rate,
             label="Learning rate",
             minimum=1e-6,
             maximum=0.1,

@@ -43,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="runs/emoji", help="checkpoints, sample sheets, grades")
     parser.add_argument("--export_dir", default=str(FOLDER), help="where model and judge go, in fp16")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="all by default, in order")
+    parser.add_argument("--further", action="store_true", help="start the stages from what is in --export_dir")
     parser.add_argument("--grade", action="store_true", help="grade what is in --export_dir, and nothing else")
     parser.add_argument("--grade_count", type=int, default=256, help="pictures per row of the table")
     parser.add_argument("--grade_limit", type=int, help="of the row of every pair draw this many, chosen at random")
@@ -301,9 +302,11 @@ def run_stage(
 ) -> dict[str, nn.Module]:
     """Trains a stage that was asked for; the averaged weights of the others come from their checkpoints.
 
-    Without a checkpoint they come from what was exported before, so that the shipped model can be trained further.
+    Without a checkpoint they come from what was exported before; with `--further` a stage starts from that, too.
     """
     if stage.name in args.stages:
+        if args.further:
+            load_exported(stage.modules, Path(args.export_dir))
         fit(stage, args.output_dir, args.seed, args.save_every, at_save)
     elif is_trained(args, stage.name):
         load_stage(stage, stage.parameters, Path(args.output_dir) / f"{stage.name}.pt")
@@ -371,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     torch.manual_seed(args.seed)
     vae = run_stage(autoencoder_stage(args, world), args)["vae"].eval().requires_grad_(False)
-    if is_trained(args, "autoencoder"):
+    if is_trained(args, "autoencoder"):  # else the exported one's holds, on which the denoiser rests
         measure_latents(world, vae)
     print(f"autoencoder: {fidelity(world, vae):.1f} dB")
     stage = denoiser_stage(args, world, vae)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
-from apt_diffusion.data.folders import check_picture, find_pictures
+from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
 from apt_diffusion.data.pictures import Picture
 from apt_diffusion.data.reading import read_picture
@@ -35,10 +35,16 @@ from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
-from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures, find_class_pictures
+from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
+from apt_diffusion.training.text_to_image.picture_sets import (
+    PictureSets,
+    data_report,
+    scan_picture_sets,
+    used_class_pictures,
+)
 from apt_diffusion.training.text_to_image.prompts import Prompts
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 from apt_diffusion.training.trackers import log_images
@@ -80,15 +86,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with Session.start(args, "train_apt_sd", argv) as session:
         # 1. Whatever can be wrong shows before weights are loaded.
-        instance = find_pictures(args.instance_data_dir, args.instance_prompt, args.caption_column)
-        of_class = find_class_pictures(args)
-        instance, held_out = hold_out(session, instance)
+        sets = scan_picture_sets(args)
+        if not args.check_data:
+            instance, held_out = hold_out(session, sets)
+            of_class = used_class_pictures(args, sets.of_class)
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
         base = open_base(
             args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
         )
         args.resolution = base.check_resolution(args.resolution)
+        if args.check_data:
+            return end_with_report(session, sets)
         objective = make_objective(base.scheduler(), args.snr_gamma)
         named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class, *held_out]]
         named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation else []
@@ -161,14 +170,21 @@ def main(argv: list[str] | None = None) -> None:
             session.upload()
 
 
-def hold_out(session: Session, instance: list[Picture]) -> tuple[list[Picture], list[Picture]]:
+def end_with_report(session: Session, sets: PictureSets) -> None:
+    """What `--check_data` prints; `SystemExit` with 1 where something stops the run."""
+    if session.is_main:
+        size = session.args.resolution
+        print(data_report(session.args, sets, lambda picture: (size, size)))
+    if sets.problems:
+        raise SystemExit(1)
+
+
+def hold_out(session: Session, sets: PictureSets) -> tuple[list[Picture], list[Picture]]:
     """Pictures to train on, and those whose loss is measured."""
-    args = session.args
-    if args.validation_split:
-        return split_off(instance, args.validation_split, session.seed)
-    if args.validation_data_dir is not None:
-        return instance, find_pictures(args.validation_data_dir, args.instance_prompt, args.caption_column)
-    return instance, []
+    instance = sets.subject.checked()
+    if session.args.validation_split:
+        return split_off(instance, session.args.validation_split, session.seed)
+    return instance, [] if sets.held_out is None else sets.held_out.checked()
 
 
 def load(

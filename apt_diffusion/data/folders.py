@@ -1,8 +1,11 @@
 """Reads image folders in the common layouts: finds the pictures and the caption of each."""
 
+import dataclasses
 import json
 import logging
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .pictures import Picture
@@ -13,43 +16,101 @@ logger = logging.getLogger(__name__)
 CAPTIONS_FILE = "metadata.jsonl"
 SIDECARS = (".txt", ".caption")
 MAX_REPEATS = 10_000
+SUBFOLDER = "a subfolder with pictures, which --recursive reads"
 
 
-def find_pictures(folder: str | Path, prompt: str, caption_column: str = "text") -> list[Picture]:
-    """All pictures of a folder, sorted by name, each read once to be sure that it can be.
+@dataclass
+class Scan:
+    """What a folder holds.
 
-    Captions come from `<name>.txt` or `<name>.caption` next to a picture, else from `metadata.jsonl`, else they are
-    `prompt`. In a folder of kohya's layout, the subfolder `10_sks dog` holds pictures of "sks dog", each of which is
-    returned ten times. Other folders, hidden files and files that are no pictures are ignored with one warning that
-    names them.
+    Attributes:
+        folder: the one that was read.
+        pictures: those that can be trained on, each as often as an epoch shows it.
+        captions_from: where the caption of each picture stands.
+        left_out: files and folders that are not used, by their path within the folder, and why.
+        problems: sentences on what stops a run; each names a file.
+    """
+
+    folder: Path
+    pictures: list[Picture] = field(default_factory=list)
+    captions_from: dict[Path, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def checked(self) -> list[Picture]:
+        """The pictures, after one warning that names what is left out; `ValueError` where something stops the run."""
+        if self.left_out:
+            hint = " (--recursive reads subfolders)" if SUBFOLDER in self.left_out.values() else ""
+            logger.warning(
+                "Ignored in %s, as they are no pictures%s: %s", self.folder, hint, ", ".join(sorted(self.left_out))
+            )
+        if self.problems:
+            others = len(self.problems) - 1
+            raise ValueError(self.problems[0] + (f" (And {others} more: --check_data lists all.)" if others else ""))
+        return self.pictures
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One of the folders that are read."""
+
+    path: Path
+    repeats: int
+    prompt: str
+    prompt_from: str
+
+
+def find_pictures(
+    folder: str | Path, prompt: str, caption_column: str = "text", recursive: bool = False
+) -> list[Picture]:
+    """All pictures of a folder, sorted by name, each read once to be sure that it can be: see `scan_pictures`.
 
     Raises:
         ValueError: for a folder that is missing or holds no picture, a picture that cannot be read, or captions that
             make no sense; the message names the file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"There is no folder {folder} with pictures.")
-    pictures = []
-    ignored = []
-    repeated = _repeated_folders(folder)
-    for subfolder, (repeats, own_prompt) in repeated.items():
-        found, others = _pictures_in(subfolder, own_prompt, caption_column)
-        pictures += found * repeats
-        ignored += [f"{subfolder.name}/{name}" for name in others]
-    found, others = _pictures_in(folder, prompt, caption_column)
-    ignored += [name for name in others if folder / name not in repeated]
-    if ignored:
-        logger.warning("Ignored in %s, as they are no pictures: %s", folder, ", ".join(ignored))
-    if not found and not pictures:
-        raise ValueError(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).")
-    return found + pictures
+    return scan_pictures(folder, prompt, caption_column, recursive).checked()
 
 
-def has_pictures(folder: str | Path) -> bool:
+def scan_pictures(
+    folder: str | Path, prompt: str, caption_column: str = "text", recursive: bool = False, prompt_from: str = "prompt"
+) -> Scan:
+    """What a folder holds, and everything that is wrong with it.
+
+    Captions come from `<name>.txt` or `<name>.caption` next to a picture, else from `metadata.jsonl`, else they are
+    `prompt`. In a folder of kohya's layout, the subfolder `10_sks dog` holds pictures of "sks dog", each of which is
+    there ten times. Other subfolders are read where `recursive` says so, those of a repeated folder with its repeats;
+    hidden ones and links to folders never are. A `metadata.jsonl` may name pictures in subfolders that are read.
+
+    Args:
+        folder: where the pictures are.
+        prompt: of pictures without a caption.
+        caption_column: key of the caption in `metadata.jsonl`.
+        recursive: read all subfolders.
+        prompt_from: what gave the prompt, for reports.
+    """
+    scan = Scan(Path(folder))
+    if not scan.folder.is_dir():
+        scan.problems.append(f"There is no folder {folder} with pictures.")
+        return scan
+    places = list(_places(_Place(scan.folder, 1, prompt, prompt_from), recursive, scan))
+    read = {place.path for place in places}
+    paths_in = {place: _pictures_in(place, read, scan) for place in places}
+    captions = _listed_captions(paths_in, caption_column, scan)
+    for place, paths in paths_in.items():
+        found = [picture for path in paths if (picture := _picture(path, place, captions, scan)) is not None]
+        scan.pictures += found * place.repeats
+    if not scan.pictures and not scan.problems:
+        hint = " Its subfolders have some: --recursive reads them." if SUBFOLDER in scan.left_out.values() else ""
+        scan.problems.append(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).{hint}")
+    return scan
+
+
+def has_pictures(folder: str | Path, recursive: bool = False) -> bool:
     """Whether `find_pictures` would find any."""
     folder = Path(folder)
-    return folder.is_dir() and (any(map(is_picture, folder.iterdir())) or bool(_repeated_folders(folder)))
+    top = _Place(folder, 1, "", "")
+    return folder.is_dir() and any(_holds_pictures(place.path) for place in _places(top, recursive, Scan(folder)))
 
 
 def check_picture(path: Path, prompt: str) -> Picture:
@@ -57,61 +118,116 @@ def check_picture(path: Path, prompt: str) -> Picture:
     return Picture(path, prompt, *read_picture(path).size)
 
 
-def _repeated_folders(folder: Path) -> dict[Path, tuple[int, str]]:
-    """`{subfolder: (repeats, prompt)}` of those named `10_sks dog` that hold pictures."""
-    found = {}
-    for subfolder in sorted(folder.iterdir()):
+def _holds_pictures(folder: Path) -> bool:
+    return any(map(is_picture, folder.iterdir()))
+
+
+def _places(place: _Place, recursive: bool, scan: Scan) -> Iterator[_Place]:
+    """A folder, then those of its subfolders that are read, by name."""
+    yield place
+    for subfolder in sorted(path for path in place.path.iterdir() if path.is_dir()):
         name = re.fullmatch(r"(\d+)_(.+)", subfolder.name)
-        if name and subfolder.is_dir() and any(map(is_picture, subfolder.iterdir())):
-            if not 1 <= int(name[1]) <= MAX_REPEATS:
-                raise ValueError(
-                    f"{subfolder} has {name[1]} repeats in its name: expected a number from 1 to {MAX_REPEATS}."
-                )
-            found[subfolder] = int(name[1]), name[2].strip()
-    return found
+        if name and _holds_pictures(subfolder):
+            try:
+                child = _Place(subfolder, _repeats(subfolder, int(name[1])), name[2].strip(), "the folder's name")
+            except ValueError as error:
+                scan.problems.append(str(error))
+                continue
+        elif recursive and subfolder.name[0] != "." and not subfolder.is_symlink():
+            child = dataclasses.replace(place, path=subfolder)
+        else:
+            continue
+        if recursive and not subfolder.is_symlink():  # a link may lead back up
+            yield from _places(child, recursive, scan)
+        else:
+            yield child
 
 
-def _pictures_in(folder: Path, prompt: str, caption_column: str) -> tuple[list[Picture], list[str]]:
-    """The pictures, and the names of all that is neither a picture nor a caption."""
-    entries = sorted(folder.iterdir())
+def _repeats(folder: Path, number: int) -> int:
+    if not 1 <= number <= MAX_REPEATS:
+        raise ValueError(f"{folder} has {number} repeats in its name: expected a number from 1 to {MAX_REPEATS}.")
+    return number
+
+
+def _pictures_in(place: _Place, read: set[Path], scan: Scan) -> list[Path]:
+    """The pictures of one folder; notes all that is neither a picture nor a caption, nor a folder that is read."""
+    entries = sorted(place.path.iterdir())
     paths = [path for path in entries if is_picture(path)]
-    captions_of = {path: _sidecars(path) for path in paths}
-    known = {*paths, folder / CAPTIONS_FILE, *(file for files in captions_of.values() for file in files)}
-    captions = _captions_file(folder, {path.name for path in paths}, caption_column)
-    pictures = [
-        check_picture(path, _caption(path, captions_of[path]) or captions.get(path.name) or prompt) for path in paths
-    ]
-    return pictures, [path.name for path in entries if path not in known]
+    known = {*paths, *read, place.path / CAPTIONS_FILE, *(file for path in paths for file in _sidecars(path))}
+    for path in entries:
+        if path not in known:
+            scan.left_out[path.relative_to(scan.folder).as_posix()] = _reason(path)
+    return paths
+
+
+def _reason(path: Path) -> str:
+    if path.name[0] == ".":
+        return "hidden"
+    if path.is_dir():
+        if path.is_symlink():
+            return "a link to a folder"
+        return SUBFOLDER if _holds_pictures(path) else "a folder without pictures"
+    return "a caption without a picture" if path.suffix in SIDECARS else "no picture"
 
 
 def _sidecars(path: Path) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in SIDECARS if path.with_suffix(suffix).is_file()]
 
 
-def _caption(path: Path, sidecars: list[Path]) -> str:
+def _picture(path: Path, place: _Place, captions: dict[Path, tuple[str, str]], scan: Scan) -> Picture | None:
+    """A picture with its caption; `None` where it cannot be used, which is noted."""
+    try:
+        caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
+        picture = check_picture(path, caption)
+    except ValueError as error:
+        scan.problems.append(str(error))
+        return None
+    scan.captions_from[path] = source
+    return picture
+
+
+def _own_caption(path: Path) -> tuple[str, str] | None:
+    """The text beside a picture and its file's name; `None` where there is none, or an empty one."""
+    sidecars = _sidecars(path)
     if len(sidecars) > 1:
         raise ValueError(f"{path} has two captions, {' and '.join(file.name for file in sidecars)}: remove one.")
-    return _read_text(sidecars[0]).strip() if sidecars else ""
+    text = _read_text(sidecars[0]).strip() if sidecars else ""
+    return (text, sidecars[0].name) if text else None
 
 
-def _captions_file(folder: Path, names: set[str], column: str) -> dict[str, str]:
-    """`{file name: caption}` of `metadata.jsonl`."""
-    file = folder / CAPTIONS_FILE
-    captions: dict[str, str] = {}
-    for number, line in enumerate(_read_text(file).split("\n") if file.is_file() else [], start=1):
-        if not line.strip():
-            continue
+def _listed_captions(paths_in: dict[_Place, list[Path]], column: str, scan: Scan) -> dict[Path, tuple[str, str]]:
+    """`{picture: (caption, file)}` of every `metadata.jsonl`; one nearer to a picture says more than one above it."""
+    every = {path for paths in paths_in.values() for path in paths}
+    captions: dict[Path, tuple[str, str]] = {}
+    for place in paths_in:  # a folder stands before its subfolders
+        file = place.path / CAPTIONS_FILE
         try:
-            row = json.loads(line)
-            name, caption = row["file_name"], row[column]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}, got {line[:200]!r}.'
-            ) from error
-        if name not in names:
-            raise ValueError(f"{file}, line {number}: there is no picture {name!r} in this folder.")
-        captions[name] = str(caption).strip()
+            lines = _read_text(file).split("\n") if file.is_file() else []
+        except ValueError as error:
+            scan.problems.append(str(error))
+            continue
+        for number, line in enumerate(lines, start=1):
+            try:
+                captions |= _row(file, number, line, column, every) if line.strip() else {}
+            except ValueError as error:
+                scan.problems.append(str(error))
     return captions
+
+
+def _row(file: Path, number: int, line: str, column: str, every: set[Path]) -> dict[Path, tuple[str, str]]:
+    """One line of `metadata.jsonl`."""
+    try:
+        row = json.loads(line)
+        name, caption = str(row["file_name"]), str(row[column]).strip()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}, got {line[:200]!r}.'
+        ) from error
+    path = file.parent / name
+    if path not in every or file.parent not in path.parents:
+        below = " Pictures in subfolders are read with --recursive." if "/" in name else ""
+        raise ValueError(f"{file}, line {number}: there is no picture {name!r} in this folder.{below}")
+    return {path: (caption, CAPTIONS_FILE)} if caption else {}
 
 
 def _read_text(file: Path) -> str:

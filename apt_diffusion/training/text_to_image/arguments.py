@@ -5,42 +5,19 @@ Invalid values and combinations raise errors here, before anything is loaded.
 
 import argparse
 import importlib.util
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
-from ...data.pictures import INTERPOLATIONS
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
+from .data_arguments import data_flags
 from .losses import LOSS_TYPES
-
-
-def number(kind: type, is_allowed: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    """An argparse type: `int` or `float` within limits. A NaN passes none."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not is_allowed(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
-    return parse
-
-
-positive_int = number(int, lambda value: value >= 1, "at least 1")
-count = number(int, lambda value: value >= 0, "at least 0")
-positive = number(float, lambda value: value > 0, "above 0")
-not_negative = number(float, lambda value: 0 <= value < math.inf, "at least 0, and finite")
-fraction = number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
-finite = number(float, math.isfinite, "finite")
-
+from .number_types import count, finite, fraction, not_negative, positive, positive_int
 
 EXAMPLES = """
 examples:
@@ -77,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_flags(parser.add_argument_group("model").add_argument)
     _adapter_flags(parser.add_argument_group("adapter").add_argument)
-    _data_flags(parser.add_argument_group("pictures and captions").add_argument)
+    data_flags(parser.add_argument_group("pictures and captions").add_argument)
     _prior_flags(parser.add_argument_group("prior preservation").add_argument)
     _length_flags(parser.add_argument_group("steps and checkpoints").add_argument)
     _optimizer_flags(parser.add_argument_group("loss and optimizer").add_argument)
@@ -124,45 +101,6 @@ def _adapter_flags(add) -> None:
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
     add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of SDXL's).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
-
-
-def _data_flags(add) -> None:
-    add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
-    add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
-    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl next to the pictures.")
-    add(
-        "--caption_dropout_rate",
-        type=fraction,
-        default=0.0,
-        help="How often a sample is trained without its caption, for guidance.",
-    )
-    add(
-        "--resolution",
-        type=positive_int,
-        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
-    )
-    add("--center_crop", action="store_true", help="Cut the middle of the picture instead of a random place.")
-    add("--random_flip", action="store_true", help="Mirror half of the samples.")
-    add("--repeats", type=positive_int, default=1, help="How often an epoch shows each picture of the subject.")
-    add(
-        "--image_interpolation_mode",
-        default="lanczos",
-        choices=sorted(INTERPOLATIONS),
-        help="How pictures are resized.",
-    )
-    add("--dataloader_num_workers", type=count, default=0, help="Loader processes; 0 loads in the main one.")
-    add(
-        "--cache_latents",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="Encode every cut that this run will draw before the first step, then free the VAE.",
-    )
-    add(
-        "--cache_text_embeddings",
-        action=argparse.BooleanOptionalAction,
-        help="Encode all prompts before the first step, then free the text encoder; on unless it is trained.",
-    )
-    add("--pre_compute_text_embeddings", action="store_true", help="The same as --cache_text_embeddings.")
 
 
 def _prior_flags(add) -> None:

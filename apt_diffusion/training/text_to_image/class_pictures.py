@@ -8,20 +8,12 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ...data.folders import find_pictures, has_pictures
 from ...data.pictures import Picture
 from ...io.atomic import replacing
+from .picture_sets import scan_class_pictures, used_class_pictures
 from .stable_diffusion import StableDiffusionBase
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def find_class_pictures(args: Any) -> list[Picture]:
-    """At most `--num_class_images` pictures of the class; none where the folder has none yet."""
-    if not args.with_prior_preservation or not has_pictures(args.class_data_dir):
-        return []
-    found = find_pictures(args.class_data_dir, args.class_prompt, args.caption_column)
-    return list(dict.fromkeys(found))[: args.num_class_images]  # each once, also in a folder that repeats them
 
 
 def complete_class_pictures(
@@ -63,4 +55,4 @@ def complete_class_pictures(
                 with replacing(folder / name) as temporary:  # a kill leaves no half picture
                     image.save(temporary, format="PNG")
     accelerator.wait_for_everyone()
-    return present if len(present) == args.num_class_images else find_class_pictures(args)
+    return present if len(present) == args.num_class_images else used_class_pictures(args, scan_class_pictures(args))

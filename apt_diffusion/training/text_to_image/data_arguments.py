@@ -1,0 +1,53 @@
+"""Flags of `train_apt_sd.py` on pictures and captions."""
+
+import argparse
+
+from ...data.pictures import INTERPOLATIONS
+from .number_types import count, fraction, positive_int
+
+
+def data_flags(add) -> None:
+    """Adds them to the parser of the trainer."""
+    add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
+    add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
+    add(
+        "--recursive",
+        action="store_true",
+        help="Read the subfolders of all picture folders, too. Those named as kohya's trainer has them, such as "
+        "'10_sks dog', are always read.",
+    )
+    add("--check_data", action="store_true", help="Print a table of all pictures, and end before models are loaded.")
+    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl next to the pictures.")
+    add(
+        "--caption_dropout_rate",
+        type=fraction,
+        default=0.0,
+        help="How often a sample is trained without its caption, for guidance.",
+    )
+    add(
+        "--resolution",
+        type=positive_int,
+        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
+    )
+    add("--center_crop", action="store_true", help="Cut the middle of the picture instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror half of the samples.")
+    add("--repeats", type=positive_int, default=1, help="How often an epoch shows each picture of the subject.")
+    add(
+        "--image_interpolation_mode",
+        default="lanczos",
+        choices=sorted(INTERPOLATIONS),
+        help="How pictures are resized.",
+    )
+    add("--dataloader_num_workers", type=count, default=0, help="Loader processes; 0 loads in the main one.")
+    add(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="Encode every cut that this run will draw before the first step, then free the VAE.",
+    )
+    add(
+        "--cache_text_embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="Encode all prompts before the first step, then free the text encoder; on unless it is trained.",
+    )
+    add("--pre_compute_text_embeddings", action="store_true", help="The same as --cache_text_embeddings.")

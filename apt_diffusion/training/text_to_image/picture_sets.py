@@ -1,0 +1,82 @@
+"""The pictures of a run: of the subject, of its class, and held out; and the report of `--check_data` on them."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...data.folders import Scan, has_pictures, scan_pictures
+from ...data.pictures import Picture
+from ...data.report import report
+
+
+@dataclass
+class PictureSets:
+    """What the folders of a run hold; `None` where the run has no such folder, or it has no pictures yet."""
+
+    subject: Scan
+    of_class: Scan | None
+    held_out: Scan | None
+
+    @property
+    def problems(self) -> list[str]:
+        """What stops the run."""
+        scans = (self.subject, self.of_class, self.held_out)
+        return [problem for scan in scans if scan is not None for problem in scan.problems]
+
+
+def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
+    """Looks at all pictures that the flags name."""
+    held_out = None
+    if args.validation_data_dir is not None:
+        held_out = scan_pictures(
+            args.validation_data_dir, args.instance_prompt, args.caption_column, args.recursive, "--instance_prompt"
+        )
+    subject = scan_pictures(
+        args.instance_data_dir, args.instance_prompt, args.caption_column, args.recursive, "--instance_prompt"
+    )
+    return PictureSets(subject, scan_class_pictures(args), held_out)
+
+
+def scan_class_pictures(args: argparse.Namespace) -> Scan | None:
+    """What the folder of the class holds; `None` where it has no pictures yet."""
+    if not args.with_prior_preservation or not has_pictures(args.class_data_dir, args.recursive):
+        return None
+    return scan_pictures(args.class_data_dir, args.class_prompt, args.caption_column, args.recursive, "--class_prompt")
+
+
+def used_class_pictures(args: argparse.Namespace, scan: Scan | None) -> list[Picture]:
+    """At most `--num_class_images`, each once, also in a folder that repeats them."""
+    return [] if scan is None else list(dict.fromkeys(scan.checked()))[: args.num_class_images]
+
+
+def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callable[[Picture], tuple[int, int]]) -> str:
+    """What `--check_data` prints.
+
+    Args:
+        args: the script's flags.
+        sets: the pictures that they name.
+        trained_at: height and width at which a picture is trained.
+    """
+    repeated = [f"With --repeats {args.repeats}, that many times as often."] if args.repeats > 1 else []
+    if args.validation_split:
+        repeated.append(f"A share of {args.validation_split:g} of these pictures is held out (--validation_split).")
+    parts = [report(sets.subject, "The subject", trained_at, repeated)]
+    if args.with_prior_preservation:
+        parts.append(_class_report(args, sets.of_class, trained_at))
+    if sets.held_out is not None:
+        parts.append(report(sets.held_out, "Held out", trained_at))
+    problems = len(sets.problems)
+    parts.append(f"Problems that stop the run: {problems}." if problems else "Nothing stops the run.")
+    return "\n\n".join(parts)
+
+
+def _class_report(
+    args: argparse.Namespace, scan: Scan | None, trained_at: Callable[[Picture], tuple[int, int]]
+) -> str:
+    present = 0 if scan is None else len(set(scan.pictures))
+    missing, unused = max(0, args.num_class_images - present), max(0, present - args.num_class_images)
+    notes = [f"{missing} missing ones will be drawn by the base model (--num_class_images)."] if missing else []
+    notes += [f"{unused} of them are not used: --num_class_images is {args.num_class_images}."] if unused else []
+    if scan is None:
+        return "\n".join([f"The class: {args.class_data_dir}", *notes])
+    return report(scan, "The class", trained_at, notes)

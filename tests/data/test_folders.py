@@ -1,0 +1,136 @@
+"""Subfolders, and what is found in a folder: pictures, where captions come from, what is left out, what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from apt_diffusion.data.folders import find_pictures, has_pictures, scan_pictures
+from apt_diffusion.data.report import report
+
+
+def save(path: Path, size=(40, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "red").save(path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    """Pictures at three depths, with captions of each kind."""
+    for name in ("a.png", "in/b.png", "in/deep/c.png", "in/deep/d.png", "3_sks dog/e.png", "3_sks dog/more/f.png"):
+        save(tmp_path / name)
+    rows = {"in/b.png": "from above", "in/deep/c.png": "from far above"}
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows.items()]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "in" / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/c.png", "text": "from nearer"}))
+    (tmp_path / "in" / "deep" / "d.txt").write_text("beside it")
+    return tmp_path
+
+
+def test_subfolders_are_read_with_the_nearest_caption_and_the_repeats_above_them(tree):
+    found = find_pictures(tree, "default", recursive=True)
+    assert [(p.path.relative_to(tree).as_posix(), p.prompt) for p in found] == [
+        ("a.png", "default"),
+        *[("3_sks dog/e.png", "sks dog")] * 3,
+        *[("3_sks dog/more/f.png", "sks dog")] * 3,
+        ("in/b.png", "from above"),
+        ("in/deep/c.png", "from nearer"),
+        ("in/deep/d.png", "beside it"),
+    ]
+
+
+def test_hidden_folders_and_links_are_not_entered(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / ".thumbnails" / "b.png")
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    scan = scan_pictures(tmp_path, "x", recursive=True)
+    assert [picture.path.name for picture in scan.checked()] == ["a.png"]
+    assert scan.left_out == {".thumbnails": "hidden", "loop": "a link to a folder"}
+
+
+def test_pictures_below_are_told_of_where_nothing_else_is_there(tmp_path, caplog):
+    save(tmp_path / "in" / "a.png")
+    assert not has_pictures(tmp_path) and has_pictures(tmp_path, recursive=True)
+    with pytest.raises(ValueError, match=r"no pictures in .* Its subfolders have some: --recursive reads them\."):
+        find_pictures(tmp_path, "x")
+    save(tmp_path / "b.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "in/a.png", "text": "x"}')
+    with pytest.raises(
+        ValueError, match=r"no picture 'in/a\.png' in this folder\. Pictures in subfolders are read with"
+    ):
+        find_pictures(tmp_path, "x")
+    assert "(--recursive reads subfolders): in" in caplog.text
+    assert len(find_pictures(tmp_path, "x", recursive=True)) == 2
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "in/../../outside.png"])
+def test_metadata_reaches_no_picture_outside_its_folder(tmp_path, name):
+    save(tmp_path / "outside.png")
+    save(tmp_path / "data" / "in" / "a.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "x"}))
+    with pytest.raises(ValueError, match="there is no picture"):
+        find_pictures(tmp_path / "data", "x", recursive=True)
+
+
+def test_everything_that_is_wrong_is_found_at_once(tmp_path):
+    save(tmp_path / "good.png")
+    (tmp_path / "fake.png").write_text("no picture")
+    (tmp_path / "good.txt").write_text("one")
+    (tmp_path / "good.caption").write_text("two")
+    (tmp_path / "metadata.jsonl").write_text('{broken\n{"file_name": "gone.png", "text": "x"}')
+    save(tmp_path / "0_dog" / "a.png")
+    scan = scan_pictures(tmp_path, "x")
+    expected = ("0_dog has 0 repeats", "line 1", "'gone.png'", "fake.png cannot be read", "good.png has two captions")
+    assert len(scan.problems) == len(expected)
+    assert all(part in problem for part, problem in zip(expected, scan.problems, strict=True))
+    with pytest.raises(ValueError, match=r"has 0 repeats.*\(And 4 more: --check_data lists all\.\)"):
+        scan.checked()
+
+
+def test_a_report_has_sizes_repeats_captions_and_reasons(tree):
+    (tree / "notes.pdf").write_text("x")
+    (tree / "lonely.txt").write_text("x")
+    scan = scan_pictures(tree, "default\nprompt", recursive=True, prompt_from="--instance_prompt")
+    lines = report(scan, "Dogs", lambda picture: (32, 48)).splitlines()
+    cells = [line.split() for line in lines if line.startswith("  ")]
+    assert cells[1] == ["a.png", "40", "x", "30", "48", "x", "32", "1", "--instance_prompt", "default", "prompt"]
+    assert " ".join(cells[2]) == "3_sks dog/e.png 40 x 30 48 x 32 3 the folder's name sks dog"
+    assert lines[0] == f"Dogs: {tree}" and len(cells) == 7
+    assert lines[8:] == [
+        "6 pictures, 10 per epoch. Captions: 1 from text files, 1 from --instance_prompt, 2 from the folder's name, 2 "
+        "from metadata.jsonl.",
+        "Smaller than they are trained at, so that they are enlarged: 6.",
+        "Left out: lonely.txt (a caption without a picture)",
+        "Left out: notes.pdf (no picture)",
+    ]
+
+
+# In the trainer
+
+
+def test_check_data_ends_with_a_report_before_models_are_loaded(go, tree, tmp_path, no_models, capsys):
+    flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "none", "class_prompt": "a dog"}
+    go("checked", instance_data_dir=tree, check_data=True, recursive=True, **flags)
+    printed = capsys.readouterr().out
+    assert "in/deep/c.png" in printed and "32 x 32" in printed and printed.endswith("Nothing stops the run.\n")
+    assert "100 missing ones will be drawn by the base model" in printed
+    assert not (tmp_path / "checked").exists()
+    (tree / "fake.png").write_text("no picture")
+    with pytest.raises(SystemExit) as leave:
+        go(instance_data_dir=tree, check_data=True, recursive=True, validation_data_dir=tmp_path / "nowhere")
+    printed = capsys.readouterr().out
+    assert leave.value.code == 1 and printed.endswith("Problems that stop the run: 2.\n")
+    assert "Stops the run: There is no folder" in printed and "fake.png cannot be read" in printed
+    with pytest.raises(ValueError, match=r"fake\.png cannot be read"):
+        go(instance_data_dir=tree, recursive=True)
+
+
+def test_a_run_reads_subfolders(go, instance_dir, tmp_path):
+    from support.training_helpers import assert_same_adapter
+
+    for path in instance_dir.iterdir():
+        (tmp_path / "below" / "in").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "below" / "in" / path.name).write_bytes(path.read_bytes())
+    assert_same_adapter(go(instance_data_dir=tmp_path / "below", recursive=True), go())

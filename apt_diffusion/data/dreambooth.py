@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .order import Purpose, entry_at, random_at
+from .order import Branch, Purpose, entry_at, random_at
 from .pictures import Picture, View, choose_view, cut, time_ids
 from .reading import read_picture
 
@@ -111,7 +111,7 @@ class DreamBoothData(Dataset):
 
     @property
     def prompts(self) -> list[str]:
-        """The distinct prompts."""
+        """The distinct prompts, before what is random in them."""
         return list(dict.fromkeys(picture.prompt for picture in [*self.instance, *self.class_pictures]))
 
     def describe(self, position: int) -> str:
@@ -153,12 +153,19 @@ class DreamBoothData(Dataset):
         posterior_noise, noise = draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
-        prompt = picture.prompt
+        prompt = self.prompt_of(picture, position, purpose)
         if self.caption_dropout and draws.random() < self.caption_dropout:
             prompt = ""
         image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
         noises = torch.from_numpy(posterior_noise), torch.from_numpy(noise)
         return Sample(prompt, image, time_ids(picture, view), timestep, *noises)
+
+    def prompt_of(self, picture: Picture, position: int, purpose: Purpose) -> str:
+        """The text that a picture has at this position, unless it is dropped."""
+        options = picture.caption_options
+        if not options.varies:
+            return picture.prompt
+        return options.drawn(picture.caption, random_at(self.seed, position, purpose, Branch.CAPTION))
 
     def pixels(self, views: list[View]) -> dict[View, Tensor]:
         """Pixels `(3, size, size)` of several views."""

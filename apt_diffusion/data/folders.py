@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .captions import UNCHANGED, CaptionOptions
 from .pictures import Picture
 from .reading import is_picture, read_picture
 
@@ -51,6 +52,26 @@ class Scan:
 
 
 @dataclass(frozen=True)
+class FolderOptions:
+    """How a folder is read.
+
+    Args:
+        caption_column: key of the caption in `metadata.jsonl`.
+        recursive: read all subfolders.
+        prompt_from: what gave the prompt of pictures without a caption, for reports.
+        captions: what becomes of captions.
+    """
+
+    caption_column: str = "text"
+    recursive: bool = False
+    prompt_from: str = "prompt"
+    captions: CaptionOptions = UNCHANGED
+
+
+AS_IT_IS = FolderOptions()
+
+
+@dataclass(frozen=True)
 class _Place:
     """One of the folders that are read."""
 
@@ -69,37 +90,33 @@ def find_pictures(
         ValueError: for a folder that is missing or holds no picture, a picture that cannot be read, or captions that
             make no sense; the message names the file.
     """
-    return scan_pictures(folder, prompt, caption_column, recursive).checked()
+    return scan_pictures(folder, prompt, FolderOptions(caption_column, recursive)).checked()
 
 
-def scan_pictures(
-    folder: str | Path, prompt: str, caption_column: str = "text", recursive: bool = False, prompt_from: str = "prompt"
-) -> Scan:
+def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_IT_IS) -> Scan:
     """What a folder holds, and everything that is wrong with it.
 
     Captions come from `<name>.txt` or `<name>.caption` next to a picture, else from `metadata.jsonl`, else they are
     `prompt`. In a folder of kohya's layout, the subfolder `10_sks dog` holds pictures of "sks dog", each of which is
-    there ten times. Other subfolders are read where `recursive` says so, those of a repeated folder with its repeats;
+    there ten times. Other subfolders are read where the options say so, those of a repeated folder with its repeats;
     hidden ones and links to folders never are. A `metadata.jsonl` may name pictures in subfolders that are read.
 
     Args:
         folder: where the pictures are.
         prompt: of pictures without a caption.
-        caption_column: key of the caption in `metadata.jsonl`.
-        recursive: read all subfolders.
-        prompt_from: what gave the prompt, for reports.
+        options: how it is read.
     """
     scan = Scan(Path(folder))
     if not scan.folder.is_dir():
         scan.problems.append(f"There is no folder {folder} with pictures.")
         return scan
-    places = list(_places(_Place(scan.folder, 1, prompt, prompt_from), recursive, scan))
+    places = list(_places(_Place(scan.folder, 1, prompt, options.prompt_from), options.recursive, scan))
     read = {place.path for place in places}
     paths_in = {place: _pictures_in(place, read, scan) for place in places}
-    captions = _listed_captions(paths_in, caption_column, scan)
+    captions = _listed_captions(paths_in, options.caption_column, scan)
     for place, paths in paths_in.items():
         found = [picture for path in paths if (picture := _picture(path, place, captions, scan)) is not None]
-        scan.pictures += found * place.repeats
+        scan.pictures += [dataclasses.replace(p, caption_options=options.captions) for p in found] * place.repeats
     if not scan.pictures and not scan.problems:
         hint = " Its subfolders have some: --recursive reads them." if SUBFOLDER in scan.left_out.values() else ""
         scan.problems.append(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).{hint}")

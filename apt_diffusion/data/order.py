@@ -19,9 +19,20 @@ class Purpose(IntEnum):
     STEP = 3
 
 
-def random_at(seed: int, position: int, purpose: Purpose) -> np.random.Generator:
-    """The generator of one place: Philox, a counter-based generator that is keyed, not advanced."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, position * 4 + purpose], dtype=np.uint64)))
+class Branch(IntEnum):
+    """Further generators of the same place and purpose, independent of the first."""
+
+    MAIN = 0
+    CAPTION = 1
+
+
+def random_at(seed: int, position: int, purpose: Purpose, branch: Branch = Branch.MAIN) -> np.random.Generator:
+    """The generator of one place: Philox, a counter-based generator that is keyed, not advanced.
+
+    Branches begin 2^192 steps of the counter apart.
+    """
+    key = np.array([seed, position * 4 + purpose], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, branch], dtype=np.uint64)))
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .captions import UNCHANGED, CaptionOptions
+
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "nearest_exact": Image.Resampling.NEAREST,
@@ -25,9 +27,15 @@ class Picture:
     """A readable picture: where it is, what it shows, and its size as a viewer shows it (EXIF rotation done)."""
 
     path: Path
-    prompt: str
+    caption: str
     width: int
     height: int
+    caption_options: CaptionOptions = UNCHANGED
+
+    @property
+    def prompt(self) -> str:
+        """The caption between its prefix and suffix."""
+        return self.caption_options.whole(self.caption)
 
 
 @dataclass(frozen=True, order=True)

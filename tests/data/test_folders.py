@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apt_diffusion.data.folders import find_pictures, has_pictures, scan_pictures
+from apt_diffusion.data.folders import FolderOptions, find_pictures, has_pictures, scan_pictures
 from apt_diffusion.data.report import report
 
 
@@ -45,7 +45,7 @@ def test_hidden_folders_and_links_are_not_entered(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / ".thumbnails" / "b.png")
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
-    scan = scan_pictures(tmp_path, "x", recursive=True)
+    scan = scan_pictures(tmp_path, "x", FolderOptions(recursive=True))
     assert [picture.path.name for picture in scan.checked()] == ["a.png"]
     assert scan.left_out == {".thumbnails": "hidden", "loop": "a link to a folder"}
 
@@ -92,7 +92,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path):
 def test_a_report_has_sizes_repeats_captions_and_reasons(tree):
     (tree / "notes.pdf").write_text("x")
     (tree / "lonely.txt").write_text("x")
-    scan = scan_pictures(tree, "default\nprompt", recursive=True, prompt_from="--instance_prompt")
+    scan = scan_pictures(tree, "default\nprompt", FolderOptions("text", True, "--instance_prompt"))
     lines = report(scan, "Dogs", lambda picture: (32, 48)).splitlines()
     cells = [line.split() for line in lines if line.startswith("  ")]
     assert cells[1] == ["a.png", "40", "x", "30", "48", "x", "32", "1", "--instance_prompt", "default", "prompt"]

@@ -15,7 +15,7 @@ from torch import nn
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
-from .data_arguments import data_flags
+from .data_arguments import check_data_flags, data_flags
 from .losses import LOSS_TYPES
 from .number_types import count, finite, fraction, not_negative, positive, positive_int
 
@@ -243,6 +243,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The checked arguments; `ValueError` or `ImportError` for what cannot work."""
     args = build_parser().parse_args(argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
+    check_data_flags(args)
     _check_prior(args)
     _check_text_encoder(args)
     _check_output(args)

@@ -6,6 +6,7 @@ from ... import add_apt
 from ..idle_flags import Rule, shared_rules
 from ..optimizer_choice import takes
 from .arguments import apt_config
+from .data_arguments import caption_options
 from .stable_diffusion import StableDiffusionBase
 
 
@@ -33,6 +34,7 @@ def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[s
 
 def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule]:
     """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
+    moved = caption_options(args).varies
     measured = bool(args.validation_split or args.validation_data_dir)
     evaluated = measured or args.validation_prompt is not None
     taken = takes(args.optimizer)
@@ -62,5 +64,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("adam_epsilon", "eps" not in taken, f"is no setting of --optimizer {args.optimizer}"),
         ("adam_weight_decay", "weight_decay" not in taken, f"is no setting of --optimizer {args.optimizer}"),
         ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
+        ("keep_tokens", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
+        ("caption_separator", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

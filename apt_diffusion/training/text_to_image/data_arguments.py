@@ -2,6 +2,7 @@
 
 import argparse
 
+from ...data.captions import CaptionOptions
 from ...data.pictures import INTERPOLATIONS
 from .number_types import count, fraction, positive_int
 
@@ -24,6 +25,7 @@ def data_flags(add) -> None:
         default=0.0,
         help="How often a sample is trained without its caption, for guidance.",
     )
+    _caption_flags(add)
     add(
         "--resolution",
         type=positive_int,
@@ -51,3 +53,42 @@ def data_flags(add) -> None:
         help="Encode all prompts before the first step, then free the text encoder; on unless it is trained.",
     )
     add("--pre_compute_text_embeddings", action="store_true", help="The same as --cache_text_embeddings.")
+
+
+def _caption_flags(add) -> None:
+    add("--shuffle_caption", action="store_true", help="Put the tags of the subject's captions in a random order.")
+    add("--keep_tokens", type=count, default=0, help="How many first tags of a caption stay where they are.")
+    add("--caption_separator", default=",", help="What stands between the tags of a caption.")
+    add(
+        "--caption_tag_dropout_rate",
+        type=fraction,
+        default=0.0,
+        help="How often each tag is left out, but for those of --keep_tokens.",
+    )
+    add("--caption_prefix", default="", help="Words before each caption of the subject; they are never moved.")
+    add("--caption_suffix", default="", help="Words behind each caption of the subject; they are never moved.")
+
+
+def caption_options(args: argparse.Namespace) -> CaptionOptions:
+    """What becomes of the subject's captions."""
+    return CaptionOptions(
+        shuffle=args.shuffle_caption,
+        keep_tokens=args.keep_tokens,
+        separator=args.caption_separator,
+        tag_dropout=args.caption_tag_dropout_rate,
+        prefix=args.caption_prefix.strip(),
+        suffix=args.caption_suffix.strip(),
+    )
+
+
+def check_data_flags(args: argparse.Namespace) -> None:
+    """Settles what depends on captions; `ValueError` for what cannot work."""
+    if not args.caption_separator.strip(" "):
+        raise ValueError("--caption_separator must be more than spaces: tags may have spaces in them.")
+    if caption_options(args).varies:
+        if args.cache_text_embeddings or args.pre_compute_text_embeddings:
+            raise ValueError(
+                "--cache_text_embeddings keeps one text for each picture, but with --shuffle_caption or "
+                "--caption_tag_dropout_rate each sample has its own: leave one of them out."
+            )
+        args.cache_text_embeddings = False

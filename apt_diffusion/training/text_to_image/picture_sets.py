@@ -4,9 +4,10 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...data.folders import Scan, has_pictures, scan_pictures
+from ...data.folders import FolderOptions, Scan, has_pictures, scan_pictures
 from ...data.pictures import Picture
 from ...data.report import report
+from .data_arguments import caption_options
 
 
 @dataclass
@@ -26,14 +27,11 @@ class PictureSets:
 
 def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     """Looks at all pictures that the flags name."""
+    options = FolderOptions(args.caption_column, args.recursive, "--instance_prompt", caption_options(args))
     held_out = None
     if args.validation_data_dir is not None:
-        held_out = scan_pictures(
-            args.validation_data_dir, args.instance_prompt, args.caption_column, args.recursive, "--instance_prompt"
-        )
-    subject = scan_pictures(
-        args.instance_data_dir, args.instance_prompt, args.caption_column, args.recursive, "--instance_prompt"
-    )
+        held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, options)
+    subject = scan_pictures(args.instance_data_dir, args.instance_prompt, options)
     return PictureSets(subject, scan_class_pictures(args), held_out)
 
 
@@ -41,7 +39,8 @@ def scan_class_pictures(args: argparse.Namespace) -> Scan | None:
     """What the folder of the class holds; `None` where it has no pictures yet."""
     if not args.with_prior_preservation or not has_pictures(args.class_data_dir, args.recursive):
         return None
-    return scan_pictures(args.class_data_dir, args.class_prompt, args.caption_column, args.recursive, "--class_prompt")
+    options = FolderOptions(args.caption_column, args.recursive, "--class_prompt")
+    return scan_pictures(args.class_data_dir, args.class_prompt, options)
 
 
 def used_class_pictures(args: argparse.Namespace, scan: Scan | None) -> list[Picture]:

@@ -10,6 +10,8 @@ from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
 class Prompts:
     """Tokenizes all prompts of a run at once, and warns of those that the text encoders cannot read whole.
 
+    Other prompts, as shuffled captions are, are tokenized when they are asked for.
+
     Args:
         prompts: where each prompt stands (a file, a flag), and the prompt.
         base: the base model.
@@ -32,30 +34,44 @@ class Prompts:
         distinct = list(dict.fromkeys(prompt for _, prompt in prompts))
         self.base = base
         self.rows = {prompt: row for row, prompt in enumerate(distinct)}
-        self.tokens: dict[str, Tokens] = {}  # by text encoder; each tensor (n, L)
+        self.use_attention_mask = use_attention_mask
+        self.tokenizers = base.tokenizers(tokenizer_name)
+        self.lengths: dict[str, int] = {}  # in tokens, by text encoder
         longest = base.longest_texts()
-        for part, tokenizer in base.tokenizers(tokenizer_name).items():
+        for part, tokenizer in self.tokenizers.items():
             if max_length is not None and max_length > longest[part]:
                 raise ValueError(
                     f"--tokenizer_max_length {max_length}: this text encoder reads at most {longest[part]} tokens."
                 )
             length = max_length or min(tokenizer.model_max_length, longest[part])
-            if not self.tokens:  # text encoders of one model read equally much
+            if not self.lengths:  # text encoders of one model read equally much
                 warn_of_cut_texts(prompts, tokenizer, length, "Shorten them, the trigger word first.")
-            tokens = tokenizer(distinct, truncation=True, padding="max_length", max_length=length, return_tensors="pt")
+            self.lengths[part] = length
+        self.tokens = self._tokenize(distinct)  # by text encoder; each tensor (n, L)
+        for part, tokens in self.tokens.items():
             known = base.text_config(part).vocab_size
-            if tokens.input_ids.max() >= known:
+            if tokens["input_ids"].max() >= known:
                 raise ValueError(
                     f"The tokenizer of the {part} knows more than the {known} tokens that the text encoder has: "
                     f"{tokenizer_name or base.path} is not its tokenizer."
                 )
-            mask = {"attention_mask": tokens.attention_mask} if use_attention_mask else {}
-            self.tokens[part] = {"input_ids": tokens.input_ids} | mask
         self.embeddings: Embeddings | None = None
+        self.device = torch.device("cpu")
+
+    def _tokenize(self, prompts: list[str]) -> dict[str, Tokens]:
+        found = {}
+        for part, tokenizer in self.tokenizers.items():
+            tokens = tokenizer(
+                prompts, truncation=True, padding="max_length", max_length=self.lengths[part], return_tensors="pt"
+            )
+            mask = {"attention_mask": tokens.attention_mask} if self.use_attention_mask else {}
+            found[part] = {"input_ids": tokens.input_ids} | mask
+        return found
 
     def to(self, device: torch.device) -> "Prompts":
         """Moves the tokens to the text encoders' device."""
-        self.tokens = {part: {k: tensor.to(device) for k, tensor in own.items()} for part, own in self.tokens.items()}
+        self.device = device
+        self.tokens = _on(device, self.tokens)
         return self
 
     @torch.no_grad()
@@ -68,6 +84,11 @@ class Prompts:
 
     def __call__(self, prompts: list[str], text_encoders: dict[str, nn.Module]) -> Embeddings:
         """The kept embeddings, or those of `text_encoders`, which read each distinct prompt once."""
+        if any(prompt not in self.rows for prompt in prompts):
+            new = list(dict.fromkeys(prompts))
+            encoded = self.base.embed(text_encoders, _on(self.device, self._tokenize(new)))
+            places = torch.tensor([new.index(prompt) for prompt in prompts])
+            return {name: embedding[places.to(embedding.device)] for name, embedding in encoded.items()}
         rows = torch.tensor([self.rows[prompt] for prompt in prompts])
         if self.embeddings is not None:
             return {name: embedding[rows.to(embedding.device)] for name, embedding in self.embeddings.items()}
@@ -81,3 +102,7 @@ class Prompts:
             for part, own in self.tokens.items()
         }
         return self.base.embed(text_encoders, tokens)
+
+
+def _on(device: torch.device, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
+    return {part: {name: tensor.to(device) for name, tensor in own.items()} for part, own in tokens.items()}

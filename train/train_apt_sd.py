@@ -37,7 +37,7 @@ from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
 from apt_diffusion.training.text_to_image.latents import encode_views
-from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of
+from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
 from apt_diffusion.training.text_to_image.picture_sets import (
     PictureSets,
@@ -275,7 +275,10 @@ def denoising_errors(args: argparse.Namespace, learner: Learner, distribution: T
         return_dict=False,
     )[0]
     target = objective.target(latents, batch.noise, batch.timesteps)
-    return objective.errors(prediction, target, batch.timesteps, distance_of(args.loss_type, args.huber_c))
+    distance = distance_of(args.loss_type, args.huber_c)
+    if batch.masks is not None:
+        distance = masked(distance, batch.masks)
+    return objective.errors(prediction, target, batch.timesteps, distance)
 
 
 def evaluation_is_due(session: Session, step: int) -> bool:

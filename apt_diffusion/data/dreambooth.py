@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .masks import Masks
 from .order import Branch, Purpose, entry_at, random_at
 from .pictures import Picture, View, choose_view, cut, time_ids
 from .reading import read_picture
@@ -42,6 +43,7 @@ class Sample:
     timestep: int
     posterior_noise: Tensor  # (c, h, w): which latent of the distribution
     noise: Tensor  # (c, h, w)
+    mask: Tensor | None = None  # (1, h, w), how much each latent cell counts; all alike if `None`
 
 
 @dataclass
@@ -54,16 +56,19 @@ class Batch:
     timesteps: Tensor  # (B,)
     posterior_noise: Tensor  # (B, c, h, w)
     noise: Tensor  # (B, c, h, w)
+    masks: Tensor | None = None  # (B, 1, h, w); `None` where no sample has one
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
-        return Batch(self.prompts, *(tensor.to(device, non_blocking=True) for tensor in tensors))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in memory that a GPU copies from without waiting."""
-        tensors = (self.images, self.time_ids, self.timesteps, self.posterior_noise, self.noise)
-        return Batch(self.prompts, *(tensor.pin_memory() for tensor in tensors))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = vars(self).items()
+        return Batch(**{name: change(value) if isinstance(value, Tensor) else value for name, value in values})
 
 
 def uniform_timestep(draws: np.random.Generator) -> int:
@@ -107,6 +112,7 @@ class DreamBoothData(Dataset):
         self.draw_timestep = draw_timestep
         self.caption_dropout = caption_dropout
         self.cache: LatentCache | None = None
+        self.masks = Masks(framing.stride)
         self.epoch_length = max(len(instance) * repeats, len(class_pictures))
 
     @property
@@ -157,8 +163,9 @@ class DreamBoothData(Dataset):
         if self.caption_dropout and draws.random() < self.caption_dropout:
             prompt = ""
         image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
+        place, mask = time_ids(picture, view), self.masks(picture, view)
         noises = torch.from_numpy(posterior_noise), torch.from_numpy(noise)
-        return Sample(prompt, image, time_ids(picture, view), timestep, *noises)
+        return Sample(prompt, image, place, timestep, *noises, mask)
 
     def prompt_of(self, picture: Picture, position: int, purpose: Purpose) -> str:
         """The text that a picture has at this position, unless it is dropped."""
@@ -191,4 +198,13 @@ def collate(samples: list[list[Sample]]) -> Batch:
         torch.tensor([sample.timestep for sample in flat]),
         torch.stack([sample.posterior_noise for sample in flat]),
         torch.stack([sample.noise for sample in flat]),
+        stack_masks(flat),
     )
+
+
+def stack_masks(samples: list[Sample]) -> Tensor | None:
+    """`(B, 1, h, w)`, ones for samples without a mask; `None` where none has one."""
+    if all(sample.mask is None for sample in samples):
+        return None
+    whole = torch.ones(1, *samples[0].noise.shape[1:])
+    return torch.stack([whole if sample.mask is None else sample.mask for sample in samples])

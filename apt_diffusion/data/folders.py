@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .captions import UNCHANGED, CaptionOptions
+from .masks import check_mask, mask_files
 from .pictures import Picture
 from .reading import is_picture, read_picture
 
@@ -60,12 +61,14 @@ class FolderOptions:
         recursive: read all subfolders.
         prompt_from: what gave the prompt of pictures without a caption, for reports.
         captions: what becomes of captions.
+        masked: look for masks, see `masks`.
     """
 
     caption_column: str = "text"
     recursive: bool = False
     prompt_from: str = "prompt"
     captions: CaptionOptions = UNCHANGED
+    masked: bool = False
 
 
 AS_IT_IS = FolderOptions()
@@ -112,11 +115,23 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
         return scan
     places = list(_places(_Place(scan.folder, 1, prompt, options.prompt_from), options.recursive, scan))
     read = {place.path for place in places}
-    paths_in = {place: _pictures_in(place, read, scan) for place in places}
+    masks_of: dict[Path, list[Path]] = {}
+    paths_in = {place: _pictures_in(place, read, options.masked, masks_of, scan) for place in places}
     captions = _listed_captions(paths_in, options.caption_column, scan)
     for place, paths in paths_in.items():
-        found = [picture for path in paths if (picture := _picture(path, place, captions, scan)) is not None]
-        scan.pictures += [dataclasses.replace(p, caption_options=options.captions) for p in found] * place.repeats
+        found = []
+        for path in paths:
+            try:
+                caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
+                picture = Picture(path, caption, *read_picture(path).size, options.captions)
+                if options.masked:
+                    picture = dataclasses.replace(picture, mask=check_mask(picture, masks_of.get(path, [])))
+            except ValueError as error:
+                scan.problems.append(str(error))
+                continue
+            scan.captions_from[path] = source
+            found.append(picture)
+        scan.pictures += found * place.repeats
     if not scan.pictures and not scan.problems:
         hint = " Its subfolders have some: --recursive reads them." if SUBFOLDER in scan.left_out.values() else ""
         scan.problems.append(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).{hint}")
@@ -166,14 +181,22 @@ def _repeats(folder: Path, number: int) -> int:
     return number
 
 
-def _pictures_in(place: _Place, read: set[Path], scan: Scan) -> list[Path]:
-    """The pictures of one folder; notes all that is neither a picture nor a caption, nor a folder that is read."""
+def _pictures_in(
+    place: _Place, read: set[Path], masked: bool, masks_of: dict[Path, list[Path]], scan: Scan
+) -> list[Path]:
+    """The pictures of one folder; notes their masks, and all that is not used."""
     entries = sorted(place.path.iterdir())
     paths = [path for path in entries if is_picture(path)]
+    masks_of |= (found := mask_files(paths))
+    is_mask_of = {mask: picture for picture, masks in found.items() for mask in masks}
+    paths = [path for path in paths if path not in is_mask_of]
+    if masked:
+        read = {*read, *is_mask_of}
     known = {*paths, *read, place.path / CAPTIONS_FILE, *(file for path in paths for file in _sidecars(path))}
     for path in entries:
         if path not in known:
-            scan.left_out[path.relative_to(scan.folder).as_posix()] = _reason(path)
+            reason = f"the mask of {is_mask_of[path].name}, for --masked_loss" if path in is_mask_of else _reason(path)
+            scan.left_out[path.relative_to(scan.folder).as_posix()] = reason
     return paths
 
 
@@ -189,18 +212,6 @@ def _reason(path: Path) -> str:
 
 def _sidecars(path: Path) -> list[Path]:
     return [path.with_suffix(suffix) for suffix in SIDECARS if path.with_suffix(suffix).is_file()]
-
-
-def _picture(path: Path, place: _Place, captions: dict[Path, tuple[str, str]], scan: Scan) -> Picture | None:
-    """A picture with its caption; `None` where it cannot be used, which is noted."""
-    try:
-        caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
-        picture = check_picture(path, caption)
-    except ValueError as error:
-        scan.problems.append(str(error))
-        return None
-    scan.captions_from[path] = source
-    return picture
 
 
 def _own_caption(path: Path) -> tuple[str, str] | None:

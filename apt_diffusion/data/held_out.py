@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .dreambooth import Framing, LatentCache, Sample, pixels_of
+from .masks import Masks
 from .order import Purpose, random_at
 from .pictures import Picture, View, choose_view, time_ids
 
@@ -48,6 +49,7 @@ class HeldOutData(Dataset):
         self.latent_shape = latent_shape
         self.num_timesteps = num_timesteps
         self.cache: LatentCache = {}
+        self.masks = Masks(framing.stride)
 
     def __len__(self) -> int:
         return len(self.pictures) * TIMESTEPS
@@ -66,5 +68,8 @@ class HeldOutData(Dataset):
         picture, (view,) = self.pictures[index // TIMESTEPS], self.views_at(index)
         timestep = math.floor((index % TIMESTEPS + 0.5) / TIMESTEPS * self.num_timesteps)
         draws = random_at(SEED, index, Purpose.SAMPLE)
-        noises = map(torch.from_numpy, draws.standard_normal((2, *self.latent_shape), dtype=np.float32))
-        return [Sample(picture.prompt, self.cache[view], time_ids(picture, view), timestep, *noises)]
+        posterior_noise, noise = map(
+            torch.from_numpy, draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        )
+        place, mask = time_ids(picture, view), self.masks(picture, view)
+        return [Sample(picture.prompt, self.cache[view], place, timestep, posterior_noise, noise, mask)]

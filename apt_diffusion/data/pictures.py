@@ -24,13 +24,17 @@ INTERPOLATIONS = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A readable picture: where it is, what it shows, and its size as a viewer shows it (EXIF rotation done)."""
+    """A readable picture: where it is, what it shows, and its size as a viewer shows it (EXIF rotation done).
+
+    `mask` is the file that says what counts in the loss, the picture itself for its transparency; see `masks`.
+    """
 
     path: Path
     caption: str
     width: int
     height: int
     caption_options: CaptionOptions = UNCHANGED
+    mask: Path | None = None
 
     @property
     def prompt(self) -> str:
@@ -54,15 +58,19 @@ def cut(image: Image.Image, view: View, interpolation: str = "lanczos") -> Tenso
 
     It is cut before it is scaled: the rest of a long picture costs nothing.
     """
-    width, height = scaled_size(*image.size, view.size)
-    across, down = image.width / width, image.height / height  # pixels of the picture per pixel of the view
-    box = (view.left * across, view.top * down, (view.left + view.size) * across, (view.top + view.size) * down)
-    box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # rounding
-    square = image.resize((view.size, view.size), INTERPOLATIONS[interpolation], box=box)
+    square = image.resize((view.size, view.size), INTERPOLATIONS[interpolation], box=crop_box(image, view))
     if view.flipped:
         square = ImageOps.mirror(square)
     pixels = torch.from_numpy(np.array(square))  # (H, W, 3)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def crop_box(image: Image.Image, view: View) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a view, in pixels of its picture before it is scaled."""
+    width, height = scaled_size(*image.size, view.size)
+    across, down = image.width / width, image.height / height  # pixels of the picture per pixel of the view
+    right, bottom = (view.left + view.size) * across, (view.top + view.size) * down
+    return view.left * across, view.top * down, min(right, image.width), min(bottom, image.height)  # rounding
 
 
 def choose_view(

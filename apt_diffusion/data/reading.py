@@ -6,8 +6,9 @@ Two limits are checked in the file's header before pixels are decoded. `MAX_PIXE
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,6 +19,7 @@ MAX_ASPECT = 50  # the long side by the short one
 # EPS is run by Ghostscript; PIL recognises the others and cannot decode them.
 NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG", "IPTC")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+T = TypeVar("T")
 
 
 @functools.cache
@@ -40,24 +42,41 @@ def is_picture(path: Path) -> bool:
     return (suffix in readable_formats() or suffix in HEIF_SUFFIXES) and path.name[0] != "." and path.is_file()
 
 
-def read_picture(path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> Image.Image:
+def read_picture(
+    path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None, background: str = "white"
+) -> Image.Image:
     """A picture as RGB, upright, on white where it is transparent; of an animation the first frame.
 
     Args:
         path: the file; its content decides, not its suffix.
         max_pixels: a limit of the decoded size.
         formats: PIL's names of those that are accepted; all of `readable_formats` if `None`.
+        background: another colour than white.
 
     Raises:
         ValueError: where it cannot be read, or is too large or too narrow; the message names the file.
     """
+    return _read(path, max_pixels, formats, lambda image: as_rgb(image, background))
+
+
+def read_alpha(path: Path) -> Image.Image | None:
+    """How opaque a picture is, of mode L and upright; `None` where it has no transparency. Else as `read_picture`."""
+    return _read(path, MAX_PIXELS, None, _alpha)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    image = ImageOps.exif_transpose(image)
+    return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+
+
+def _read(path: Path, max_pixels: int, formats: Sequence[str] | None, convert: Callable[[Image.Image], T]) -> T:
     known = readable_formats()
     if path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() not in known:
         raise ValueError(f"The picture {path} is HEIC: `pip install pillow-heif`, or convert it to JPEG or PNG.")
     try:
         with Image.open(path, formats=sorted(set(known.values())) if formats is None else list(formats)) as image:
             check_size(*image.size, max_pixels)
-            return as_rgb(image)
+            return convert(image)
     except Exception as error:  # PIL's decoders raise anything from OSError to struct.error
         raise ValueError(f"The picture {path} cannot be read: {_text(error)}. Repair it or take it out.") from error
 
@@ -78,8 +97,8 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
         )
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as RGB, upright, on white where it is transparent.
+def as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """An opened picture as RGB, upright, on white or another colour where it is transparent.
 
     Raises:
         ValueError: for numbers whose range says nothing of black and white.
@@ -89,7 +108,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(_to_bytes(np.asarray(image)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

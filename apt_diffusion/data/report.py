@@ -24,6 +24,11 @@ def report(scan: Scan, title: str, trained_at: Callable[[Picture], tuple[int, in
     rows = [_row(scan, picture, count, trained_at(picture)) for picture, count in counts.items()]
     lines = [f"{title}: {scan.folder}", *_aligned([COLUMNS, *rows])] if rows else [f"{title}: {scan.folder}"]
     lines += [_totals(scan, counts)] if rows else []
+    masked = [picture for picture in counts if picture.mask is not None]
+    if masked:
+        own = sum(picture.mask == picture.path for picture in masked)
+        whole = len(counts) - len(masked)
+        lines.append(f"Masks: {len(masked) - own} files, {own} by transparency; {whole} pictures count as a whole.")
     enlarged = sum(_enlarged(picture, trained_at(picture)) for picture in counts)
     lines += [f"Smaller than they are trained at, so that they are enlarged: {enlarged}."] if enlarged else []
     lines += [f"Left out: {name} ({reason})" for name, reason in sorted(scan.left_out.items())]

@@ -27,6 +27,12 @@ def data_flags(add) -> None:
     )
     _caption_flags(add)
     add(
+        "--masked_loss",
+        action="store_true",
+        help="Train on the parts of the subject's pictures that masks show: dog-mask.png beside dog.jpg, white where "
+        "it counts, or the transparency of a picture.",
+    )
+    add(
         "--resolution",
         type=positive_int,
         help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",

@@ -31,6 +31,11 @@ def distance_of(loss_type: str, huber_c: float) -> Distance:
     return {"l1": torch.abs, "l2": squared}[loss_type]
 
 
+def masked(distance: Distance, weights: Tensor) -> Distance:
+    """A distance in which each place counts as much as its weight, `(B, 1, h, w)`: at 0 the gradient is exactly 0."""
+    return lambda error: distance(error) * weights
+
+
 def mean_errors(prediction: Tensor, target: Tensor, distance: Distance) -> Tensor:
     """The mean over each sample `(B, c, h, w)`, `(B,)`."""
     return distance(prediction.float() - target.float()).flatten(1).mean(1)

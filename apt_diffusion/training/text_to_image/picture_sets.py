@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...data.folders import FolderOptions, Scan, has_pictures, scan_pictures
+from ...data.masks import check_any_mask
 from ...data.pictures import Picture
 from ...data.report import report
 from .data_arguments import caption_options
@@ -27,11 +28,18 @@ class PictureSets:
 
 def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     """Looks at all pictures that the flags name."""
-    options = FolderOptions(args.caption_column, args.recursive, "--instance_prompt", caption_options(args))
+    options = FolderOptions(
+        args.caption_column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss
+    )
     held_out = None
     if args.validation_data_dir is not None:
         held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, options)
     subject = scan_pictures(args.instance_data_dir, args.instance_prompt, options)
+    if args.masked_loss:
+        try:
+            check_any_mask(subject.pictures, subject.folder)
+        except ValueError as error:
+            subject.problems.append(str(error))
     return PictureSets(subject, scan_class_pictures(args), held_out)
 
 

@@ -45,6 +45,7 @@ _MODULES = {
     "pipelines.factory": ["apt_pipeline"],
     "pipelines": [
         "Flux2APTPipeline",
+        "Flux2KleinAPTPipeline",
         "FluxAPTPipeline",
         "PixArtSigmaAPTPipeline",
         "QwenImageAPTPipeline",

@@ -63,6 +63,8 @@ class Architecture:
             `None`: those that have a projection for it, `to_add_out` or `to_out_t`.
         last_text_is_idle: the last joint attention's text output is unused, so the stream `"text"` skips that module.
         bindings: streams whose arguments are named or placed differently in this family, by stream name.
+        sees_pictures_only: the default places are in the part that reads pictures. A pipeline's text encoder of this
+            family is left as it is by default, because it reads a prompt.
     """
 
     model_classes: tuple[str, ...]
@@ -73,6 +75,7 @@ class Architecture:
     text_modules: str | None = None
     last_text_is_idle: bool = False
     bindings: Mapping[str, Stream] = field(default_factory=dict)
+    sees_pictures_only: bool = False
 
     def stream(self, name: str) -> Stream:
         """The stream as this family has it."""
@@ -129,15 +132,23 @@ ARCHITECTURES = [
         ("ViTPreTrainedModel", "Dinov2PreTrainedModel", "Dinov2WithRegistersPreTrainedModel"),
         r".*layers?\.\d+\.attention",
         init="identity",
+        sees_pictures_only=True,
     ),
     # The vision tower, not the language model.
-    Architecture(("LlavaPreTrainedModel",), llava_vision_places, init="identity"),
-    Architecture(("LlavaNextPreTrainedModel",), llava_vision_places, init="identity", bindings=WHOLE_BATCH),
+    Architecture(("LlavaPreTrainedModel",), llava_vision_places, init="identity", sees_pictures_only=True),
+    Architecture(
+        ("LlavaNextPreTrainedModel",),
+        llava_vision_places,
+        init="identity",
+        bindings=WHOLE_BATCH,
+        sees_pictures_only=True,
+    ),
     Architecture(
         ("Qwen2VLPreTrainedModel", "Qwen2_5_VLPreTrainedModel"),
         r"(.*\.)?blocks\.\d+\.attn",
         init="identity",
         bindings=WHOLE_BATCH,
+        sees_pictures_only=True,
     ),
     # Diffusion transformers: the attention that the image takes part in, joint with the text or alone, before the gate
     # of the block's modulation. Refiners, and cross-attention to an un-normalised stream, are left out.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import COMPONENTS, DENOISERS, is_known
+from .architectures import COMPONENTS, DENOISERS, TEXT_ENCODERS, architecture_of, is_known
 from .config import APTConfig, pattern_matches
 from .model import named_cores
 from .places import base_modules, matches
@@ -62,7 +62,8 @@ def _settings_for(part: str, component: nn.Module, config: APTConfig) -> APTConf
     """One pipeline-wide config as it is for one component; `None` where it names nothing there."""
     settings = config.to_dict() | ({} if part in DENOISERS else {"query_source": None, "streams": None})
     if config.target_modules is None:
-        return APTConfig.from_dict(_own_sizes(component, settings)) if is_known(component) else None
+        usable = is_known(component) and not (part in TEXT_ENCODERS and architecture_of(component).sees_pictures_only)
+        return APTConfig.from_dict(_own_sizes(component, settings)) if usable else None
     names = [
         name for name, _ in base_modules(component)
     ]  # each component takes the patterns that name something in it

@@ -1,5 +1,6 @@
 """Tiny real models, built once per session: random weights, the classes that users run."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -171,6 +172,18 @@ def tiny_sdxl_path(tmp_path_factory) -> Path:
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_transformer_path(tmp_path_factory):
+    """The folder of a tiny pipeline with a diffusion transformer, made at its first use."""
+    from support.transformer_pipelines import save
+
+    @functools.cache
+    def folder(kind: str) -> Path:
+        return save(kind, tmp_path_factory.mktemp(kind))
+
     return folder
 
 

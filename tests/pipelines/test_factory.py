@@ -16,8 +16,8 @@ from apt_diffusion.pipelines.mixin import APTLoaderMixin
 
 SMALL = apt.APTConfig(num_prompts=6, rank=2)
 CONTRACT = [
-    "StableDiffusion3APTPipeline", "FluxAPTPipeline", "Flux2APTPipeline", "QwenImageAPTPipeline", "ZImageAPTPipeline",
-    "PixArtSigmaAPTPipeline", "SanaAPTPipeline",
+    "StableDiffusion3APTPipeline", "FluxAPTPipeline", "Flux2APTPipeline", "Flux2KleinAPTPipeline",
+    "QwenImageAPTPipeline", "ZImageAPTPipeline", "PixArtSigmaAPTPipeline", "SanaAPTPipeline",
 ]  # fmt: skip
 
 

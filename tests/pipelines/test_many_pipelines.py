@@ -1,5 +1,6 @@
 """The pipelines of diffusers that a denoiser with adapters can stand in, each as `apt_pipeline` makes it."""
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from support import transformer_pipelines
 from support.pipeline_helpers import MASK, PICTURE, differ, make_controlnet
 
 import apt_diffusion as apt
@@ -20,6 +22,7 @@ from apt_diffusion.miniature import resolve_model
 SIZE = {"height": 16, "width": 16}
 START = {"image": PICTURE, "strength": 1.0}
 HOLE = {**START, "mask_image": MASK}
+CONTROL = {"control_image": PICTURE}
 WHOLE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 
@@ -61,15 +64,21 @@ def sd3_controlnet(pipeline: Any) -> dict[str, Any]:
     return {"controlnet": net.eval()}
 
 
+def part_of(name: str) -> Callable[[Any], dict[str, Any]]:
+    """A function of `support/transformer_pipelines.py` by its name."""
+    return getattr(transformer_pipelines, name)
+
+
 @dataclass(frozen=True)
 class Row:
     """One pipeline class, what it needs beside the base's parts, and what a call needs beside the prompt."""
 
     stock: str
-    base: str  # "sd", "sdxl" or "sd3"
+    base: str  # "sd", "sdxl", "sd3", or a family of `support/transformer_pipelines.py`
     inputs: dict[str, Any] = field(default_factory=dict)
     parts: Callable[[Any], dict[str, Any]] = lambda pipeline: {}
     films: bool = False  # the denoiser's batch holds frames
+    noise_of_batch: bool = False  # part of the noise is drawn for the whole batch, without the generators
 
 
 ROWS = (
@@ -95,13 +104,53 @@ ROWS = (
     Row("StableDiffusion3Img2ImgPipeline", "sd3", {"image": WHOLE, "strength": 1.0}),
     Row("StableDiffusion3ControlNetPipeline", "sd3", {"control_image": WHOLE}, sd3_controlnet),
     Row("StableDiffusion3PAGPipeline", "sd3", {"pag_scale": 2.0}),
-)
+    Row("FluxPipeline", "flux"),
+    Row("FluxImg2ImgPipeline", "flux", START),
+    Row("FluxInpaintPipeline", "flux", HOLE),
+    Row("FluxControlNetPipeline", "flux", CONTROL, part_of("flux_controlnet")),
+    Row("FluxControlNetImg2ImgPipeline", "flux", CONTROL | START, part_of("flux_controlnet")),
+    Row("FluxControlNetInpaintPipeline", "flux", CONTROL | HOLE, part_of("flux_controlnet")),
+    Row("FluxControlPipeline", "flux", CONTROL, part_of("flux_control")),
+    Row("FluxControlImg2ImgPipeline", "flux", CONTROL | START, part_of("flux_control")),
+    Row("FluxControlInpaintPipeline", "flux", CONTROL | HOLE, part_of("flux_control")),
+    Row("FluxFillPipeline", "flux", HOLE, part_of("flux_fill")),
+    Row("FluxKontextPipeline", "flux", {"image": PICTURE, "max_area": 256, "_auto_resize": False}),
+    Row("FluxKontextInpaintPipeline", "flux", HOLE | {"max_area": 256, "_auto_resize": False}),
+    Row("Flux2Pipeline", "flux2"),
+    Row("Flux2KleinPipeline", "flux2-klein"),
+    Row("Flux2KleinInpaintPipeline", "flux2-klein", HOLE),
+    Row("Flux2KleinKVPipeline", "flux2-klein"),
+    Row("QwenImagePipeline", "qwen-image"),
+    Row("QwenImageImg2ImgPipeline", "qwen-image", START),
+    Row("QwenImageInpaintPipeline", "qwen-image", HOLE),
+    Row("QwenImageControlNetPipeline", "qwen-image", CONTROL, part_of("qwen_controlnet")),
+    Row(
+        "QwenImageControlNetInpaintPipeline", "qwen-image", CONTROL | {"control_mask": MASK},
+        part_of("qwen_inpaint_controlnet"), noise_of_batch=True,
+    ),
+    Row("ZImagePipeline", "z-image"),
+    Row("ZImageImg2ImgPipeline", "z-image", START),
+    Row("ZImageInpaintPipeline", "z-image", HOLE),
+    Row("ZImageControlNetPipeline", "z-image", CONTROL, part_of("z_controlnet")),
+    Row(
+        "ZImageControlNetInpaintPipeline", "z-image", CONTROL | {"image": PICTURE, "mask_image": MASK},
+        part_of("z_inpaint_controlnet"),
+    ),
+    Row("PixArtSigmaPipeline", "pixart-sigma"),
+    Row("PixArtSigmaPAGPipeline", "pixart-sigma", {"pag_scale": 2.0}),
+    Row("SanaPipeline", "sana"),
+    Row("SanaPAGPipeline", "sana", {"pag_scale": 2.0}),
+    Row("SanaControlNetPipeline", "sana", CONTROL, part_of("sana_controlnet")),
+    Row("SanaSprintPipeline", "sana", {}, part_of("sana_sprint")),
+    Row("SanaSprintImg2ImgPipeline", "sana", START, part_of("sana_sprint")),
+)  # fmt: skip
 
 
 @pytest.fixture
-def bases(tiny_sd_path, tiny_sdxl_path):
-    """Folders of the base models."""
-    return {"sd": tiny_sd_path, "sdxl": tiny_sdxl_path, "sd3": resolve_model("miniature-sd3")}
+def bases(tiny_sd_path, tiny_sdxl_path, tiny_transformer_path):
+    """The folder of a base model, by its name in `ROWS`."""
+    folders = {"sd": tiny_sd_path, "sdxl": tiny_sdxl_path, "sd3": resolve_model("miniature-sd3")}
+    return lambda base: folders.get(base) or tiny_transformer_path(base)
 
 
 def draw(pipeline: Any, prompt: Any, row: Row, **kwargs: Any) -> np.ndarray:
@@ -113,16 +162,20 @@ def draw(pipeline: Any, prompt: Any, row: Row, **kwargs: Any) -> np.ndarray:
         for name, value in row.inputs.items()
     }
     settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
-    result = pipeline(prompt, generator=generators, **settings, **inputs, **kwargs)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    settings |= transformer_pipelines.INPUTS.get(row.base, {})
+    settings = {name: value for name, value in settings.items() if name in accepted}
+    torch.manual_seed(0)  # a ControlNet for inpainting samples latents of the picture without the generator
+    result = pipeline(prompt=prompt, generator=generators, **settings, **inputs, **kwargs)
     return np.asarray(result.frames if hasattr(result, "frames") else result.images)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.stock)
 def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, bases):
-    """Against the stock class: its own picture at scale 0, and each prompt's own adapter in one batch."""
+    """Against the stock class: its picture untrained and at scale 0, and each prompt's own adapter in one batch."""
     stock_class = getattr(diffusers, row.stock)
-    base = diffusers.DiffusionPipeline.from_pretrained(bases[row.base], dtype=torch.float32)
+    base = diffusers.DiffusionPipeline.from_pretrained(bases(row.base), dtype=torch.float32)
     parts = row.parts(base)
     stock = stock_class.from_pipe(base, **parts)
     pipeline = apt.apt_pipeline(stock_class).from_pipe(stock, **parts)
@@ -130,6 +183,7 @@ def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, base
         each.set_progress_bar_config(disable=True)
     expected = draw(stock, "a sks glyph", row)
     apt.add_apt(pipeline, apt.APTConfig(num_prompts=6, rank=2), "a")
+    assert np.array_equal(draw(pipeline, "a sks glyph", row), expected)
     randomize(pipeline, 1)
     adapted = draw(pipeline, "a sks glyph", row)
     assert np.isfinite(adapted).all() and differ(adapted, expected)
@@ -140,7 +194,11 @@ def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, base
             draw(pipeline, ["a sks glyph"] * 2, row, **names)
     else:
         mixed = draw(pipeline, ["a sks glyph"] * 2, row, **names)
-        assert np.allclose(mixed, np.concatenate([adapted, expected]), atol=1e-4)
+        alone = [adapted, expected]
+        if row.noise_of_batch:
+            alone = [draw(pipeline, ["a sks glyph"] * 2, row, apt_scale=scale) for scale in (1.0, 0.0)]
+            alone = [alone[0][:1], alone[1][1:]]
+        assert np.allclose(mixed, np.concatenate(alone), atol=1e-4)
     apt.remove_apt(pipeline)
     assert np.array_equal(draw(pipeline, "a sks glyph", row), expected)
 
@@ -148,7 +206,7 @@ def test_a_pipeline_of_diffusers_takes_adapters_and_settings_of_a_call(row, base
 @pytest.mark.slow
 def test_all_three_texts_are_repeated_and_so_are_the_adapters_of_each_image(bases):
     """Stable Diffusion 3 reads a prompt for each text encoder; each prompt's images stand together in the batch."""
-    pipeline = apt.StableDiffusion3APTPipeline.from_pretrained(bases["sd3"], dtype=torch.float32)
+    pipeline = apt.StableDiffusion3APTPipeline.from_pretrained(bases("sd3"), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     apt.add_apt(pipeline.transformer, apt.APTConfig(num_prompts=6, rank=2), "a")
     randomize(pipeline.transformer, 1)

@@ -1,0 +1,113 @@
+"""The named pipelines of diffusion transformers: whole tiny pipelines are opened, drawn with, saved and converted."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from support.pipeline_helpers import differ
+from support.transformer_pipelines import INPUTS
+
+import apt_diffusion as apt
+
+NAMED = {
+    "FluxAPTPipeline": "flux",
+    "Flux2APTPipeline": "flux2",
+    "Flux2KleinAPTPipeline": "flux2-klein",
+    "QwenImageAPTPipeline": "qwen-image",
+    "ZImageAPTPipeline": "z-image",
+    "PixArtSigmaAPTPipeline": "pixart-sigma",
+    "SanaAPTPipeline": "sana",
+}
+IMAGE_TO_IMAGE = {
+    "flux": "FluxAPTImg2ImgPipeline",
+    "flux2": "Flux2APTPipeline",
+    "flux2-klein": "Flux2KleinAPTPipeline",
+    "qwen-image": "QwenImageAPTImg2ImgPipeline",
+    "z-image": "ZImageAPTImg2ImgPipeline",
+}
+SMALL = apt.APTConfig(num_prompts=6, rank=2)
+
+
+@pytest.fixture(params=NAMED)
+def named(request, tiny_transformer_path):
+    """`(class, folder, call arguments)` of one family."""
+    kind = NAMED[request.param]
+    return getattr(apt, request.param), tiny_transformer_path(kind), INPUTS[kind]
+
+
+def opened(cls, folder):
+    """A pipeline without progress bars."""
+    pipeline = cls.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, inputs, seeds=(0,), **kwargs):
+    """Pictures from one prompt, each with its own noise."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = inputs | {"num_inference_steps": 2, "output_type": "np"}
+    return pipeline(prompt="a sks glyph", generator=generators, **settings, **kwargs).images
+
+
+@pytest.mark.slow
+def test_a_folder_is_opened_adapted_saved_and_opened_again(named, tmp_path):
+    """Against the stock class on the same folder; what is saved is a stock folder with adapters beside it."""
+    cls, folder, inputs = named
+    stock_class = getattr(diffusers, cls.__name__.replace("APT", ""))
+    stock = draw(opened(stock_class, folder), inputs)
+    pipeline = opened(cls, folder)
+    apt.add_apt(pipeline, SMALL, "a")
+    assert np.array_equal(draw(pipeline, inputs), stock)
+    randomize(pipeline)
+    adapted = draw(pipeline, inputs)
+    assert np.isfinite(adapted).all() and differ(adapted, stock)
+    assert np.array_equal(draw(pipeline, inputs, apt_scale=0.0), stock)
+    # Language models and T5 encoders are left as they are, also where APT knows places in their vision tower.
+    clip = {"text_encoder"} if "Flux" in cls.__name__ and "Flux2" not in cls.__name__ else set()
+    assert set(pipeline.get_list_apt_adapters()) == {"transformer", *clip}
+
+    pipeline.save_apt_weights(tmp_path / "adapter", "a")
+    pipeline.unload_apt_weights()
+    assert np.array_equal(draw(pipeline, inputs), stock)
+    pipeline.load_apt_weights(tmp_path / "adapter")
+    assert np.array_equal(draw(pipeline, inputs), adapted)
+    pipeline.save_pretrained(tmp_path / "whole")
+    again = opened(diffusers.DiffusionPipeline, tmp_path / "whole")
+    assert type(again) is stock_class and np.array_equal(draw(again, inputs), stock)
+    assert np.array_equal(draw(opened(cls, tmp_path / "whole"), inputs), adapted)
+
+
+@pytest.mark.slow
+def test_each_prompts_pictures_stand_together_in_a_mixed_batch(named):
+    """Two adapters of unlike sizes and the base model, two pictures of each, against three calls."""
+    cls, folder, inputs = named
+    pipeline = opened(cls, folder)
+    for seed, (name, prompts) in enumerate({"a": 6, "b": 4}.items(), 1):
+        apt.add_apt(pipeline.transformer, apt.APTConfig(num_prompts=prompts, rank=2), name)
+        randomize(pipeline.transformer, seed)
+    names = ["a", {"a": 0.5, "b": 0.7}, None]
+    apart = [draw(pipeline, inputs, (0, 1), num_images_per_prompt=2, apt_adapter_names=[name]) for name in names]
+    assert all(differ(apart[0], other) for other in apart[1:]) and differ(apart[1], apart[2])
+    mixed = draw(pipeline, inputs, (0, 1) * 3, num_images_per_prompt=2, apt_adapter_names=names)
+    assert np.allclose(mixed, np.concatenate(apart), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_auto_pipelines_hand_the_adapters_on(named):
+    cls, folder, inputs = named
+    auto = opened(diffusers.AutoPipelineForText2Image, folder)
+    assert type(auto) is getattr(diffusers, cls.__name__.replace("APT", ""))
+    pipeline = cls.from_pipe(auto)
+    apt.add_apt(pipeline.transformer, SMALL, "a")
+    randomize(pipeline.transformer)
+    kind = NAMED[cls.__name__]
+    if kind in IMAGE_TO_IMAGE:
+        other = diffusers.AutoPipelineForImage2Image.from_pipe(pipeline)
+        assert type(other).__name__ == IMAGE_TO_IMAGE[kind] and other.get_active_apt_adapters() == ["a"]
+    back = diffusers.AutoPipelineForText2Image.from_pipe(pipeline)
+    for each in (auto, back):
+        each.set_progress_bar_config(disable=True)
+    assert type(back) is cls
+    assert np.array_equal(draw(back, inputs), draw(auto, inputs))  # the modules are the same, and so their adapters
+    assert differ(draw(back, inputs), draw(back, inputs, apt_scale=0.0))

@@ -64,6 +64,7 @@ class ModelAdapters:
         self.call: Call | None = None
         self._component = ""  # the model's name in the pipeline in which the weights were set
         self._model: weakref.ref[nn.Module] | None = None
+        self._call_cores: list[APTProcessorCore] = []  # during a call, those of the model
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelAdapters":
@@ -206,7 +207,7 @@ class ModelAdapters:
     def begin_call(self, call: Call, component: str) -> None:
         """Starts a call with its own settings; `RuntimeError` while another is under way."""
         if call.samples is not None:
-            self._check_batch_axis()
+            self.check_batch_axis()
         with _call_lock:
             self.check_idle()
             self.call = call
@@ -222,7 +223,19 @@ class ModelAdapters:
         self.call = None
         self._apply()
 
-    def _check_batch_axis(self) -> None:
+    def share_out(self, samples: tuple[Sample, ...]) -> None:
+        """Within a call: the adapters of the rows of the next pass. Costs nothing that grows with the model.
+
+        Args:
+            samples: per row a name, `{name: weight}` with plain numbers, or `None`.
+        """
+        assert self.call is not None
+        self.call.samples = samples
+        for core in self._call_cores:
+            core.adapters_per_sample = samples
+
+    def check_batch_axis(self) -> None:
+        """`ValueError` where the rows of a batch cannot have adapters of their own."""
         unknown = [name for name, core in self.cores() if core.binding is not None and core.binding.batch_dim is None]
         if unknown:
             raise ValueError(
@@ -264,7 +277,9 @@ class ModelAdapters:
         active = {name: weight for name, weight in active.items() if name in self.configs}
         scale = self.scale if call.scale is None else call.scale
         blocks = self._blocks(active, *(s for s in call.samples or () if isinstance(s, dict)))
-        for name, core in self.cores():
+        cores = list(self.cores())
+        self._call_cores = [] if self.call is None else [core for _, core in cores]
+        for name, core in cores:
             core.weights = _core_weights(core, name, active, self._component, blocks)
             core.scale, core.enabled = scale, self.enabled
             core.adapters_per_sample = call.samples and tuple(
@@ -286,7 +301,7 @@ class ModelAdapters:
         return blocks_of(self.model) if by_block else NO_BLOCKS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "call": None, "_model": None}
+        return {**self.__dict__, "call": None, "_call_cores": [], "_model": None}
 
 
 def _core_weights(

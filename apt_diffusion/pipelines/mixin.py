@@ -58,7 +58,7 @@ class APTLoaderMixin(Stock):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        stock = cls._stock_class()
+        stock = cls.stock_class()
         if stock is None:
             return
         # diffusers and IDEs read the arguments of a pipeline from the signature of its __call__.
@@ -75,7 +75,7 @@ class APTLoaderMixin(Stock):
         setattr(cls, "__call__", __call__)  # noqa: B010
 
     @classmethod
-    def _stock_class(cls) -> Any:
+    def stock_class(cls) -> Any:
         """The pipeline class that this one adds APT to."""
         for base in cls.__mro__:
             if not issubclass(base, APTLoaderMixin) and any("__call__" in vars(part) for part in base.__mro__):
@@ -143,7 +143,7 @@ class APTLoaderMixin(Stock):
 
     def to_json_string(self) -> str:
         """The pipeline's configuration, under the stock class's name: any diffusers can load what is saved here."""
-        stock = self._stock_class()
+        stock = self.stock_class()
         return json.dumps(json.loads(super().to_json_string()) | {"_class_name": stock.__name__}, indent=2) + "\n"
 
     def load_apt_weights(

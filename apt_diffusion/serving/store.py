@@ -72,6 +72,10 @@ class AdapterStore:
             raise ValueError(f"There is no adapter {name!r} in {self.folder}; there are {len(names)}: {some}")
         return file
 
+    def version(self, name: str) -> Stamp:
+        """Changes whenever the file of this adapter does. `ValueError` if unknown."""
+        return _stamp(self.file(name))
+
     def get(self, name: str) -> AdapterFile:
         """One adapter, from memory where it is kept and unchanged on disk. Its tensors are shared: only read them.
 

@@ -11,13 +11,13 @@ from PIL import Image, ImageOps
 
 from .. import pipelines
 from ..miniature import resolve_model
+from ..pipelines.samplers import make_sampler, samplers_for
 from .background import Watcher, in_background
 from .embedded import EMBEDDED, Embedded
 from .gates import recorded_gates, step_maps
 from .library import Adapter
 from .order import Order
 from .python_code import call_settings, pipeline_name
-from .samplers import make_sampler, samplers_for
 from .turns import Turns, Who
 
 PREVIEWS = 12  # at most so many per picture: each costs a decoding

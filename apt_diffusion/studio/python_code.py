@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from ..pipelines.samplers import OWN, samplers_for
 from .library import download_name, slug
 from .order import Order
-from .samplers import OWN, samplers_for
 
 
 def pipeline_name(name: str, order: Order) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
+from ...pipelines.samplers import OWN
 from ..charts import escape
 from ..order import BLOCKS, MAX_ADAPTERS, MAX_IMAGES, MAX_SEED, MAX_STEPS, Order, names, real, text, whole
 from ..recipe import Settings, checked
-from ..samplers import OWN
 from ..studio import Studio
 from .components import Checkbox, Dropdown, Number, Slider, Textbox, pictures
 from .events import clicked

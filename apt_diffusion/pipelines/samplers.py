@@ -1,4 +1,4 @@
-"""The samplers that a visitor can choose, by the names that other tools give them."""
+"""The samplers to choose from, by the names that other tools give them."""
 
 from typing import Any
 

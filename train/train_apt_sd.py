@@ -41,7 +41,9 @@ from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of,
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
 from apt_diffusion.training.text_to_image.picture_sets import (
     PictureSets,
+    check_group,
     data_report,
+    make_framing,
     scan_picture_sets,
     used_class_pictures,
 )
@@ -96,8 +98,9 @@ def main(argv: list[str] | None = None) -> None:
             args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
         )
         args.resolution = base.check_resolution(args.resolution)
+        framing = make_framing(args, base)
         if args.check_data:
-            return end_with_report(session, sets)
+            return end_with_report(session, sets, framing)
         objective = make_objective(base.scheduler(), args.snr_gamma)
         named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class, *held_out]]
         named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation else []
@@ -112,9 +115,6 @@ def main(argv: list[str] | None = None) -> None:
         of_class = complete_class_pictures(args, of_class, base, session.accelerator, session.seed)
         counts = len(set(instance)), len(of_class), len(held_out)
         session.logger.info("%d pictures of the subject, %d of its class, %d held out.", *counts)
-        framing = Framing(
-            args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode, base.stride
-        )
         latent_shape = base.latent_shape(args.resolution)
         data = DreamBoothData(
             instance,
@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
             noise_offset=args.noise_offset,
             draw_timestep=objective.draw_timestep,
             caption_dropout=args.caption_dropout_rate,
+            group=check_group(args, session.resumed, session.accelerator.num_processes),
         )
         held_out_data = HeldOutData(held_out, framing, latent_shape, objective.num_timesteps)
         session.plan(data.epoch_length, evaluates_after=lambda step: evaluation_is_due(session, step))
@@ -170,11 +171,10 @@ def main(argv: list[str] | None = None) -> None:
             session.upload()
 
 
-def end_with_report(session: Session, sets: PictureSets) -> None:
+def end_with_report(session: Session, sets: PictureSets, framing: Framing) -> None:
     """What `--check_data` prints; `SystemExit` with 1 where something stops the run."""
     if session.is_main:
-        size = session.args.resolution
-        print(data_report(session.args, sets, lambda picture: (size, size)))
+        print(data_report(session.args, sets, framing.size_of))
     if sets.problems:
         raise SystemExit(1)
 
@@ -315,9 +315,8 @@ def validation_loss(session: Session, learner: Learner) -> float:
     alone = dataclasses.replace(learner, unet=unwrap(learner.unet), text_encoders=text_encoders)
     alone.train(False)
     errors = []
-    for start in range(0, len(held_out), size):
-        samples = [held_out[index] for index in range(start, min(start + size, len(held_out)))]
-        batch = collate(samples).to(session.accelerator.device)
+    for indices in held_out.batches(size):
+        batch = collate([held_out[index] for index in indices]).to(session.accelerator.device)
         errors.append(denoising_errors(args, alone, batch.images, batch))
     learner.train()
     return torch.cat(errors).mean().item()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .buckets import BucketOrder, Size, nearest_bucket
 from .masks import Masks
 from .order import Branch, Purpose, entry_at, random_at
 from .pictures import Picture, View, choose_view, cut, time_ids
@@ -24,13 +25,24 @@ LatentCache = dict[View, Tensor]
 
 @dataclass(frozen=True)
 class Framing:
-    """How pictures are cropped to squares."""
+    """How pictures are cropped: to squares of `size`, or each to the nearest of `buckets` (heights and widths)."""
 
     size: int
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
     stride: int = 8  # pixels per latent cell
+    buckets: tuple[Size, ...] = ()
+
+    def size_of(self, picture: Picture) -> Size:
+        """Height and width of a picture once it is cropped."""
+        if not self.buckets:
+            return self.size, self.size
+        return nearest_bucket(picture.height, picture.width, self.buckets)
+
+    def latents_of(self, size: Size, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """`(c, h, w)` of a crop's latents, where those of a square have `latent_shape`."""
+        return (latent_shape[0], size[0] // self.stride, size[1] // self.stride) if self.buckets else latent_shape
 
 
 @dataclass(frozen=True)
@@ -82,13 +94,14 @@ class DreamBoothData(Dataset):
     Args:
         instance: pictures of the subject.
         class_pictures: pictures of its class, or nothing.
-        framing: how pictures become squares.
-        latent_shape: `(c, h, w)` of the latents.
+        framing: how pictures are cropped; those of the class as the picture of the subject beside them.
+        latent_shape: `(c, h, w)` of a square's latents.
         seed: every random choice follows from it.
         repeats: how often an epoch shows each instance picture.
         noise_offset: size of a random offset per sample and channel that is added to the noise.
         draw_timestep: the timestep of a sample, from its random numbers.
         caption_dropout: how often a sample has no caption, from 0 to 1.
+        group: how many positions make a batch of all processes; with buckets they have one size.
     """
 
     def __init__(
@@ -102,6 +115,7 @@ class DreamBoothData(Dataset):
         noise_offset: float = 0.0,
         draw_timestep: Callable[[np.random.Generator], int] = uniform_timestep,
         caption_dropout: float = 0.0,
+        group: int = 1,
     ) -> None:
         self.instance = instance
         self.class_pictures = class_pictures
@@ -114,6 +128,11 @@ class DreamBoothData(Dataset):
         self.cache: LatentCache | None = None
         self.masks = Masks(framing.stride)
         self.epoch_length = max(len(instance) * repeats, len(class_pictures))
+        self._bucket_order: BucketOrder | None = None
+        if framing.buckets:
+            of_picture = [framing.size_of(picture) for picture in instance]
+            entries = [of_picture[entry % len(instance)] for entry in range(self.epoch_length)]
+            self._bucket_order = BucketOrder(entries, group, seed)
 
     @property
     def prompts(self) -> list[str]:
@@ -125,14 +144,21 @@ class DreamBoothData(Dataset):
         return " and ".join(str(picture.path) for picture, _ in self._choice(position))
 
     def views_at(self, position: int) -> list[View]:
-        """The squares that a training step at this position sees."""
-        return [self._view(picture, self._draws(position, purpose)) for picture, purpose in self._choice(position)]
+        """The crops that a training step at this position sees."""
+        choice = self._choice(position)
+        size = self.framing.size_of(choice[0][0])
+        return [self._view(picture, size, self._draws(position, purpose)) for picture, purpose in choice]
 
     def __getitem__(self, position: int) -> list[Sample]:
-        return [self._sample(picture, position, purpose) for picture, purpose in self._choice(position)]
+        choice = self._choice(position)
+        size = self.framing.size_of(choice[0][0])
+        return [self._sample(picture, size, position, purpose) for picture, purpose in choice]
 
     def _choice(self, position: int) -> list[tuple[Picture, Purpose]]:
-        entry = entry_at(self.seed, position, self.epoch_length)
+        if self._bucket_order is None:
+            entry = entry_at(self.seed, position, self.epoch_length)
+        else:
+            entry = self._bucket_order.entry_at(position)
         choice = [(self.instance[entry % len(self.instance)], Purpose.SAMPLE)]
         if self.class_pictures:
             choice.append((self.class_pictures[entry % len(self.class_pictures)], Purpose.PRIOR_SAMPLE))
@@ -141,22 +167,23 @@ class DreamBoothData(Dataset):
     def _draws(self, position: int, purpose: Purpose) -> np.random.Generator:
         return random_at(self.seed, position, purpose)
 
-    def _view(self, picture: Picture, draws: np.random.Generator) -> View:
+    def _view(self, picture: Picture, size: Size, draws: np.random.Generator) -> View:
         framing = self.framing
         return choose_view(
             picture,
-            framing.size,
+            size,
             framing.stride,
             framing.center_crop,
             framing.random_flip,
             (draws.random(), draws.random()),
         )
 
-    def _sample(self, picture: Picture, position: int, purpose: Purpose) -> Sample:
+    def _sample(self, picture: Picture, size: Size, position: int, purpose: Purpose) -> Sample:
         draws = self._draws(position, purpose)
-        view = self._view(picture, draws)  # first: `views_at` makes the same two draws
+        view = self._view(picture, size, draws)  # first: `views_at` makes the same two draws
         timestep = self.draw_timestep(draws)
-        posterior_noise, noise = draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        latent_shape = self.framing.latents_of(size, self.latent_shape)
+        posterior_noise, noise = draws.standard_normal((2, *latent_shape), dtype=np.float32)
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
         prompt = self.prompt_of(picture, position, purpose)
@@ -175,12 +202,12 @@ class DreamBoothData(Dataset):
         return options.drawn(picture.caption, random_at(self.seed, position, purpose, Branch.CAPTION))
 
     def pixels(self, views: list[View]) -> dict[View, Tensor]:
-        """Pixels `(3, size, size)` of several views."""
+        """Pixels `(3, height, width)` of several views."""
         return pixels_of(views, self.framing)
 
 
 def pixels_of(views: list[View], framing: Framing) -> dict[View, Tensor]:
-    """Pixels `(3, size, size)` of several views; each picture is opened once."""
+    """Pixels `(3, height, width)` of several views; each picture is opened once."""
     found: dict[View, Tensor] = {}
     for path, of_picture in groupby(sorted(set(views)), key=lambda view: view.path):
         image = read_picture(path)

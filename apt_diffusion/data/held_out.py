@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ class HeldOutData(Dataset):
 
     Args:
         pictures: those held out.
-        framing: how pictures become squares.
-        latent_shape: `(c, h, w)` of the latents.
+        framing: how pictures are cropped.
+        latent_shape: `(c, h, w)` of a square's latents.
         num_timesteps: of the noise schedule.
     """
 
@@ -55,21 +56,29 @@ class HeldOutData(Dataset):
         return len(self.pictures) * TIMESTEPS
 
     def views_at(self, index: int) -> list[View]:
-        """The square of this sample."""
-        picture, framing = self.pictures[index // TIMESTEPS], self.framing
-        return [choose_view(picture, framing.size, framing.stride, True, False, (0.0, 0.0))]
+        """The crop of this sample."""
+        picture, framing = self._picture(index), self.framing
+        return [choose_view(picture, framing.size_of(picture), framing.stride, True, False, (0.0, 0.0))]
+
+    def batches(self, size: int) -> list[list[int]]:
+        """All indices, in batches of at most `size` of which each has crops of one size."""
+        of_one_size = groupby(range(len(self)), key=lambda index: self.framing.size_of(self._picture(index)))
+        runs = [list(run) for _, run in of_one_size]
+        return [run[start : start + size] for run in runs for start in range(0, len(run), size)]
+
+    def _picture(self, index: int) -> Picture:
+        return self.pictures[index // TIMESTEPS]
 
     def pixels(self, views: list[View]) -> dict[View, torch.Tensor]:
-        """Pixels `(3, size, size)` of several views."""
+        """Pixels `(3, height, width)` of several views."""
         return pixels_of(views, self.framing)
 
     def __getitem__(self, index: int) -> list[Sample]:
         """`cache` must hold the sample's view."""
-        picture, (view,) = self.pictures[index // TIMESTEPS], self.views_at(index)
+        picture, (view,) = self._picture(index), self.views_at(index)
         timestep = math.floor((index % TIMESTEPS + 0.5) / TIMESTEPS * self.num_timesteps)
         draws = random_at(SEED, index, Purpose.SAMPLE)
-        posterior_noise, noise = map(
-            torch.from_numpy, draws.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        )
+        shape = self.framing.latents_of((view.height, view.width), self.latent_shape)
+        posterior_noise, noise = map(torch.from_numpy, draws.standard_normal((2, *shape), dtype=np.float32))
         place, mask = time_ids(picture, view), self.masks(picture, view)
         return [Sample(picture.prompt, self.cache[view], place, timestep, posterior_noise, noise, mask)]

@@ -84,7 +84,7 @@ def cut_mask(picture: Picture, view: View, stride: int) -> Tensor | None:
     mask = None if picture.mask is None else _read_mask(picture.path, picture.mask)
     if mask is None:
         return None
-    cells = (view.size // stride, view.size // stride)
+    cells = (view.width // stride, view.height // stride)
     # The mean of all pixels in a cell, and no others: a black cell stays black beside a white one.
     small = mask.convert("F").resize(cells, Image.Resampling.BOX, box=crop_box(mask, view))
     weights = torch.from_numpy(np.array(ImageOps.mirror(small) if view.flipped else small))[None] / 255

@@ -24,6 +24,7 @@ class Branch(IntEnum):
 
     MAIN = 0
     CAPTION = 1
+    BUCKETS = 2
 
 
 def random_at(seed: int, position: int, purpose: Purpose, branch: Branch = Branch.MAIN) -> np.random.Generator:

@@ -29,6 +29,10 @@ def report(scan: Scan, title: str, trained_at: Callable[[Picture], tuple[int, in
         own = sum(picture.mask == picture.path for picture in masked)
         whole = len(counts) - len(masked)
         lines.append(f"Masks: {len(masked) - own} files, {own} by transparency; {whole} pictures count as a whole.")
+    sizes = Counter(trained_at(picture) for picture in counts)
+    if len(sizes) > 1:
+        named = ", ".join(f"{width} x {height}: {count}" for (height, width), count in sorted(sizes.items()))
+        lines.append(f"Pictures by bucket: {named}.")
     enlarged = sum(_enlarged(picture, trained_at(picture)) for picture in counts)
     lines += [f"Smaller than they are trained at, so that they are enlarged: {enlarged}."] if enlarged else []
     lines += [f"Left out: {name} ({reason})" for name, reason in sorted(scan.left_out.items())]

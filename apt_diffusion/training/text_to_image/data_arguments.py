@@ -2,6 +2,7 @@
 
 import argparse
 
+from ...data.buckets import parse_buckets
 from ...data.captions import CaptionOptions
 from ...data.pictures import INTERPOLATIONS
 from .number_types import count, fraction, positive_int
@@ -36,6 +37,11 @@ def data_flags(add) -> None:
         "--resolution",
         type=positive_int,
         help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
+    )
+    add(
+        "--aspect_ratio_buckets",
+        help='Sizes to train at, "height,width;height,width;...": each picture is cropped to the nearest, and a batch '
+        "has one. 'auto' makes some of about --resolution squared pixels.",
     )
     add("--center_crop", action="store_true", help="Cut the middle of the picture instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror half of the samples.")
@@ -91,6 +97,8 @@ def check_data_flags(args: argparse.Namespace) -> None:
     """Settles what depends on captions; `ValueError` for what cannot work."""
     if not args.caption_separator.strip(" "):
         raise ValueError("--caption_separator must be more than spaces: tags may have spaces in them.")
+    if args.aspect_ratio_buckets not in (None, "auto"):
+        parse_buckets(args.aspect_ratio_buckets)
     if caption_options(args).varies:
         if args.cache_text_embeddings or args.pre_compute_text_embeddings:
             raise ValueError(

@@ -4,11 +4,15 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...data.buckets import Size, generate_buckets, parse_buckets
+from ...data.dreambooth import Framing
 from ...data.folders import FolderOptions, Scan, has_pictures, scan_pictures
 from ...data.masks import check_any_mask
 from ...data.pictures import Picture
 from ...data.report import report
+from ..checkpoints import Checkpoint
 from .data_arguments import caption_options
+from .stable_diffusion import StableDiffusionBase
 
 
 @dataclass
@@ -54,6 +58,42 @@ def scan_class_pictures(args: argparse.Namespace) -> Scan | None:
 def used_class_pictures(args: argparse.Namespace, scan: Scan | None) -> list[Picture]:
     """At most `--num_class_images`, each once, also in a folder that repeats them."""
     return [] if scan is None else list(dict.fromkeys(scan.checked()))[: args.num_class_images]
+
+
+def make_framing(args: argparse.Namespace, base: StableDiffusionBase) -> Framing:
+    """How pictures are cropped; `ValueError` for buckets that the VAE cannot encode whole.
+
+    Args:
+        args: the script's flags, with the `resolution` settled.
+        base: the base model.
+    """
+    buckets: tuple[Size, ...] = ()
+    if args.aspect_ratio_buckets == "auto":
+        buckets = generate_buckets(args.resolution, base.stride)
+    elif args.aspect_ratio_buckets is not None:
+        buckets = parse_buckets(args.aspect_ratio_buckets)
+    for height, width in buckets:
+        try:
+            base.check_resolution(height), base.check_resolution(width)
+        except ValueError as error:
+            raise ValueError(f"--aspect_ratio_buckets, {height},{width}: {error}") from error
+    settings = args.center_crop, args.random_flip, args.image_interpolation_mode, base.stride
+    return Framing(args.resolution, *settings, buckets)
+
+
+def check_group(args: argparse.Namespace, resumed: Checkpoint | None, num_processes: int) -> int:
+    """How many samples make a batch of all processes; with buckets a resumed run must be between two batches.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    group = args.train_batch_size * num_processes
+    if resumed is not None and args.aspect_ratio_buckets and resumed.state["position"] % group:
+        raise ValueError(
+            f"{resumed.folder} has seen {resumed.state['position']} samples, which are no whole batches of {group}: "
+            "with --aspect_ratio_buckets, resume with the --train_batch_size and the number of processes of before."
+        )
+    return group
 
 
 def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callable[[Picture], tuple[int, int]]) -> str:

@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             return end_with_report(session, sets, framing)
         objective = make_objective(base.scheduler(), args.snr_gamma)
         named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class, *held_out]]
-        named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation else []
+        named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
         prompts = Prompts(
             [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
             base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
@@ -181,7 +181,7 @@ def end_with_report(session: Session, sets: PictureSets, framing: Framing) -> No
 
 def hold_out(session: Session, sets: PictureSets) -> tuple[list[Picture], list[Picture]]:
     """Pictures to train on, and those whose loss is measured."""
-    instance = sets.subject.checked()
+    instance = sets.pictures()
     if session.args.validation_split:
         return split_off(instance, session.args.validation_split, session.seed)
     return instance, [] if sets.held_out is None else sets.held_out.checked()
@@ -257,6 +257,8 @@ def training_loss(args: argparse.Namespace, learner: Learner, batch: Batch) -> T
     if learner.vae is not None:
         distribution = learner.base.latent_distribution(learner.vae, batch.images)
     errors = denoising_errors(args, learner, distribution, batch)
+    if batch.weights is not None:
+        errors = errors * batch.weights
     return batch_loss(errors, args.prior_loss_weight if args.with_prior_preservation else None)
 
 

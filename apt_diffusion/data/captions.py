@@ -18,6 +18,7 @@ class CaptionOptions:
         separator: what stands between tags.
         tag_dropout: how often a tag is left out, from 0 to 1.
         prefix, suffix: words before and behind every caption, which always stay there.
+        dropout: how often a sample has no caption at all; as often as in the rest of the run if `None`.
     """
 
     shuffle: bool = False
@@ -26,6 +27,7 @@ class CaptionOptions:
     tag_dropout: float = 0.0
     prefix: str = ""
     suffix: str = ""
+    dropout: float | None = None
 
     @property
     def varies(self) -> bool:

@@ -56,6 +56,7 @@ class Sample:
     posterior_noise: Tensor  # (c, h, w): which latent of the distribution
     noise: Tensor  # (c, h, w)
     mask: Tensor | None = None  # (1, h, w), how much each latent cell counts; all alike if `None`
+    weight: float = 1.0  # of its error
 
 
 @dataclass
@@ -69,6 +70,7 @@ class Batch:
     posterior_noise: Tensor  # (B, c, h, w)
     noise: Tensor  # (B, c, h, w)
     masks: Tensor | None = None  # (B, 1, h, w); `None` where no sample has one
+    weights: Tensor | None = None  # (B,); `None` where all are 1
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -187,12 +189,14 @@ class DreamBoothData(Dataset):
         if self.noise_offset:
             noise = noise + self.noise_offset * draws.standard_normal((self.latent_shape[0], 1, 1), dtype=np.float32)
         prompt = self.prompt_of(picture, position, purpose)
-        if self.caption_dropout and draws.random() < self.caption_dropout:
+        own = picture.caption_options.dropout
+        dropout = self.caption_dropout if own is None else own
+        if dropout and draws.random() < dropout:
             prompt = ""
         image = self.cache[view] if self.cache is not None else self.pixels([view])[view]
         place, mask = time_ids(picture, view), self.masks(picture, view)
         noises = torch.from_numpy(posterior_noise), torch.from_numpy(noise)
-        return Sample(prompt, image, place, timestep, *noises, mask)
+        return Sample(prompt, image, place, timestep, *noises, mask, picture.weight)
 
     def prompt_of(self, picture: Picture, position: int, purpose: Purpose) -> str:
         """The text that a picture has at this position, unless it is dropped."""
@@ -226,6 +230,7 @@ def collate(samples: list[list[Sample]]) -> Batch:
         torch.stack([sample.posterior_noise for sample in flat]),
         torch.stack([sample.noise for sample in flat]),
         stack_masks(flat),
+        None if all(sample.weight == 1 for sample in flat) else torch.tensor([sample.weight for sample in flat]),
     )
 
 

@@ -62,6 +62,8 @@ class FolderOptions:
         prompt_from: what gave the prompt of pictures without a caption, for reports.
         captions: what becomes of captions.
         masked: look for masks, see `masks`.
+        repeats: how often an epoch shows each picture.
+        weight: what its error is multiplied by.
     """
 
     caption_column: str = "text"
@@ -69,6 +71,8 @@ class FolderOptions:
     prompt_from: str = "prompt"
     captions: CaptionOptions = UNCHANGED
     masked: bool = False
+    repeats: int = 1
+    weight: float = 1.0
 
 
 AS_IT_IS = FolderOptions()
@@ -123,7 +127,7 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
         for path in paths:
             try:
                 caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
-                picture = Picture(path, caption, *read_picture(path).size, options.captions)
+                picture = Picture(path, caption, *read_picture(path).size, options.captions, weight=options.weight)
                 if options.masked:
                     picture = dataclasses.replace(picture, mask=check_mask(picture, masks_of.get(path, [])))
             except ValueError as error:
@@ -131,7 +135,7 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
                 continue
             scan.captions_from[path] = source
             found.append(picture)
-        scan.pictures += found * place.repeats
+        scan.pictures += found * (place.repeats * options.repeats)
     if not scan.pictures and not scan.problems:
         hint = " Its subfolders have some: --recursive reads them." if SUBFOLDER in scan.left_out.values() else ""
         scan.problems.append(f"There are no pictures in {folder} (JPEG, PNG, WebP, AVIF, TIFF, ...).{hint}")

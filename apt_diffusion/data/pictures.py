@@ -27,6 +27,7 @@ class Picture:
     """A readable picture: where it is, what it shows, and its size as a viewer shows it (EXIF rotation done).
 
     `mask` is the file that says what counts in the loss, the picture itself for its transparency; see `masks`.
+    `weight` is what its error is multiplied by.
     """
 
     path: Path
@@ -35,6 +36,7 @@ class Picture:
     height: int
     caption_options: CaptionOptions = UNCHANGED
     mask: Path | None = None
+    weight: float = 1.0
 
     @property
     def prompt(self) -> str:

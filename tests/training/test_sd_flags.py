@@ -23,9 +23,7 @@ def test_every_flag_of_diffusers_is_here_with_its_default():
     actions = {option.lstrip("-"): action for action in build_parser()._actions for option in action.option_strings}
     for name, default in DIFFUSERS_FLAGS.items():
         assert actions[name].default == default, name
-    assert {name for name in DIFFUSERS_FLAGS if actions[name].required} == {
-        "pretrained_model_name_or_path", "instance_data_dir", "instance_prompt",
-    }  # fmt: skip
+    assert {name for name in DIFFUSERS_FLAGS if actions[name].required} == {"pretrained_model_name_or_path"}
     assert actions["lora_dropout"].dest == "dropout"
 
 

@@ -278,6 +278,8 @@ def apt_config(args: argparse.Namespace) -> APTConfig:
 
 
 def _check_prior(args: argparse.Namespace) -> None:
+    if args.dataset_config is not None:  # which has its own classes
+        return
     if args.with_prior_preservation:
         if args.class_data_dir is None:
             raise ValueError("--with_prior_preservation needs --class_data_dir, a folder for the class pictures.")

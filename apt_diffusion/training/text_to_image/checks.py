@@ -6,7 +6,7 @@ from ... import add_apt
 from ..idle_flags import Rule, shared_rules
 from ..optimizer_choice import takes
 from .arguments import apt_config
-from .data_arguments import caption_options
+from .data_arguments import changing_captions
 from .stable_diffusion import StableDiffusionBase
 
 
@@ -34,7 +34,8 @@ def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[s
 
 def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule]:
     """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
-    moved = caption_options(args).varies
+    moved = changing_captions(args)
+    drawn = args.with_prior_preservation and args.dataset_config is None  # pictures of the class
     measured = bool(args.validation_split or args.validation_data_dir)
     evaluated = measured or args.validation_prompt is not None
     taken = takes(args.optimizer)
@@ -45,10 +46,10 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("lr_warmup_steps", args.lr_scheduler == "constant", "needs a --lr_scheduler with a warm-up"),
         ("lr_num_cycles", args.lr_scheduler != "cosine_with_restarts", "needs --lr_scheduler cosine_with_restarts"),
         ("lr_power", args.lr_scheduler != "polynomial", "needs --lr_scheduler polynomial"),
-        ("num_class_images", without_prior, "needs --with_prior_preservation"),
+        ("num_class_images", not drawn, "needs --with_prior_preservation and --class_data_dir"),
         ("prior_loss_weight", without_prior, "needs --with_prior_preservation"),
-        ("sample_batch_size", without_prior, "needs --with_prior_preservation"),
-        ("prior_generation_precision", without_prior, "needs --with_prior_preservation"),
+        ("sample_batch_size", not drawn, "needs --with_prior_preservation and --class_data_dir"),
+        ("prior_generation_precision", not drawn, "needs --with_prior_preservation and --class_data_dir"),
         ("validation_prompt", none_drawn, "draws nothing with --num_validation_images 0"),
         ("validation_images", none_drawn, "draws nothing with --num_validation_images 0"),
         ("validation_steps", not evaluated, "needs --validation_prompt: samples are drawn at the end only"),

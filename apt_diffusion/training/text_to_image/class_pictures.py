@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ...data.pictures import Picture
 from ...io.atomic import replacing
-from .picture_sets import scan_class_pictures, used_class_pictures
+from .picture_sets import scan_class_folder, used_class_pictures
 from .stable_diffusion import StableDiffusionBase
 
 PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -32,6 +32,8 @@ def complete_class_pictures(
     """
     if not args.with_prior_preservation:
         return []
+    if args.dataset_config is not None:  # whose folders of classes are complete
+        return present
     accelerator.wait_for_everyone()  # all have counted
     missing = list(range(len(present), args.num_class_images))[accelerator.process_index :: accelerator.num_processes]
     folder = Path(args.class_data_dir)
@@ -55,4 +57,4 @@ def complete_class_pictures(
                 with replacing(folder / name) as temporary:  # a kill leaves no half picture
                     image.save(temporary, format="PNG")
     accelerator.wait_for_everyone()
-    return present if len(present) == args.num_class_images else used_class_pictures(args, scan_class_pictures(args))
+    return present if len(present) == args.num_class_images else used_class_pictures(args, scan_class_folder(args))

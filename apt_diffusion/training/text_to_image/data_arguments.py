@@ -4,14 +4,23 @@ import argparse
 
 from ...data.buckets import parse_buckets
 from ...data.captions import CaptionOptions
+from ...data.dataset_config import KEYS, ConfiguredFolder, read_dataset_config
 from ...data.pictures import INTERPOLATIONS
 from .number_types import count, fraction, positive_int
+
+# Keys of the TOML file whose values on the command line are no defaults for folders.
+OF_A_FOLDER = ("instance_data_dir", "class_data_dir", "class_prompt", "repeats", "weight")
 
 
 def data_flags(add) -> None:
     """Adds them to the parser of the trainer."""
-    add("--instance_data_dir", required=True, help="Folder with pictures of the subject.")
-    add("--instance_prompt", required=True, help="The prompt that names the subject, for pictures without a caption.")
+    add("--instance_data_dir", help="Folder with pictures of the subject.")
+    add("--instance_prompt", help="The prompt that names the subject, for pictures without a caption.")
+    add(
+        "--dataset_config",
+        help="A TOML file that names several folders, each with its own prompt, class, captions, masks, repeats and "
+        "weight (docs/training.md), in place of --instance_data_dir.",
+    )
     add(
         "--recursive",
         action="store_true",
@@ -93,16 +102,50 @@ def caption_options(args: argparse.Namespace) -> CaptionOptions:
     )
 
 
+def configured_folders(args: argparse.Namespace) -> list[ConfiguredFolder]:
+    """The folders of `--dataset_config`."""
+    given = vars(args)
+    defaults = {key: given[key] for key in KEYS if key in given and key not in OF_A_FOLDER}
+    return read_dataset_config(args.dataset_config, defaults)
+
+
+def _check_sources(args: argparse.Namespace) -> None:
+    """Where pictures come from; what the TOML file says of the run is written to `args`."""
+    if args.dataset_config is None:
+        if args.instance_data_dir is None:
+            raise ValueError("Where are the pictures? Give --instance_data_dir, or --dataset_config.")
+        if args.instance_prompt is None:
+            raise ValueError("--instance_data_dir needs --instance_prompt, for pictures without a caption.")
+        return
+    for flag in OF_A_FOLDER[:3]:
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} stands in the file of --dataset_config, for each folder: leave it out here.")
+    folders = configured_folders(args)
+    args.instance_prompt = args.instance_prompt or folders[0].prompt
+    has_class = any(folder.class_path is not None for folder in folders)
+    if args.with_prior_preservation and not has_class:
+        raise ValueError(f"--with_prior_preservation: no folder of {args.dataset_config} has a class_data_dir.")
+    args.with_prior_preservation = has_class
+
+
+def changing_captions(args: argparse.Namespace) -> bool:
+    """Whether samples of one picture have different captions."""
+    if args.dataset_config is None:
+        return caption_options(args).varies
+    return any(folder.options.captions.varies for folder in configured_folders(args))
+
+
 def check_data_flags(args: argparse.Namespace) -> None:
-    """Settles what depends on captions; `ValueError` for what cannot work."""
+    """Settles what depends on the data; `ValueError` for what cannot work."""
+    _check_sources(args)
     if not args.caption_separator.strip(" "):
         raise ValueError("--caption_separator must be more than spaces: tags may have spaces in them.")
     if args.aspect_ratio_buckets not in (None, "auto"):
         parse_buckets(args.aspect_ratio_buckets)
-    if caption_options(args).varies:
+    if changing_captions(args):
         if args.cache_text_embeddings or args.pre_compute_text_embeddings:
             raise ValueError(
-                "--cache_text_embeddings keeps one text for each picture, but with --shuffle_caption or "
-                "--caption_tag_dropout_rate each sample has its own: leave one of them out."
+                "--cache_text_embeddings keeps one text for each picture, but with shuffle_caption or "
+                "caption_tag_dropout_rate each sample has its own: leave one of them out."
             )
         args.cache_text_embeddings = False

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...data.buckets import Size, generate_buckets, parse_buckets
 from ...data.dreambooth import Framing
@@ -11,23 +12,33 @@ from ...data.masks import check_any_mask
 from ...data.pictures import Picture
 from ...data.report import report
 from ..checkpoints import Checkpoint
-from .data_arguments import caption_options
+from .data_arguments import caption_options, configured_folders
 from .stable_diffusion import StableDiffusionBase
 
 
 @dataclass
 class PictureSets:
-    """What the folders of a run hold; `None` where the run has no such folder, or it has no pictures yet."""
+    """What the folders of a run hold.
 
-    subject: Scan
-    of_class: Scan | None
+    Attributes:
+        subject: at least one.
+        of_class: none where the run has no class, or its folder no pictures yet.
+        held_out: where they have a folder of their own.
+    """
+
+    subject: list[Scan]
+    of_class: list[Scan]
     held_out: Scan | None
 
     @property
     def problems(self) -> list[str]:
         """What stops the run."""
-        scans = (self.subject, self.of_class, self.held_out)
-        return [problem for scan in scans if scan is not None for problem in scan.problems]
+        scans = [*self.subject, *self.of_class, *([] if self.held_out is None else [self.held_out])]
+        return [problem for scan in scans for problem in scan.problems]
+
+    def pictures(self) -> list[Picture]:
+        """Those of the subject; `ValueError` for a problem."""
+        return [picture for scan in self.subject for picture in scan.checked()]
 
 
 def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
@@ -38,26 +49,41 @@ def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     held_out = None
     if args.validation_data_dir is not None:
         held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, options)
-    subject = scan_pictures(args.instance_data_dir, args.instance_prompt, options)
-    if args.masked_loss:
+    if args.dataset_config is None:
+        subject = [_scan_subject(args.instance_data_dir, args.instance_prompt, options)]
+        return PictureSets(subject, scan_class_folder(args), held_out)
+    folders = configured_folders(args)
+    subject = [_scan_subject(folder.path, folder.prompt, folder.options) for folder in folders]
+    of_class = [
+        scan_pictures(folder.class_path, folder.class_prompt, folder.class_options)
+        for folder in folders if folder.class_path is not None
+    ]  # fmt: skip
+    return PictureSets(subject, of_class, held_out)
+
+
+def _scan_subject(folder: str | Path, prompt: str, options: FolderOptions) -> Scan:
+    scan = scan_pictures(folder, prompt, options)
+    if options.masked:
         try:
-            check_any_mask(subject.pictures, subject.folder)
+            check_any_mask(scan.pictures, scan.folder)
         except ValueError as error:
-            subject.problems.append(str(error))
-    return PictureSets(subject, scan_class_pictures(args), held_out)
+            scan.problems.append(str(error))
+    return scan
 
 
-def scan_class_pictures(args: argparse.Namespace) -> Scan | None:
-    """What the folder of the class holds; `None` where it has no pictures yet."""
+def scan_class_folder(args: argparse.Namespace) -> list[Scan]:
+    """What `--class_data_dir` holds; nothing where it has no pictures yet."""
     if not args.with_prior_preservation or not has_pictures(args.class_data_dir, args.recursive):
-        return None
+        return []
     options = FolderOptions(args.caption_column, args.recursive, "--class_prompt")
-    return scan_pictures(args.class_data_dir, args.class_prompt, options)
+    return [scan_pictures(args.class_data_dir, args.class_prompt, options)]
 
 
-def used_class_pictures(args: argparse.Namespace, scan: Scan | None) -> list[Picture]:
-    """At most `--num_class_images`, each once, also in a folder that repeats them."""
-    return [] if scan is None else list(dict.fromkeys(scan.checked()))[: args.num_class_images]
+def used_class_pictures(args: argparse.Namespace, scans: list[Scan]) -> list[Picture]:
+    """Pictures of the class, each once, also in a folder that repeats them; at most `--num_class_images` of them."""
+    of_all = [list(dict.fromkeys(scan.checked())) for scan in scans]
+    limit = args.num_class_images if args.dataset_config is None else None
+    return [picture for of_one in of_all for picture in of_one[:limit]]
 
 
 def make_framing(args: argparse.Namespace, base: StableDiffusionBase) -> Framing:
@@ -107,8 +133,10 @@ def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callabl
     repeated = [f"With --repeats {args.repeats}, that many times as often."] if args.repeats > 1 else []
     if args.validation_split:
         repeated.append(f"A share of {args.validation_split:g} of these pictures is held out (--validation_split).")
-    parts = [report(sets.subject, "The subject", trained_at, repeated)]
-    if args.with_prior_preservation:
+    parts = [report(scan, "The subject", trained_at, repeated) for scan in sets.subject]
+    if args.dataset_config is not None:
+        parts += [report(scan, "The class", trained_at) for scan in sets.of_class]
+    elif args.with_prior_preservation:
         parts.append(_class_report(args, sets.of_class, trained_at))
     if sets.held_out is not None:
         parts.append(report(sets.held_out, "Held out", trained_at))
@@ -118,12 +146,12 @@ def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callabl
 
 
 def _class_report(
-    args: argparse.Namespace, scan: Scan | None, trained_at: Callable[[Picture], tuple[int, int]]
+    args: argparse.Namespace, scans: list[Scan], trained_at: Callable[[Picture], tuple[int, int]]
 ) -> str:
-    present = 0 if scan is None else len(set(scan.pictures))
+    present = sum(len(set(scan.pictures)) for scan in scans)
     missing, unused = max(0, args.num_class_images - present), max(0, present - args.num_class_images)
     notes = [f"{missing} missing ones will be drawn by the base model (--num_class_images)."] if missing else []
     notes += [f"{unused} of them are not used: --num_class_images is {args.num_class_images}."] if unused else []
-    if scan is None:
+    if not scans:
         return "\n".join([f"The class: {args.class_data_dir}", *notes])
-    return report(scan, "The class", trained_at, notes)
+    return report(scans[0], "The class", trained_at, notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 from .captions import UNCHANGED, CaptionOptions
 from .masks import check_mask, mask_files
 from .pictures import Picture
-from .reading import is_picture, read_picture
+from .reading import PictureFile, is_picture, read_picture
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Scan:
 
     folder: Path
     pictures: list[Picture] = field(default_factory=list)
-    captions_from: dict[Path, str] = field(default_factory=dict)
+    captions_from: dict[PictureFile, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 

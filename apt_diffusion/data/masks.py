@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .pictures import Picture, View, crop_box
-from .reading import read_alpha, read_picture
+from .reading import PictureFile, read_alpha, read_picture
 
 ENDING = "-mask"
 
@@ -34,7 +34,7 @@ def _is_mask(stem: str, stems: Iterable[str]) -> bool:
     return stem.endswith(ENDING) and stem.removesuffix(ENDING) in stems
 
 
-def check_mask(picture: Picture, files: Sequence[Path]) -> Path | None:
+def check_mask(picture: Picture, files: Sequence[Path]) -> PictureFile | None:
     """Where a picture's mask is: one of `files`, or the picture itself for its transparency; `None` without any.
 
     Raises:
@@ -47,15 +47,15 @@ def check_mask(picture: Picture, files: Sequence[Path]) -> Path | None:
     mask = _read_mask(picture.path, files[0]) if files else read_alpha(picture.path)
     if mask is None:
         return None
-    place = files[0] if files else picture.path
+    place: PictureFile = files[0] if files else picture.path
     if mask.size != (picture.width, picture.height):
         raise ValueError(
             f"The mask {place} has {mask.width} x {mask.height} pixels, its picture {picture.path.name} has "
             f"{picture.width} x {picture.height}: make them equal."
         )
     if mask.getextrema()[1] == 0:
-        what = "is black" if files else "is transparent"
-        raise ValueError(f"{place} {what} everywhere, so nothing of the picture would count in the loss: take it out.")
+        what = f"The mask {place} is black" if files else f"The picture {place} is transparent"
+        raise ValueError(f"{what} everywhere, so nothing of the picture would count in the loss: take it out.")
     return place
 
 
@@ -68,7 +68,7 @@ def check_any_mask(pictures: Sequence[Picture], folder: Path) -> None:
         )
 
 
-def _read_mask(picture: Path, place: Path) -> Image.Image | None:
+def _read_mask(picture: PictureFile, place: PictureFile) -> Image.Image | None:
     """A mask of mode L; where it is transparent itself, it is black."""
     return read_alpha(picture) if place == picture else read_picture(place, background="black").convert("L")
 

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .captions import UNCHANGED, CaptionOptions
+from .reading import PictureFile
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -30,12 +30,12 @@ class Picture:
     `weight` is what its error is multiplied by.
     """
 
-    path: Path
+    path: PictureFile
     caption: str
     width: int
     height: int
     caption_options: CaptionOptions = UNCHANGED
-    mask: Path | None = None
+    mask: PictureFile | None = None
     weight: float = 1.0
 
     @property
@@ -48,7 +48,7 @@ class Picture:
 class View:
     """A rectangle of a picture that was scaled until it just covers it, perhaps mirrored. A square has no `height`."""
 
-    path: Path
+    path: PictureFile
     width: int
     left: int = 0
     top: int = 0

@@ -6,9 +6,11 @@ Two limits are checked in the file's header before pixels are decoded. `MAX_PIXE
 
 import functools
 import importlib.util
+import io
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +22,60 @@ MAX_ASPECT = 50  # the long side by the short one
 NOT_READ = ("EPS", "BUFR", "GRIB", "HDF5", "WMF", "MPEG", "IPTC")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RowPicture:
+    """An encoded picture in a row of a `datasets` data set; it stands where a path can.
+
+    Args:
+        data_set: its name.
+        row, column: where it is.
+        rows: the `datasets.Dataset`, whose column holds bytes, or dicts of `bytes` and `path`.
+        roots: a row may name a file instead, in one of these folders.
+    """
+
+    data_set: str
+    row: int
+    column: str
+    rows: Any = field(compare=False, repr=False)
+    roots: tuple[Path, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Its place, as a file has a name."""
+        return f"row {self.row}"
+
+    def __str__(self) -> str:
+        return f"in row {self.row} of {self.data_set!r}"
+
+    def __lt__(self, other: object) -> bool:
+        """By row, behind all files."""
+        return isinstance(other, RowPicture) and self._place < other._place
+
+    def __gt__(self, other: object) -> bool:
+        return not isinstance(other, RowPicture) or self._place > other._place
+
+    @property
+    def _place(self) -> tuple[str, str, int]:
+        return self.data_set, self.column, self.row
+
+    def content(self) -> bytes:
+        """The encoded picture; `ValueError` for a row without one, or with a file outside of the data set."""
+        value = self.rows[self.row][self.column]
+        encoded = value.get("bytes") if isinstance(value, dict) else value
+        if encoded is not None:
+            return encoded
+        name = value.get("path") if isinstance(value, dict) else None
+        if name is None:
+            raise ValueError("the row holds none")
+        file = Path(name).resolve()
+        if not any(file.is_relative_to(root) for root in self.roots):
+            raise ValueError(f"it should be the file {name}, which is outside of the data set")
+        return file.read_bytes()
+
+
+PictureFile = Path | RowPicture
 
 
 @functools.cache
@@ -43,12 +99,12 @@ def is_picture(path: Path) -> bool:
 
 
 def read_picture(
-    path: Path, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None, background: str = "white"
+    path: PictureFile, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None, background: str = "white"
 ) -> Image.Image:
     """A picture as RGB, upright, on white where it is transparent; of an animation the first frame.
 
     Args:
-        path: the file; its content decides, not its suffix.
+        path: the file, or the row; its content decides, not its suffix.
         max_pixels: a limit of the decoded size.
         formats: PIL's names of those that are accepted; all of `readable_formats` if `None`.
         background: another colour than white.
@@ -59,7 +115,7 @@ def read_picture(
     return _read(path, max_pixels, formats, lambda image: as_rgb(image, background))
 
 
-def read_alpha(path: Path) -> Image.Image | None:
+def read_alpha(path: PictureFile) -> Image.Image | None:
     """How opaque a picture is, of mode L and upright; `None` where it has no transparency. Else as `read_picture`."""
     return _read(path, MAX_PIXELS, None, _alpha)
 
@@ -69,12 +125,13 @@ def _alpha(image: Image.Image) -> Image.Image | None:
     return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
 
 
-def _read(path: Path, max_pixels: int, formats: Sequence[str] | None, convert: Callable[[Image.Image], T]) -> T:
+def _read(path: PictureFile, max_pixels: int, formats: Sequence[str] | None, convert: Callable[[Image.Image], T]) -> T:
     known = readable_formats()
-    if path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() not in known:
+    if isinstance(path, Path) and path.suffix.lower() in HEIF_SUFFIXES and path.suffix.lower() not in known:
         raise ValueError(f"The picture {path} is HEIC: `pip install pillow-heif`, or convert it to JPEG or PNG.")
     try:
-        with Image.open(path, formats=sorted(set(known.values())) if formats is None else list(formats)) as image:
+        content = path if isinstance(path, Path) else io.BytesIO(path.content())
+        with Image.open(content, formats=sorted(set(known.values())) if formats is None else list(formats)) as image:
             check_size(*image.size, max_pixels)
             return convert(image)
     except Exception as error:  # PIL's decoders raise anything from OSError to struct.error

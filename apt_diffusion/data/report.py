@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .folders import Scan
 from .pictures import Picture
+from .reading import PictureFile
 
 SHOWN_CAPTION = 60  # characters of a caption
 COLUMNS = ("picture", "pixels", "trained at", "per epoch", "caption from", "caption")
@@ -49,7 +50,9 @@ def _row(scan: Scan, picture: Picture, count: int, shape: tuple[int, int]) -> tu
     return name, *sizes, str(count), scan.captions_from[picture.path], caption
 
 
-def _within(folder: Path, path: Path) -> str:
+def _within(folder: Path, path: PictureFile) -> str:
+    if not isinstance(path, Path):
+        return path.name
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 

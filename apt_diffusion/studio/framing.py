@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data.dreambooth import DreamBoothData, Framing, View
 from ..data.folders import find_pictures
-from ..data.reading import read_picture
+from ..data.reading import PictureFile, read_picture
 from .uploads import keep_pictures
 
 THUMBNAIL = 256  # pixels of the long side
@@ -49,7 +49,7 @@ def as_trained(paths: Sequence[str | Path], size: int, stride: int, class_count:
         instance = find_pictures(folder, "")
         framing = Framing(size, stride=stride)
         data = DreamBoothData(instance, instance[:1] * class_count, framing, (1, 1, 1), seed)
-        views: dict[Path, View] = {}
+        views: dict[PictureFile, View] = {}
         for position in range(data.epoch_length):
             view = data.views_at(position)[0]
             views.setdefault(view.path, view)

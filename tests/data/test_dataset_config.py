@@ -205,12 +205,15 @@ def test_a_report_has_a_table_for_each_folder(go, folders, no_models, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"instance_data_dir": None}, r"Where are the pictures\? Give --instance_data_dir, or --dataset_config"),
+        (
+            {"instance_data_dir": None},
+            "Give --instance_data_dir, --dataset_name or --dataset_config",
+        ),
         ({"instance_prompt": None}, "--instance_data_dir needs --instance_prompt"),
-        ({"dataset_config": "data.toml"}, "--instance_data_dir stands in the file of --dataset_config"),
+        ({"dataset_config": "data.toml"}, "--instance_data_dir has no place beside --dataset_config"),
         (
             {"dataset_config": "data.toml", "instance_data_dir": None, "class_prompt": "x"},
-            "--class_prompt stands in the file",
+            "--class_prompt has no place beside",
         ),
         (
             {"dataset_config": "data.toml", "instance_data_dir": None, "with_prior_preservation": True},

@@ -36,6 +36,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
     """Flags of this trainer that may have no effect; for `warn_of_idle_flags`, once `max_train_steps` is known."""
     moved = changing_captions(args)
     drawn = args.with_prior_preservation and args.dataset_config is None  # pictures of the class
+    without_folders = args.dataset_name is not None and not (args.class_data_dir or args.validation_data_dir)
     measured = bool(args.validation_split or args.validation_data_dir)
     evaluated = measured or args.validation_prompt is not None
     taken = takes(args.optimizer)
@@ -67,5 +68,8 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
         ("keep_tokens", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         ("caption_separator", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
+        ("image_column", args.dataset_name is None, "needs --dataset_name"),
+        ("dataset_config_name", args.dataset_name is None, "needs --dataset_name"),
+        ("recursive", without_folders, "is for folders of pictures, not for --dataset_name"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

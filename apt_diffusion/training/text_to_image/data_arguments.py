@@ -6,10 +6,12 @@ from ...data.buckets import parse_buckets
 from ...data.captions import CaptionOptions
 from ...data.dataset_config import KEYS, ConfiguredFolder, read_dataset_config
 from ...data.pictures import INTERPOLATIONS
+from ...data.rows import CAPTION_COLUMN, IMAGE_COLUMN
 from .number_types import count, fraction, positive_int
 
 # Keys of the TOML file whose values on the command line are no defaults for folders.
 OF_A_FOLDER = ("instance_data_dir", "class_data_dir", "class_prompt", "repeats", "weight")
+NOT_BESIDE_A_FILE = ("instance_data_dir", "dataset_name", "class_data_dir", "class_prompt")
 
 
 def data_flags(add) -> None:
@@ -28,7 +30,18 @@ def data_flags(add) -> None:
         "'10_sks dog', are always read.",
     )
     add("--check_data", action="store_true", help="Print a table of all pictures, and end before models are loaded.")
-    add("--caption_column", default="text", help="Key of the caption in a metadata.jsonl next to the pictures.")
+    add(
+        "--caption_column",
+        help="Key of the caption in a metadata.jsonl next to the pictures, or the column of --dataset_name; 'text' if "
+        "not set.",
+    )
+    add(
+        "--dataset_name",
+        help="A data set of the hub, or a folder that `datasets` loads, in place of --instance_data_dir: its split "
+        "'train'.",
+    )
+    add("--dataset_config_name", help="Which of its configurations, if --dataset_name has several.")
+    add("--image_column", default=IMAGE_COLUMN, help="The column of --dataset_name with the pictures.")
     add(
         "--caption_dropout_rate",
         type=fraction,
@@ -106,20 +119,24 @@ def configured_folders(args: argparse.Namespace) -> list[ConfiguredFolder]:
     """The folders of `--dataset_config`."""
     given = vars(args)
     defaults = {key: given[key] for key in KEYS if key in given and key not in OF_A_FOLDER}
+    defaults["caption_column"] = args.caption_column or CAPTION_COLUMN
     return read_dataset_config(args.dataset_config, defaults)
 
 
 def _check_sources(args: argparse.Namespace) -> None:
     """Where pictures come from; what the TOML file says of the run is written to `args`."""
     if args.dataset_config is None:
-        if args.instance_data_dir is None:
-            raise ValueError("Where are the pictures? Give --instance_data_dir, or --dataset_config.")
+        sources = [name for name in ("instance_data_dir", "dataset_name") if getattr(args, name) is not None]
+        if not sources:
+            raise ValueError("Where are the pictures? Give --instance_data_dir, --dataset_name or --dataset_config.")
+        if len(sources) > 1:
+            raise ValueError("--instance_data_dir and --dataset_name both say where the pictures are: give one.")
         if args.instance_prompt is None:
-            raise ValueError("--instance_data_dir needs --instance_prompt, for pictures without a caption.")
+            raise ValueError(f"--{sources[0]} needs --instance_prompt, for pictures without a caption.")
         return
-    for flag in OF_A_FOLDER[:3]:
+    for flag in NOT_BESIDE_A_FILE:
         if getattr(args, flag) is not None:
-            raise ValueError(f"--{flag} stands in the file of --dataset_config, for each folder: leave it out here.")
+            raise ValueError(f"--{flag} has no place beside --dataset_config, whose file says it for each folder.")
     folders = configured_folders(args)
     args.instance_prompt = args.instance_prompt or folders[0].prompt
     has_class = any(folder.class_path is not None for folder in folders)

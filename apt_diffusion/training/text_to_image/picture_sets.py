@@ -11,6 +11,7 @@ from ...data.folders import FolderOptions, Scan, has_pictures, scan_pictures
 from ...data.masks import check_any_mask
 from ...data.pictures import Picture
 from ...data.report import report
+from ...data.rows import CAPTION_COLUMN, scan_rows
 from ..checkpoints import Checkpoint
 from .data_arguments import caption_options, configured_folders
 from .stable_diffusion import StableDiffusionBase
@@ -43,12 +44,15 @@ class PictureSets:
 
 def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     """Looks at all pictures that the flags name."""
-    options = FolderOptions(
-        args.caption_column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss
-    )
+    column = args.caption_column or CAPTION_COLUMN
+    options = FolderOptions(column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss)
     held_out = None
     if args.validation_data_dir is not None:
         held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, options)
+    if args.dataset_name is not None:
+        columns = args.image_column, args.caption_column
+        scan = scan_rows(args.dataset_name, args.dataset_config_name, *columns, args.instance_prompt, options)
+        return PictureSets([_with_masks(scan, options)], scan_class_folder(args), held_out)
     if args.dataset_config is None:
         subject = [_scan_subject(args.instance_data_dir, args.instance_prompt, options)]
         return PictureSets(subject, scan_class_folder(args), held_out)
@@ -62,7 +66,11 @@ def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
 
 
 def _scan_subject(folder: str | Path, prompt: str, options: FolderOptions) -> Scan:
-    scan = scan_pictures(folder, prompt, options)
+    return _with_masks(scan_pictures(folder, prompt, options), options)
+
+
+def _with_masks(scan: Scan, options: FolderOptions) -> Scan:
+    """Notes where there should be masks, and none is."""
     if options.masked:
         try:
             check_any_mask(scan.pictures, scan.folder)
@@ -75,7 +83,7 @@ def scan_class_folder(args: argparse.Namespace) -> list[Scan]:
     """What `--class_data_dir` holds; nothing where it has no pictures yet."""
     if not args.with_prior_preservation or not has_pictures(args.class_data_dir, args.recursive):
         return []
-    options = FolderOptions(args.caption_column, args.recursive, "--class_prompt")
+    options = FolderOptions(args.caption_column or CAPTION_COLUMN, args.recursive, "--class_prompt")
     return [scan_pictures(args.class_data_dir, args.class_prompt, options)]
 
 

@@ -48,6 +48,8 @@ def config_per_component(
         return config
     if "" in components:
         return {"": config}
+    if not components and not isinstance(model, dict):
+        raise ValueError(f"{type(model).__name__} holds no models yet: load them first, with load_components().")
     chosen = {}
     for part, component in components.items():
         settings = _settings_for(part, component, config)

@@ -1,7 +1,8 @@
 """diffusers pipelines with APT adapters: `StableDiffusionAPTPipeline`, and one of that kind for every stock class.
 
 The class for a stock `FluxPipeline` is `FluxAPTPipeline`, for a `StableDiffusionXLImg2ImgPipeline` it is
-`StableDiffusionXLAPTImg2ImgPipeline`; each is made when it is first imported. `apt_pipeline` makes one of any class.
+`StableDiffusionXLAPTImg2ImgPipeline`, for a `FluxModularPipeline` `FluxAPTModularPipeline`; each is made when it is
+first imported. `apt_pipeline` makes one of any class.
 """
 
 from typing import Any

@@ -5,10 +5,11 @@ import sys
 from typing import Any
 
 from .mixin import APTLoaderMixin
+from .modular import APTModularMixin
 
 # Words of diffusers' class names that say what a pipeline of a family does. "APT" stands between family and task:
 # diffusers still finds the family when it puts "ControlNet" or "PAG" into a name.
-_TASKS = "ControlNet|PAG|Img2Img|Inpaint|Control|Fill|Kontext|Edit|Layered|Upscale|Turbo|Sprint"
+_TASKS = "ControlNet|PAG|Img2Img|Inpaint|Control|Fill|Kontext|Edit|Layered|Upscale|Turbo|Sprint|Modular"
 
 _made: dict[type, type] = {}
 
@@ -16,12 +17,17 @@ _made: dict[type, type] = {}
 def apt_pipeline(pipeline_class: type) -> type:
     """A subclass of a diffusers pipeline class with APT adapters; see [`APTLoaderMixin`]. The same one at every call.
 
+    Args:
+        pipeline_class: a whole pipeline's or a modular pipeline's.
+
     Raises:
         TypeError: for what is no pipeline class.
     """
     from diffusers import DiffusionPipeline
 
-    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
+    if not isinstance(pipeline_class, type) or not (
+        issubclass(pipeline_class, DiffusionPipeline) or _is_modular(pipeline_class)
+    ):
         raise TypeError(f"apt_pipeline takes a diffusers pipeline class, got {pipeline_class!r}.")
     if issubclass(pipeline_class, APTLoaderMixin):
         return pipeline_class
@@ -36,7 +42,12 @@ def _make(stock: type) -> type:
     members = {"__doc__": f"[`diffusers.{stock.__name__}`] with APT adapters; see [`APTLoaderMixin`]."}
     if stock.__module__.startswith("diffusers."):
         members["__module__"] = "apt_diffusion.pipelines"  # where the name is found again, also by pickle
-    return type(name, (_AutoPipelineFriend, stock), members)
+    return type(name, (APTModularMixin if _is_modular(stock) else _AutoPipelineFriend, stock), members)
+
+
+def _is_modular(pipeline_class: type) -> bool:
+    # By name: to import modular pipelines takes seconds, and few people use them.
+    return any(base.__name__ == "ModularPipeline" for base in pipeline_class.__mro__)
 
 
 class _AutoPipelineFriend(APTLoaderMixin):

@@ -94,7 +94,7 @@ class APTLoaderMixin(Stock):
         if misspelt:
             raise TypeError(f"Unknown arguments {misspelt}: there are apt_scale and apt_adapter_names.")
         by_position = inspect.signature(super().__call__).bind_partial(*args).arguments
-        kwargs = dict(**by_position, **kwargs)  # a TypeError where one is given twice
+        kwargs = self._inputs_of_call(dict(**by_position, **kwargs))  # a TypeError where one is given twice
         if self.apt_prompt_tags:
             kwargs, apt_adapter_names = take_tags(kwargs, apt_scale, apt_adapter_names, self._active_weights())
         if apt_adapter_names is not None:
@@ -228,6 +228,10 @@ class APTLoaderMixin(Stock):
         with api.hidden_apt(self) if stay else contextlib.nullcontext():
             super().enable_group_offload(*args, **kwargs)
 
+    def _inputs_of_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A call's arguments by name, with those that it takes from elsewhere."""
+        return kwargs
+
     def _active_weights(self) -> dict[str, AdapterWeight]:
         components = [ModelAdapters.of(component) for component in components_of(self).values()]
         return {name: weight for adapters in components for name, weight in adapters.active.items()}
@@ -266,13 +270,20 @@ class APTLoaderMixin(Stock):
         active = {}
         for name, (folder, weight) in _read_index(file).items():
             adapter = read_adapter_file(resolve_adapter_file(path, WEIGHTS_NAME, folder or None, **hub))
-            if adapter.configs is not None and not set(adapter.configs) & set(components_of(self)):
-                logger.warning("Adapter %r is left out: it is for %s only.", name, sorted(adapter.configs))
+            if adapter.configs is not None and not self._may_load(name, set(adapter.configs)):
                 continue
             load_apt_weights(self, adapter, name, activate=False)
             if weight is not None:
                 active[name] = weight
+        active = self._active_weights() | active
         self.set_apt_adapters(list(active), list(active.values()))
+
+    def _may_load(self, adapter_name: str, components: set[str]) -> bool:
+        """Whether a saved adapter for these components is to be loaded now."""
+        if components & set(components_of(self)):
+            return True
+        logger.warning("Adapter %r is left out: it is for %s only.", adapter_name, sorted(components))
+        return False
 
 
 def _repeated(samples: Sequence[Sample], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from apt_diffusion.training.text_to_image.arguments import apt_config, build_par
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
+from apt_diffusion.training.text_to_image.data_record import record_data
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check_data:
             instance, held_out = hold_out(session, sets)
             of_class = used_class_pictures(args, sets.of_class)
+            split = held_out if args.validation_split else []
+            record_data(session, "subject", [*instance, *split], [scan.folder for scan in sets.subject])
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
         base = open_base(
@@ -113,6 +116,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2. Pictures, and how they become samples.
         of_class = complete_class_pictures(args, of_class, base, session.accelerator, session.seed)
+        class_folders = [scan.folder for scan in sets.of_class] or [Path(args.class_data_dir or "")]
+        record_data(session, "class", of_class, class_folders)
         counts = len(set(instance)), len(of_class), len(held_out)
         session.logger.info("%d pictures of the subject, %d of its class, %d held out.", *counts)
         latent_shape = base.latent_shape(args.resolution)

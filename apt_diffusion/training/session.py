@@ -61,6 +61,7 @@ class Session:
         repo_id: where the results will be uploaded, or `None`.
         steps_done: optimizer steps so far, those before a resume included.
         steps_per_epoch: known after `plan`.
+        data: what the script says of its data; it is kept in checkpoints.
         checkpoint_due, evaluation_due: whether the script should do this now; `False` between the batches of a step.
     """
 
@@ -81,6 +82,7 @@ class Session:
         self.resumed = resumed
         self.seed = seed
         self.repo_id: str | None = None
+        self.data: dict[str, Any] = {}
         self.first_step = resumed.step if resumed else 0
         self.steps_done = self.first_step
         self.steps_per_epoch = 0
@@ -327,6 +329,7 @@ class Session:
             "position": first + (self.steps_done - self.first_step) * self.examples_per_step,
             "seed": self.seed,
             "settings": provenance.public_settings(vars(self.args)),
+            "data": self.data,
         }
         with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:
             save(folder)

@@ -29,6 +29,11 @@ def data_flags(add) -> None:
         help="Read the subfolders of all picture folders, too. Those named as kohya's trainer has them, such as "
         "'10_sks dog', are always read.",
     )
+    add(
+        "--allow_changed_data",
+        action="store_true",
+        help="Resume although pictures, masks or captions are not those of the checkpoint; no longer exactly.",
+    )
     add("--check_data", action="store_true", help="Print a table of all pictures, and end before models are loaded.")
     add(
         "--caption_column",

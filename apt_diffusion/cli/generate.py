@@ -1,6 +1,7 @@
 """`apt-diffusion generate`: pictures of a prompt, with a diffusion model and any number of adapters."""
 
 import argparse
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -143,8 +144,12 @@ def load_pipeline(args: argparse.Namespace, adapters: list[tuple[str, float]]) -
     files = [resolve_adapter_file(place) for place, _ in adapters]
     device = args.device or default_device()
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
+    place = resolve_model(args.model)
+    if args.negative_prompt is not None:
+        index = diffusers.DiffusionPipeline.load_config(place, revision=args.revision)
+        check_negative_prompt(getattr(diffusers, index["_class_name"], None))
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        resolve_model(args.model), dtype=dtype, revision=args.revision, variant=args.variant
+        place, dtype=dtype, revision=args.revision, variant=args.variant
     )
     if args.scheduler:
         pipe.scheduler = make_scheduler(args.scheduler, pipe.scheduler)
@@ -154,6 +159,22 @@ def load_pipeline(args: argparse.Namespace, adapters: list[tuple[str, float]]) -
     if names:
         set_apt_adapters(pipe, names, [weight for _, weight in adapters])
     return pipe.to(device)
+
+
+def check_negative_prompt(pipeline_class: type | None) -> None:
+    """`ValueError` for a class of diffusers that has no use for `--negative_prompt`."""
+    if pipeline_class is None:  # not one of diffusers
+        return
+    call: Any = vars(pipeline_class).get("__call__", pipeline_class)
+    arguments = inspect.signature(call).parameters
+    guidance = arguments.get("true_cfg_scale")
+    if "negative_prompt" not in arguments:
+        reason = "takes none"
+    elif guidance is not None and guidance.default <= 1:
+        reason = "reads it only with true_cfg_scale above 1, which this command does not set"
+    else:
+        return
+    raise ValueError(f"--negative_prompt has no effect: {pipeline_class.__name__} {reason}. Leave it out.")
 
 
 def default_device() -> str:
@@ -195,7 +216,8 @@ def draw(pipe: Any, args: argparse.Namespace, wanted: list[tuple[str, int]]) -> 
         if args.negative_prompt is not None:
             settings["negative_prompt"] = [args.negative_prompt] * len(part)
         generators = [torch.Generator().manual_seed(seed) for _, seed in part]
-        pictures += pipe([prompt for prompt, _ in part], generator=generators, **settings).images
+        # By name: pipelines that also edit pictures, such as Flux.2's, take a picture first.
+        pictures += pipe(prompt=[prompt for prompt, _ in part], generator=generators, **settings).images
     return pictures
 
 

@@ -175,9 +175,9 @@ def test_generate_draws_what_the_pipeline_draws(tiny_sd_path, adapters, tmp_path
 def test_generate_knows_how_embedded_models_are_sampled(model):
     calls = []
 
-    def pipe(prompts, generator, **settings):
+    def pipe(*, prompt, generator, **settings):  # Flux.2's first argument is a picture
         calls.append(settings)
-        return SimpleNamespace(images=[None] * len(prompts))
+        return SimpleNamespace(images=[None] * len(prompt))
 
     args = generate.build_parser("generate").parse_args(["a", "--model", model])
     assert generate.draw(pipe, args, [("a", 0)]) == [None]
@@ -220,6 +220,34 @@ def test_a_scheduler_of_another_kind_of_model_is_refused(tiny_sd_path, tmp_path,
     words = ["generate", "a dog", "--model", str(tiny_sd_path), "--scheduler", "flow_euler"]
     assert cli.main([*words, "--output", str(tmp_path / "x.png")]) == 1
     assert "cannot be sampled with --scheduler flow_euler; these go: ddim" in capsys.readouterr().err
+
+
+def test_generate_draws_with_a_transformer(tiny_transformer_path, tmp_path):
+    from apt_diffusion import FluxAPTPipeline
+
+    folder = tiny_transformer_path("flux")
+    pipe = FluxAPTPipeline.from_pretrained(folder)
+    add_apt(pipe, APTConfig(num_prompts=4))
+    randomize(pipe)
+    save_apt_weights(pipe, tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 1, "height": 16, "width": 16}
+    expected = pipe("a dog", generator=torch.Generator().manual_seed(3), **settings).images[0]
+    words = ["generate", "a dog", "--model", str(folder), "--adapter", str(tmp_path), "--device", "cpu"]
+    words += ["--steps", "1", "--height", "16", "--width", "16", "--seed", "3", "--output", str(tmp_path / "dog.png")]
+    assert cli.main(words) == 0
+    assert np.array_equal(pixels(tmp_path / "dog.png"), np.asarray(expected).astype(int))
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [("flux", "FluxPipeline reads it only with true_cfg_scale above 1"), ("flux2", "Flux2Pipeline takes none")],
+)
+def test_generate_refuses_a_negative_prompt_without_effect(base, reason, tiny_transformer_path, capsys, monkeypatch):
+    folder = tiny_transformer_path(base)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *args, **kwargs: pytest.fail("too late"))
+    assert cli.main(["generate", "a dog", "--model", str(folder), "--negative_prompt", "dark"]) == 1
+    assert f"--negative_prompt has no effect: {reason}" in capsys.readouterr().err
 
 
 def test_labels_of_the_grid_are_short_and_its_title_has_the_prompts():

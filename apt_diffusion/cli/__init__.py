@@ -19,6 +19,8 @@ COMMANDS = {
     "train": Command("cli.train", "teach a model: sd, vqa, nlvr2, retrieval, clip"),
     "generate": Command("cli.generate", "draw pictures with a diffusion model and adapters"),
     "studio": Command("studio.command", "the studio in the browser: teach, draw, compare"),
+    "serve": Command("server.command", "a server in the form of OpenAI's images API, for any number of adapters"),
+    "keys": Command("server.keys_command", "the API keys of a server"),
     "convert": Command("convert.__main__", "turn an official checkpoint of METER, ViLT or APT into a folder"),
     "costs": Command("cli.costs", "parameters and multiply-accumulates of APT and other methods"),
 }

@@ -89,6 +89,7 @@ class Engine:
         self._waiting: deque[_Waiting] = deque()
         self._rows: set[Row] = set()
         self._calls: list[ModelCall] = []
+        self._jobs: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._numbers = itertools.count()
         self._joiner = Joiner()
         self._draining = self._closing = self._broken = False
@@ -134,9 +135,29 @@ class Engine:
             self._changed.notify_all()
         return ticket
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused, after `drain`, `close` or an error of the engine's own."""
+        return self._draining
+
     def names(self) -> list[str]:
         """The adapters that can be asked for now."""
         return self._residents.names()
+
+    def check_adapter(self, adapter: AdapterFile) -> None:
+        """Attaches an adapter between two passes and takes it off again.
+
+        Raises:
+            ValueError: for one that does not fit this model, or that the engine would have no room for.
+            Draining: after `close`.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closing:
+                raise Draining("The server is finishing its work.")
+            self._jobs.append((lambda: self._residents.try_out(adapter), done))
+            self._changed.notify_all()
+        done.result()
 
     def statistics(self) -> dict[str, Any]:
         """Numbers since the start, and of this moment.
@@ -194,11 +215,12 @@ class Engine:
         try:
             with prepared_apt(self._residents.pipeline):
                 while True:
+                    self._run_jobs()
                     with self._changed:
                         self._drop_unwanted()
                         starting = self._admitted()
                         group = [] if starting else self._next_group()  # who begins joins the next pass
-                        if not starting and not group:
+                        if not starting and not group and not self._jobs:
                             if self._closing and not self._rows and not self._waiting:
                                 return
                             self._changed.wait(_LINGER_S if self._calls else _CHECK_S)
@@ -222,6 +244,8 @@ class Engine:
         with self._changed:
             self._draining = self._closing = self._broken = True
             queue, calls = list(self._waiting), list(self._calls)
+            jobs = list(self._jobs)
+            self._jobs.clear()
             self._waiting.clear()
             self._calls.clear()
         for waiting in queue:
@@ -229,6 +253,18 @@ class Engine:
         for call in calls:
             call.error = error
             call.finished.set()
+        for _, done in jobs:
+            done.set_exception(error)
+
+    def _run_jobs(self) -> None:
+        while self._jobs:
+            job, done = self._jobs.popleft()
+            try:
+                job()
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
     def _drop_unwanted(self) -> None:
         for waiting in list(self._waiting):

@@ -29,6 +29,9 @@ class QueueFull(RuntimeError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple:
+        return type(self), (str(self), self.retry_after_s)
+
 
 class Draining(RuntimeError):
     """The engine finishes what it has accepted and takes nothing new."""

@@ -70,10 +70,7 @@ class Residents:
         assert self.store is not None  # else there is no such version
         self._count_found("memory" if name in self.store.names_in_memory else "disk")
         adapter = self.store.get(name)
-        if _size(adapter) > self.max_bytes:
-            raise ValueError(
-                f"The adapter {name!r} has {_size(adapter)} bytes, and the server holds {self.max_bytes} in all."
-            )
+        self._check_size(f"the adapter {name!r}", adapter)
         return version, adapter
 
     def fits(self, wanted: Mapping[Version, AdapterFile | None]) -> bool:
@@ -102,25 +99,18 @@ class Residents:
             resident = self._attached.get(version)
         if resident is None:
             assert adapter is not None
-            size = _size(adapter)
-            self._make_room(size)
-            self._count += 1
-            resident = _Resident(f"{version[0]}#{self._count}", size)
-            load_apt_weights(self.pipeline, adapter, resident.name, activate=False)
-            self._attached[version] = resident
-            try:
-                for component in components_of(self.pipeline).values():
-                    ModelAdapters.of(component).check_batch_axis()
-            except ValueError:
-                self._detach(version)
-                raise
-            for core in cores_of(self.pipeline):
-                if not core.keep_folded:
-                    core.set_keep_folded(True)
+            resident = self._attach(version, adapter)
         self._attached.move_to_end(version)
         with self._lock:
             resident.users += 1
         return version, resident.name
+
+    def try_out(self, adapter: AdapterFile) -> None:
+        """Attaches an adapter and takes it off; `ValueError` where it does not fit, or is too large."""
+        self._check_size("this adapter", adapter)
+        version: Version = ("", None)
+        self._attach(version, adapter)
+        self._detach(version)
 
     def release(self, version: Version) -> None:
         """One picture fewer uses it."""
@@ -140,6 +130,28 @@ class Residents:
 
     def __len__(self) -> int:
         return len(self._attached)
+
+    def _attach(self, version: Version, adapter: AdapterFile) -> _Resident:
+        size = _size(adapter)
+        self._make_room(size)
+        self._count += 1
+        resident = _Resident(f"{version[0]}#{self._count}", size)
+        load_apt_weights(self.pipeline, adapter, resident.name, activate=False)
+        self._attached[version] = resident
+        try:
+            for component in components_of(self.pipeline).values():
+                ModelAdapters.of(component).check_batch_axis()
+        except ValueError:
+            self._detach(version)
+            raise
+        for core in cores_of(self.pipeline):
+            if not core.keep_folded:
+                core.set_keep_folded(True)
+        return resident
+
+    def _check_size(self, what: str, adapter: AdapterFile) -> None:
+        if _size(adapter) > self.max_bytes:
+            raise ValueError(f"The server holds {self.max_bytes} bytes of adapters; {what} has {_size(adapter)}.")
 
     def _count_found(self, tier: str) -> None:
         with self._lock:

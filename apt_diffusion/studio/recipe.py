@@ -1,26 +1,18 @@
 """Settings of a drawing as text: in the pictures themselves, in links, and in what the browser remembers."""
 
-import io
 import json
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
+from ..provenance import encoded
 from .library import slug
 from .order import BLOCKS, MAX_ADAPTERS, Order, names, real, text, whole
 
 TEXT_KEY = "apt_diffusion"  # of the PNG's text: settings as JSON
 COMMON_KEY = "parameters"  # the same in the words of other tools
-MADE_BY_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-XMP = f"""<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
- xmlns:xmp="http://ns.adobe.com/xap/1.0/" Iptc4xmpExt:DigitalSourceType="{MADE_BY_MODEL}"
- xmp:CreatorTool="apt-diffusion studio"/></rdf:RDF></x:xmpmeta>
-<?xpacket end="w"?>"""
 MAX_TEXT = 20_000  # characters of JSON
 
 Settings = dict[str, Any]
@@ -113,13 +105,8 @@ def common_text(settings: Settings) -> str:
 
 def png_with(picture: Image.Image, settings: Settings) -> bytes:
     """The picture as PNG that says how it was drawn, and by the mark of the IPTC that a model drew it."""
-    info = PngInfo()
-    info.add_itxt(COMMON_KEY, common_text(settings))
-    info.add_itxt(TEXT_KEY, json.dumps(settings, ensure_ascii=False))
-    info.add_itxt("XML:com.adobe.xmp", XMP)
-    stream = io.BytesIO()
-    picture.save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
+    texts = {COMMON_KEY: common_text(settings), TEXT_KEY: json.dumps(settings, ensure_ascii=False)}
+    return encoded(picture, "png", texts)
 
 
 def settings_in(picture: Image.Image) -> Settings:

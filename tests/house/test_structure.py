@@ -79,7 +79,7 @@ LEVELS = [
     {"convert", "miniature"},
     {"pipelines", "serving"},
     {"training"},
-    {"integrations", "studio"},
+    {"integrations", "server", "studio"},
     {"cli"},
 ]
 

@@ -248,7 +248,7 @@ def test_adapters_stay_while_there_is_room(pipe, store):
         assert engine.statistics()["adapters_found"] == {"device": 4, "memory": 4, "disk": 0}
         pictures = [engine.submit(small(adapters={name: 1.0})) for name in "abcabc"]
         assert [same(p.result(60), expected[n]) for p, n in zip(pictures, "abcabc", strict=True)] == [True] * 6
-    with Engine(pipe, store, max_device_bytes=10) as engine, pytest.raises(ValueError, match="holds 10 in all"):
+    with Engine(pipe, store, max_device_bytes=10) as engine, pytest.raises(ValueError, match="holds 10 bytes"):
         engine.submit(small(adapters={"a": 1.0})).result(60)
 
 

@@ -1,0 +1,226 @@
+"""The same server on Ray Serve: one door for HTTP, and any number of engines behind it, on one computer or many.
+
+`serve.yaml` names `apt_diffusion.server.cluster:build`. Ray starts replicas, scales their number by their queues,
+replaces those that die, and updates them one by one. Here is only what is ours: a request whose engine dies is sent to
+another one, once; the door answers 503 with `Retry-After` while everything ends.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from ..serving.requests import ImageRequest, QueueFull
+from .app import build_app
+from .engines import open_engine, open_store, with_defaults
+from .keys import Keyring
+from .painters import Drawn, LocalPainter, Painter
+from .settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+APP = "apt-diffusion"
+DRAIN_S = 120.0
+_STATISTICS_S = 5.0
+
+
+class EngineReplica:
+    """One engine. Ray waits at its end until what it has accepted is drawn."""
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.engine = open_engine(settings)
+        self.painter = LocalPainter(self.engine)
+        _tell_ray(self.engine.statistics)
+
+    async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
+        """See `Painter`."""
+        async for drawn in self.painter.draw(request):
+            yield drawn
+
+    async def check_adapter(self, file: str) -> None:
+        """See `Painter`."""
+        await self.painter.check_adapter(Path(file))
+
+    def check_health(self) -> None:
+        """Ray replaces a replica whose engine has stopped."""
+        if self.engine.is_draining:
+            raise RuntimeError("The engine has stopped.")
+
+
+class ReplicaPainter(Painter):
+    """Asks the replicas.
+
+    Args:
+        handle: of their deployment.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
+        """See `Painter`."""
+        for is_last_try in (False, True):
+            steps = self.handle.options(stream=True).draw.remote(request)
+            try:
+                async for drawn in steps:
+                    yield drawn
+                return
+            except BackPressureError as error:
+                raise QueueFull("All engines have as many requests as they accept.", 5.0) from error
+            except RayActorError:
+                if is_last_try:
+                    raise
+                logger.warning("An engine has died; its request goes to another one.")
+            except RayTaskError as error:  # a whole traceback; the engine's own error is in it
+                raise error.cause from None
+            finally:
+                steps.cancel()
+
+    async def check_adapter(self, file: Path) -> None:
+        """See `Painter`."""
+        try:
+            await self.handle.check_adapter.remote(str(file))
+        except RayTaskError as error:
+            raise error.cause from None
+
+    async def statistics(self) -> dict[str, Any]:
+        """Empty: every replica tells its own to Ray's metrics."""
+        return {}
+
+    async def is_ready(self) -> bool:
+        """Ray's proxy sends nothing here before it is."""
+        return True
+
+
+class Door:
+    """Takes requests of HTTP: keys, limits, forms, answers. It needs no GPU."""
+
+    def __init__(self, engines: Any, settings: ServerSettings) -> None:
+        self.engines = engines
+        self.settings = settings
+        logging.getLogger(__package__).setLevel(logging.INFO)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        self.application = build_app(ReplicaPainter(self.engines), open_store(self.settings), self.settings)
+        return self.application
+
+    async def drain(self) -> None:
+        """From now on new requests get 503."""
+        self.application.state.server.draining = True
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The application for Ray Serve.
+
+    Args:
+        args: fields of `ServerSettings`; `replicas`, a number or Ray's `autoscaling_config`; `engine_options` and
+            `door_options`, Ray's options of the two deployments, such as `{"ray_actor_options": {"num_gpus": 1}}`.
+
+    Raises:
+        TypeError: for a field that there is not.
+    """
+    args = dict(args)
+    replicas = args.pop("replicas", 1)
+    options = {"engine": args.pop("engine_options", {}), "door": args.pop("door_options", {})}
+    settings = with_defaults(ServerSettings(**args))
+    ongoing = settings.max_batch_size + settings.max_queue
+    if isinstance(replicas, dict):
+        # One more engine where those that there are have more than a full batch each.
+        scaling = {"target_ongoing_requests": settings.max_batch_size, **replicas}
+        number: dict[str, Any] = {"autoscaling_config": scaling}
+    else:
+        number = {"num_replicas": replicas}
+    engines = _deployment(EngineReplica).options(
+        **{
+            "name": "Engine",
+            "max_ongoing_requests": ongoing,
+            "graceful_shutdown_timeout_s": DRAIN_S,
+            "health_check_period_s": 5,
+            **number,
+            **options["engine"],
+        }
+    )
+    door = _deployment(serve.ingress()(Door)).options(
+        **{
+            "name": "Door",
+            "max_ongoing_requests": 1000,
+            "graceful_shutdown_timeout_s": DRAIN_S,
+            **options["door"],
+        }
+    )
+    return door.bind(engines.bind(settings), settings)
+
+
+def _deployment(cls: Any) -> Any:
+    return serve.deployment(cls)  # its annotation is that of the decorator with arguments
+
+
+def run(settings: ServerSettings, replicas: int, host: str, port: int) -> None:
+    """Serves on this computer until SIGTERM or Ctrl+C, and then until what was accepted is drawn.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file of keys that cannot be read.
+    """
+    Keyring(settings.keys)
+    ended = threading.Event()
+    ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    for sign in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which has handlers of its own
+        signal.signal(sign, lambda *_: ended.set())
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        absolute = asdict(settings) | {
+            "adapters": str(Path(settings.adapters).expanduser().resolve()),
+            "keys": settings.keys and str(Path(settings.keys).expanduser().resolve()),
+        }
+        options = {"engine_options": {"ray_actor_options": _share(replicas)}}
+        options["door_options"] = {"ray_actor_options": {"num_cpus": 0}}
+        serve.run(build({**absolute, **options, "replicas": replicas}), name=APP, route_prefix="/")
+        logger.warning("Serving %s on http://%s:%d by %d replicas", settings.model, host, port, replicas)
+        ended.wait()
+        logger.warning("Draining: accepted requests are finished, new ones get 503.")
+        serve.get_app_handle(APP).drain.remote().result(timeout_s=10)
+        serve.delete(APP)  # waits for requests under way, up to the deployments' graceful_shutdown_timeout_s
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def _share(replicas: int) -> dict[str, float]:
+    """What each replica takes of this computer: the owner has chosen their number, so that all of them must fit."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    return {"num_cpus": 0, "num_gpus": min(1.0, gpus / replicas)} if gpus else {"num_cpus": 0}
+
+
+def _tell_ray(statistics: Any) -> None:
+    """Gives the engine's numbers to Ray's metrics, tagged with the replica, as long as the process lives."""
+    from ray.util.metrics import Gauge
+
+    names = (
+        "queued",
+        "drawing",
+        "finished",
+        "failed",
+        "passes",
+        "pass_seconds",
+        "resident_adapters",
+        "resident_bytes",
+    )
+    gauges = {name: Gauge(f"apt_engine_{name}", f"{name} of one engine; see docs/server.md.") for name in names}
+
+    def tell() -> None:
+        numbers = statistics()
+        for name, gauge in gauges.items():
+            gauge.set(numbers[name])
+        timer = threading.Timer(_STATISTICS_S, tell)
+        timer.daemon = True
+        timer.start()
+
+    tell()

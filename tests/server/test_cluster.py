@@ -1,0 +1,180 @@
+"""The server on Ray Serve: two engines on this computer, one of which dies; and how it ends."""
+
+import base64
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import randomize
+from PIL import Image
+from support.server import fill
+
+from apt_diffusion import StableDiffusionAPTPipeline
+
+pytest.importorskip("ray", reason="the extra `serve` is not installed")
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+SIZE = {"size": "16x16", "guidance_scale": 3.0, "model": "a", "prompt": "a sks glyph"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_sd_path, tmp_path_factory):
+    place = tmp_path_factory.mktemp("adapters")
+    fill(StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path), place, randomize)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(tiny_sd_path, folder, tmp_path_factory):
+    """`apt-diffusion serve --replicas 2` as a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [
+        "serve",
+        "--model",
+        tiny_sd_path,
+        "--adapters",
+        folder,
+        "--replicas",
+        2,
+        "--port",
+        port,
+        "--max_steps",
+        900,
+    ]
+    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
+    variables = os.environ | {"RAY_TMPDIR": "/tmp", "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "apt_diffusion", *map(str, words)], stdout=log, stderr=log, env=variables
+    )
+    address = f"http://127.0.0.1:{port}"
+    until = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{address}/readyz", timeout=2).status_code == 200:
+                break
+        log.seek(0)
+        assert process.poll() is None and time.monotonic() < until, log.read()[-3000:]
+        time.sleep(0.2)
+    yield address, process
+    log.close()
+    process.kill()
+    process.wait()
+    for other in _of_ray():
+        other.kill()
+
+
+def _of_ray(name: str = "") -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if (name and f"ray::ServeReplica:apt-diffusion:{name}" in words) or (not name and "/raylet" in words):
+            found.append(process)
+    return found
+
+
+def _picture(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))), dtype=int)
+
+
+def _alone(tiny_sd_path, folder, seed: int, steps: int) -> np.ndarray:
+    pipe = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path).load_apt_weights(folder / "a")
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(
+        "a sks glyph", width=16, height=16, num_inference_steps=steps, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    return np.asarray(drawn.images[0], dtype=int)
+
+
+def test_the_openai_client_gets_the_pipelines_picture(server, tiny_sd_path, folder):
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
+    answer = client.images.generate(
+        prompt="a sks glyph", model="a", size="16x16",
+        extra_body={"seed": 3, "num_inference_steps": 4, "guidance_scale": 3.0},
+    )  # fmt: skip
+    assert np.abs(_picture(answer.data[0].b64_json) - _alone(tiny_sd_path, folder, 3, 4)).max() <= 1
+    events = client.images.generate(
+        prompt="a sks glyph", model="a", size="16x16", stream=True, partial_images=2,
+        extra_body={"num_inference_steps": 9},
+    )  # fmt: skip
+    assert [event.type.split(".")[1] for event in events] == ["partial_image", "partial_image", "completed"]
+
+
+def test_errors_of_an_engine_reach_the_client_as_one_sentence(server, folder):
+    (folder / "torn.safetensors").write_bytes((folder / "b.safetensors").read_bytes()[:-50])
+    answer = httpx.post(f"{server[0]}/v1/images/generations", json=SIZE | {"model": "torn"}, timeout=60)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 400 and message.startswith("torn.safetensors") and "Traceback" not in message
+    bad = httpx.put(f"{server[0]}/v1/adapters/new", content=(folder / "torn.safetensors").read_bytes(), timeout=60)
+    assert bad.status_code == 422 and "\n" not in bad.json()["error"]["message"]
+    (folder / "torn.safetensors").unlink()
+
+
+def test_an_engine_that_dies_is_replaced_and_loses_no_picture(server, tiny_sd_path, folder):
+    def draw(seed):
+        body = SIZE | {"seed": seed, "num_inference_steps": 300}
+        return httpx.post(f"{server[0]}/v1/images/generations", json=body, timeout=120)
+
+    engines = {process.pid for process in _of_ray("Engine")}
+    assert len(engines) == 2
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(draw, seed) for seed in range(8)]
+        time.sleep(1.5)  # all are being drawn
+        assert not any(answer.done() for answer in answers)
+        os.kill(min(engines), signal.SIGKILL)
+        answers = [answer.result() for answer in answers]
+    assert [answer.status_code for answer in answers] == [200] * 8
+    for seed in (0, 7):
+        picture = _picture(answers[seed].json()["data"][0]["b64_json"])
+        assert np.abs(picture - _alone(tiny_sd_path, folder, seed, 300)).max() <= 1
+    until = time.monotonic() + 60
+    while len({process.pid for process in _of_ray("Engine")} - {min(engines)}) < 2:
+        assert time.monotonic() < until, "no engine took its place"
+        time.sleep(0.2)
+
+
+def test_at_its_end_it_finishes_what_it_has_accepted(server):
+    """The last test of this file: the server is gone after it."""
+    address, process = server
+    with ThreadPoolExecutor(2) as pool:
+        body = SIZE | {"num_inference_steps": 400}
+        last = pool.submit(httpx.post, f"{address}/v1/images/generations", json=body, timeout=120)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        status = 200
+        while status == 200:
+            with contextlib.suppress(httpx.HTTPError):
+                status = httpx.get(f"{address}/readyz", timeout=5).status_code
+        refused = httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
+        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        assert last.result().status_code == 200
+    assert process.wait(60) == 0
+
+
+def test_the_file_for_a_cluster_names_what_there_is():
+    from apt_diffusion.server import cluster
+
+    (application,) = yaml.safe_load((ROOT / "serve.yaml").read_text())["applications"]
+    module, _, name = application["import_path"].partition(":")
+    assert (module, name) == (cluster.__name__, "build")
+    built = cluster.build(application["args"])
+    with pytest.raises(TypeError, match="modle"):
+        cluster.build({"modle": "x"})
+    door, engines = built._bound_deployment, built._bound_deployment.init_args[0]._bound_deployment
+    assert (door.name, engines.name) == ("Door", "Engine") and engines.ray_actor_options["num_gpus"] == 1
+    assert engines._deployment_config.autoscaling_config.target_ongoing_requests == 8

@@ -103,14 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         args.resolution = base.check_resolution(args.resolution)
         framing = make_framing(args, base)
         if args.check_data:
-            return end_with_report(session, sets, framing)
+            return end_with_report(session, sets, framing, base)
         objective = make_objective(base.scheduler(), args.snr_gamma)
-        named = [(picture.path.name, picture.prompt) for picture in [*instance, *of_class, *held_out]]
-        named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
-        prompts = Prompts(
-            [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
-            base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
-        )  # fmt: skip
+        prompts = read_prompts(args, base, [*instance, *of_class, *held_out])
         check_fit(args, base)
         session.open_output()
 
@@ -176,9 +171,20 @@ def main(argv: list[str] | None = None) -> None:
             session.upload()
 
 
-def end_with_report(session: Session, sets: PictureSets, framing: Framing) -> None:
+def read_prompts(args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture]) -> Prompts:
+    """All texts of the run as tokens; warns of those that are too long."""
+    named = [(picture.path.name, picture.prompt) for picture in dict.fromkeys(pictures)]
+    named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
+    return Prompts(
+        [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
+        base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
+    )  # fmt: skip
+
+
+def end_with_report(session: Session, sets: PictureSets, framing: Framing, base: StableDiffusionBase) -> None:
     """What `--check_data` prints; `SystemExit` with 1 where something stops the run."""
     if session.is_main:
+        read_prompts(session.args, base, [picture for scan in sets.scans for picture in scan.pictures])
         print(data_report(session.args, sets, framing.size_of))
     if sets.problems:
         raise SystemExit(1)

@@ -110,11 +110,13 @@ def test_a_report_has_sizes_repeats_captions_and_reasons(tree):
 # In the trainer
 
 
-def test_check_data_ends_with_a_report_before_models_are_loaded(go, tree, tmp_path, no_models, capsys):
+def test_check_data_ends_with_a_report_before_models_are_loaded(go, tree, tmp_path, no_models, capsys, caplog):
+    (tree / "3_sks dog" / "e.txt").write_text("a caption that is far too long " * 9)
     flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "none", "class_prompt": "a dog"}
     go("checked", instance_data_dir=tree, check_data=True, recursive=True, **flags)
     printed = capsys.readouterr().out
     assert "in/deep/c.png" in printed and "32 x 32" in printed and printed.endswith("Nothing stops the run.\n")
+    assert "1 of 9 texts are longer than the 77 tokens" in caplog.text and caplog.text.count("e.png loses") == 1
     assert "100 missing ones will be drawn by the base model" in printed
     assert not (tmp_path / "checked").exists()
     (tree / "fake.png").write_text("no picture")

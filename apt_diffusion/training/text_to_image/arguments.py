@@ -38,10 +38,10 @@ docs/training.md says more.
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Names the defaults that say something: not `None`, and not that a switch is off."""
+    """Names the defaults that say something: not `None`, not that a switch is off, and no empty text."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False
+        says_nothing = action.default is None or action.default is False or action.default == ""
         return action.help if says_nothing else super()._get_help_string(action)
 
 

@@ -32,10 +32,14 @@ class PictureSets:
     held_out: Scan | None
 
     @property
+    def scans(self) -> list[Scan]:
+        """All of them."""
+        return [*self.subject, *self.of_class, *([] if self.held_out is None else [self.held_out])]
+
+    @property
     def problems(self) -> list[str]:
         """What stops the run."""
-        scans = [*self.subject, *self.of_class, *([] if self.held_out is None else [self.held_out])]
-        return [problem for scan in scans for problem in scan.problems]
+        return [problem for scan in self.scans for problem in scan.problems]
 
     def pictures(self) -> list[Picture]:
         """Those of the subject; `ValueError` for a problem."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TRIGGER = "[trigger]"
+
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -18,6 +20,7 @@ class CaptionOptions:
         separator: what stands between tags.
         tag_dropout: how often a tag is left out, from 0 to 1.
         prefix, suffix: words before and behind every caption, which always stay there.
+        trigger: what `[trigger]` in captions stands for, as in ai-toolkit.
         dropout: how often a sample has no caption at all; as often as in the rest of the run if `None`.
     """
 
@@ -27,6 +30,7 @@ class CaptionOptions:
     tag_dropout: float = 0.0
     prefix: str = ""
     suffix: str = ""
+    trigger: str = ""
     dropout: float | None = None
 
     @property
@@ -36,7 +40,13 @@ class CaptionOptions:
 
     def whole(self, caption: str) -> str:
         """A caption between prefix and suffix."""
-        return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        text = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        return text.replace(TRIGGER, self.trigger) if self.trigger else text
+
+    def check(self, caption: str, source: str) -> None:
+        """`ValueError` where a caption has a place for a trigger word, and there is none."""
+        if TRIGGER in caption and not self.trigger:
+            raise ValueError(f"The caption in {source} has {TRIGGER}: say with --trigger_word what that stands for.")
 
     def drawn(self, caption: str, draws: np.random.Generator) -> str:
         """A caption as one sample has it, between prefix and suffix."""

@@ -68,6 +68,7 @@ KEYS = {
     "caption_tag_dropout_rate": _SHARE,
     "caption_prefix": _TEXT,
     "caption_suffix": _TEXT,
+    "trigger_word": _TEXT,
 }
 TABLE = "folders"
 
@@ -106,6 +107,7 @@ def _folder(where: Path, values: Mapping[str, Any]) -> ConfiguredFolder:
         tag_dropout=values["caption_tag_dropout_rate"],
         prefix=values["caption_prefix"].strip(),
         suffix=values["caption_suffix"].strip(),
+        trigger=values["trigger_word"].strip(),
         dropout=values["caption_dropout_rate"],
     )
     shared = values["caption_column"], values["recursive"]

@@ -127,6 +127,7 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
         for path in paths:
             try:
                 caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
+                options.captions.check(caption, f"{source} of {path}")
                 picture = Picture(path, caption, *read_picture(path).size, options.captions, weight=options.weight)
                 if options.masked:
                     picture = dataclasses.replace(picture, mask=check_mask(picture, masks_of.get(path, [])))

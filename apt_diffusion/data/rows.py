@@ -46,6 +46,7 @@ def scan_rows(
         path = RowPicture(name, row, image_column, encoded, roots)
         caption = (text or "").strip()
         try:
+            options.captions.check(caption, f"{path.name} of {name}")
             picture = Picture(
                 path, caption or prompt, *read_picture(path).size, options.captions, weight=options.weight
             )

@@ -16,7 +16,7 @@ from apt_diffusion.data.folders import scan_pictures
 DEFAULTS = {
     "instance_prompt": None, "recursive": False, "masked_loss": False, "caption_column": "text",
     "caption_dropout_rate": 0.0, "shuffle_caption": False, "keep_tokens": 0, "caption_separator": ",",
-    "caption_tag_dropout_rate": 0.0, "caption_prefix": "", "caption_suffix": "",
+    "caption_tag_dropout_rate": 0.0, "caption_prefix": "", "caption_suffix": "", "trigger_word": "",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def folders(tmp_path):
 
 
 def test_the_example_of_the_docs_says_what_it_seems_to(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     for name in ("dog", "dogs", "drawings of it"):
         (tmp_path / name).mkdir()
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.S)

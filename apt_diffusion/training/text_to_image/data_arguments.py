@@ -21,7 +21,7 @@ def data_flags(add) -> None:
     add(
         "--dataset_config",
         help="A TOML file that names several folders, each with its own prompt, class, captions, masks, repeats and "
-        "weight (docs/training.md), in place of --instance_data_dir.",
+        "weight (docs/data.md), in place of --instance_data_dir.",
     )
     add(
         "--recursive",
@@ -105,6 +105,7 @@ def _caption_flags(add) -> None:
         help="How often each tag is left out, but for those of --keep_tokens.",
     )
     add("--caption_prefix", default="", help="Words before each caption of the subject; they are never moved.")
+    add("--trigger_word", default="", help="What '[trigger]' in captions stands for, as in ai-toolkit.")
     add("--caption_suffix", default="", help="Words behind each caption of the subject; they are never moved.")
 
 
@@ -117,6 +118,7 @@ def caption_options(args: argparse.Namespace) -> CaptionOptions:
         tag_dropout=args.caption_tag_dropout_rate,
         prefix=args.caption_prefix.strip(),
         suffix=args.caption_suffix.strip(),
+        trigger=args.trigger_word.strip(),
     )
 
 

@@ -143,6 +143,13 @@ ROWS = (
     Row("SanaControlNetPipeline", "sana", CONTROL, part_of("sana_controlnet")),
     Row("SanaSprintPipeline", "sana", {}, part_of("sana_sprint")),
     Row("SanaSprintImg2ImgPipeline", "sana", START, part_of("sana_sprint")),
+    Row("ChromaPipeline", "chroma"),
+    Row("ChromaImg2ImgPipeline", "chroma", START),
+    Row("AuraFlowPipeline", "aura-flow"),
+    Row("Lumina2Pipeline", "lumina2"),
+    Row("CogView4Pipeline", "cogview4"),
+    Row("CogView4ControlPipeline", "cogview4", CONTROL, part_of("cogview4_control"), noise_of_batch=True),
+    Row("PixArtAlphaPipeline", "pixart-alpha"),
 )  # fmt: skip
 
 

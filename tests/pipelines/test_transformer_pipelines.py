@@ -111,3 +111,71 @@ def test_auto_pipelines_hand_the_adapters_on(named):
     assert type(back) is cls
     assert np.array_equal(draw(back, inputs), draw(auto, inputs))  # the modules are the same, and so their adapters
     assert differ(draw(back, inputs), draw(back, inputs, apt_scale=0.0))
+
+
+def load_ip_adapter(transformer, width=8):
+    """Gives Flux an IP-Adapter of random weights, for picture embeddings of this width."""
+    generator = torch.Generator().manual_seed(3)
+    text, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator) * 0.2
+
+    projection = {"proj.weight": (4 * text, width), "proj.bias": (4 * text,)}
+    projection |= {"norm.weight": (text,), "norm.bias": (text,)}
+    attention = {
+        f"{index}.{name}.{kind}": shape
+        for index in range(len(transformer.transformer_blocks))
+        for name in ("to_k_ip", "to_v_ip")
+        for kind, shape in {"weight": (inner, text), "bias": (inner,)}.items()
+    }
+    state = {
+        "image_proj": {name: noise(*shape) for name, shape in projection.items()},
+        "ip_adapter": {name: noise(*shape) for name, shape in attention.items()},
+    }
+    transformer._load_ip_adapter_weights([state])
+    embeds = {f"{kind}ip_adapter_image_embeds": noise(1, 1, width) for kind in ("", "negative_")}
+    return {name: [value] for name, value in embeds.items()}
+
+
+@pytest.mark.parametrize("ip_adapter_first", [True, False])
+def test_an_ip_adapter_of_flux_stands_beside_the_adapters(tiny_transformer_path, ip_adapter_first):
+    """Its attention has a third output, which is no stream of APT's."""
+    pipeline = opened(apt.FluxAPTPipeline, tiny_transformer_path("flux"))
+    inputs = dict(INPUTS["flux"])
+    picture = load_ip_adapter(pipeline.transformer) if ip_adapter_first else {}
+    apt.add_apt(pipeline.transformer, apt.APTConfig(num_prompts=6, rank=2, streams=("query", "text")), "a")
+    if not ip_adapter_first:
+        plain = draw(pipeline, inputs)
+        picture = load_ip_adapter(pipeline.transformer)
+        assert differ(draw(pipeline, inputs | picture), plain)
+    inputs |= picture
+    stock = draw(pipeline, inputs)
+    randomize(pipeline.transformer)
+    adapted = draw(pipeline, inputs)
+    assert differ(adapted, stock) and np.array_equal(draw(pipeline, inputs, apt_scale=0.0), stock)
+    pictures = {name: [value.expand(2, -1, -1)] for name, (value,) in picture.items()}
+    mixed = draw(pipeline, inputs | pictures, (0, 0), apt_adapter_names=["a", None])
+    assert np.allclose(mixed, np.concatenate([adapted, stock]), atol=1e-4)
+    pipeline.unload_ip_adapter()
+    apt.remove_apt(pipeline)
+    assert differ(draw(pipeline, INPUTS["flux"]), stock)
+
+
+def test_tags_in_prompts_name_adapters_of_transformers(tiny_transformer_path):
+    """Each text of each prompt may hold some; the text encoders read none of them."""
+    pipeline = opened(apt.FluxAPTPipeline, tiny_transformer_path("flux"))
+    for seed, name in enumerate("ab", 1):
+        apt.add_apt(pipeline.transformer, SMALL, name)
+        randomize(pipeline.transformer, seed)
+    inputs = INPUTS["flux"] | {"num_inference_steps": 2, "output_type": "np"}
+
+    def pictures(prompt, **kwargs):
+        generators = [torch.Generator().manual_seed(0) for _ in prompt]
+        return pipeline(prompt, generator=generators, **inputs, **kwargs).images
+
+    names = [{"a": 0.5, "b": 0.7}, {"b": 1.0}]
+    expected = pictures(["a dog", "a cat"], prompt_2=["oil", "ink"], apt_adapter_names=names)
+    pipeline.apt_prompt_tags = True
+    tagged = pictures(["a dog <apt:a:0.5>", "a cat <apt:b>"], prompt_2=["oil <apt:b:0.7>", "ink"])
+    assert np.array_equal(tagged, expected)

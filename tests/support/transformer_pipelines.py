@@ -34,6 +34,12 @@ INPUTS: dict[str, dict[str, Any]] = {
     "z-image": SMALL,
     "pixart-sigma": SMALL | EXACT,
     "sana": SMALL | EXACT | {"height": 32, "width": 32, "complex_human_instruction": None},
+    "chroma": SMALL,
+    "aura-flow": SMALL,
+    "lumina2": SMALL
+    | {"height": 64, "width": 64, "system_prompt": "draw"},  # the pipeline counts 8 pixels to a latent
+    "cogview4": SMALL | {"negative_prompt": "dark"},
+    "pixart-alpha": SMALL | EXACT,
 }
 
 
@@ -158,15 +164,20 @@ def pixart_sigma(folder: Path) -> Any:
     )  # fmt: skip
 
 
+def gemma2(width: int) -> tuple[Any, Any]:
+    """A Gemma 2, and a tokenizer of single letters and bytes."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocab = {token: index for index, token in enumerate([*special, *LETTERS[1:]])}
+    config = transformers.Gemma2Config(
+        **LANGUAGE_MODEL | {"vocab_size": 400, "hidden_size": width, "eos_token_id": 1, "bos_token_id": 2}, head_dim=4
+    )
+    tokenizer = transformers.GemmaTokenizer(vocab=vocab, merges=[], model_max_length=2048)
+    return transformers.Gemma2Model(config).eval(), tokenizer
+
+
 def sana(folder: Path) -> Any:
     """Sana: Gemma 2, linear attention, and a deep-compression VAE."""
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = transformers.GemmaTokenizer(
-        vocab={token: index for index, token in enumerate([*special, *LETTERS[1:]])}, merges=[], model_max_length=2048
-    )
-    config = transformers.Gemma2Config(
-        **LANGUAGE_MODEL | {"vocab_size": 400, "hidden_size": 8, "eos_token_id": 1, "bos_token_id": 2}, head_dim=4
-    )
+    encoder, tokenizer = gemma2(8)
     torch.manual_seed(1)
     autoencoder = diffusers.AutoencoderDC(
         latent_channels=4, encoder_block_types=("ResBlock", "ResBlock"), decoder_block_types=("ResBlock", "ResBlock"),
@@ -176,16 +187,61 @@ def sana(folder: Path) -> Any:
         decoder_act_fns="silu", scaling_factor=0.4,
     )  # fmt: skip
     return diffusers.SanaPipeline(
-        tokenizer=tokenizer, text_encoder=transformers.Gemma2Model(config).eval(), vae=autoencoder.eval(),
+        tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder.eval(),
         transformer=transformer("sana"), scheduler=diffusers.DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
     )  # fmt: skip
 
 
+def chroma(folder: Path) -> Any:
+    """Chroma: Flux.1 with T5 alone."""
+    encoder, tokenizer = t5(32)
+    return diffusers.ChromaPipeline(
+        scheduler=flow(), vae=vae(1, shift_factor=0.1, scaling_factor=1.5), text_encoder=encoder, tokenizer=tokenizer,
+        transformer=transformer("chroma"),
+    )  # fmt: skip
+
+
+def aura_flow(folder: Path) -> Any:
+    """AuraFlow: UMT5."""
+    config = transformers.UMT5Config(
+        vocab_size=100, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return diffusers.AuraFlowPipeline(
+        tokenizer=t5(16)[1], text_encoder=transformers.UMT5EncoderModel(config).eval(), vae=vae(),
+        transformer=transformer("aura_flow"), scheduler=flow(),
+    )  # fmt: skip
+
+
+def lumina2(folder: Path) -> Any:
+    """Lumina 2: Gemma 2."""
+    encoder, tokenizer = gemma2(16)
+    return diffusers.Lumina2Pipeline(
+        transformer=transformer("lumina2"), scheduler=flow(), vae=vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=encoder, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def cogview4(folder: Path) -> Any:
+    """CogView4: GLM."""
+    config = transformers.GlmConfig(**LANGUAGE_MODEL | {"hidden_size": 8}, head_dim=8)
+    return diffusers.CogView4Pipeline(
+        tokenizer=qwen_tokenizer(), text_encoder=transformers.GlmModel(config).eval(), vae=vae(),
+        transformer=transformer("cogview4"), scheduler=flow(use_dynamic_shifting=True, time_shift_type="linear"),
+    )  # fmt: skip
+
+
+def pixart_alpha(folder: Path) -> Any:
+    """PixArt-α: the modules of PixArt-Σ."""
+    sigma = pixart_sigma(folder)
+    return diffusers.PixArtAlphaPipeline(**sigma.components)
+
+
 PIPELINES = {
     "flux": flux, "flux2": flux2, "flux2-klein": flux2_klein, "qwen-image": qwen_image, "z-image": z_image,
-    "pixart-sigma": pixart_sigma, "sana": sana,
+    "pixart-sigma": pixart_sigma, "sana": sana, "chroma": chroma, "aura-flow": aura_flow, "lumina2": lumina2,
+    "cogview4": cogview4, "pixart-alpha": pixart_alpha,
 }  # fmt: skip
 
 
@@ -214,6 +270,11 @@ def flux_control(pipeline: Any) -> dict[str, Any]:
 def flux_fill(pipeline: Any) -> dict[str, Any]:
     """The transformer of `Flux.1 Fill`: latents, those of the masked picture, and a mask of 2 x 2 pixels for each."""
     return {"transformer": transformer("flux", in_channels=4 + 4 + 16, out_channels=4)}
+
+
+def cogview4_control(pipeline: Any) -> dict[str, Any]:
+    """The transformer of CogView4 Control, which reads the latents of a second picture."""
+    return {"transformer": transformer("cogview4", in_channels=8)}
 
 
 def qwen_controlnet(pipeline: Any, **more: Any) -> dict[str, Any]:

@@ -60,6 +60,7 @@ KEYS = {
     "weight": _Key((int, float), "a number of at least 0, and finite", lambda value: 0 <= value < math.inf),
     "recursive": _SWITCH,
     "masked_loss": _SWITCH,
+    "mask_data_dir": _NAME,
     "caption_column": _NAME,
     "caption_dropout_rate": _SHARE,
     "shuffle_caption": _SWITCH,
@@ -112,7 +113,9 @@ def _folder(where: Path, values: Mapping[str, Any]) -> ConfiguredFolder:
     )
     shared = values["caption_column"], values["recursive"]
     repeats, weight = values.get("repeats", 1), values.get("weight", 1.0)
-    options = FolderOptions(*shared, "instance_prompt", captions, values["masked_loss"], repeats, weight)
+    masks = values.get("mask_data_dir")
+    mask_folder = None if masks is None else where / Path(masks).expanduser()
+    options = FolderOptions(*shared, "instance_prompt", captions, values["masked_loss"], mask_folder, repeats, weight)
     of_class = values.get("class_data_dir")
     return ConfiguredFolder(
         where / Path(values["instance_data_dir"]).expanduser(),
@@ -144,6 +147,8 @@ def _mistakes(
         for key in ("instance_data_dir", "instance_prompt"):
             if key not in folder and (key == "instance_data_dir" or not defaults.get(key)):
                 yield first, f"this folder has no {key}."
+        if "mask_data_dir" in folder and folder.get("masked_loss", defaults.get("masked_loss")) is False:
+            yield lines.get((index, "mask_data_dir"), first), "mask_data_dir needs masked_loss = true beside it."
         for key, other in (("class_data_dir", "class_prompt"), ("class_prompt", "class_data_dir")):
             if key in folder and other not in folder:
                 yield lines.get((index, key), first), f"{key} needs a {other} beside it."

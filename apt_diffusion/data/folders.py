@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .captions import UNCHANGED, CaptionOptions
-from .masks import check_mask, mask_files
+from .masks import check_mask, mask_files, masks_in
 from .pictures import Picture
 from .reading import PictureFile, is_picture, read_picture
 
@@ -62,6 +62,7 @@ class FolderOptions:
         prompt_from: what gave the prompt of pictures without a caption, for reports.
         captions: what becomes of captions.
         masked: look for masks, see `masks`.
+        mask_folder: where masks are, by the names of their pictures; also beside the pictures.
         repeats: how often an epoch shows each picture.
         weight: what its error is multiplied by.
     """
@@ -71,6 +72,7 @@ class FolderOptions:
     prompt_from: str = "prompt"
     captions: CaptionOptions = UNCHANGED
     masked: bool = False
+    mask_folder: Path | None = None
     repeats: int = 1
     weight: float = 1.0
 
@@ -121,6 +123,8 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
     read = {place.path for place in places}
     masks_of: dict[Path, list[Path]] = {}
     paths_in = {place: _pictures_in(place, read, options.masked, masks_of, scan) for place in places}
+    if options.masked and options.mask_folder is not None:
+        _add_masks(options.mask_folder, paths_in, masks_of, scan)
     captions = _listed_captions(paths_in, options.caption_column, scan)
     for place, paths in paths_in.items():
         found = []
@@ -203,6 +207,17 @@ def _pictures_in(
             reason = f"the mask of {is_mask_of[path].name}, for --masked_loss" if path in is_mask_of else _reason(path)
             scan.left_out[path.relative_to(scan.folder).as_posix()] = reason
     return paths
+
+
+def _add_masks(folder: Path, paths_in: dict[_Place, list[Path]], masks_of: dict[Path, list[Path]], scan: Scan) -> None:
+    """Notes the masks in a folder of masks, which has the subfolders that the pictures have."""
+    if not folder.is_dir():
+        scan.problems.append(f"There is no folder {folder} with masks.")
+    for place, paths in paths_in.items():
+        found, unused = masks_in(folder / place.path.relative_to(scan.folder), paths)
+        for path, masks in found.items():
+            masks_of[path] = [*masks_of.get(path, []), *masks]
+        scan.left_out |= {str(path): "a mask without a picture" for path in unused}
 
 
 def _reason(path: Path) -> str:

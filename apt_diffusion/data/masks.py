@@ -1,7 +1,7 @@
 """Masks of training pictures: white counts in the loss, black does not, grey counts in part.
 
-The mask of `dog.jpg` is `dog-mask.png` beside it (any format), of the same size; where there is none, the transparency
-of the picture is its mask.
+The mask of `dog.jpg` is `dog-mask.png` beside it, or `dog.png` in a folder of masks (any format), of the same size;
+where there is none, the transparency of the picture is its mask.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .pictures import Picture, View, crop_box
-from .reading import PictureFile, read_alpha, read_picture
+from .reading import PictureFile, is_picture, read_alpha, read_picture
 
 ENDING = "-mask"
 
@@ -28,6 +28,22 @@ def mask_files(paths: Iterable[Path]) -> dict[Path, list[Path]]:
         masks = by_stem.get(stem + ENDING, []) if not _is_mask(stem, by_stem) else []
         found |= {picture: masks for picture in pictures if masks}
     return found
+
+
+def masks_in(folder: Path, pictures: Iterable[Path]) -> tuple[dict[Path, list[Path]], list[Path]]:
+    """`{picture: its masks}` of a folder of masks, by equal names, and the pictures there that are no mask of any.
+
+    Args:
+        folder: of masks; nothing is found where there is none.
+        pictures: of one folder.
+    """
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_picture(path):
+            by_stem.setdefault(path.stem, []).append(path)
+    found = {path: by_stem[path.stem] for path in pictures if path.stem in by_stem}
+    used = {mask for masks in found.values() for mask in masks}
+    return found, [path for paths in by_stem.values() for path in paths if path not in used]
 
 
 def _is_mask(stem: str, stems: Iterable[str]) -> bool:

@@ -116,6 +116,10 @@ def test_all_mistakes_are_told_at_once_with_their_lines(folders):
     ("text", "message"),
     [
         ("[[folders]\n", r"data\.toml is no TOML: .*line 1"),
+        (
+            '[[folders]]\ninstance_data_dir = "dog"\ninstance_prompt = "x"\nmask_data_dir = "cat"',
+            r"has a mistake:\n  line 4: mask_data_dir needs masked_loss = true",
+        ),
         ("", r"has a mistake:\n  line 1: there is no \[\[folders\]\]"),
         ("\nfolders = 3", r"line 2: there is no \[\[folders\]\]"),
         ('\n[folders]\ninstance_data_dir = "dog"', r"line 2: there is no \[\[folders\]\]"),

@@ -47,6 +47,24 @@ def test_masks_are_found_by_name_then_by_transparency(tmp_path, caplog):
     assert without.left_out == {"a-mask.png": "the mask of a.jpg, for --masked_loss"} and "a-mask.png" in caplog.text
 
 
+def test_masks_may_be_in_a_folder_of_their_own(go, tmp_path, no_models, capsys):
+    for name in ("pictures/a.jpg", "pictures/in/b.png", "masks/in/b.webp", "masks/a.png", "masks/other.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save(tmp_path / name)
+    options = FolderOptions(recursive=True, masked=True, mask_folder=tmp_path / "masks")
+    scan = scan_pictures(tmp_path / "pictures", "x", options)
+    assert {p.path.name: p.mask.name for p in scan.pictures} == {"a.jpg": "a.png", "b.png": "b.webp"}
+    assert scan.left_out == {str(tmp_path / "masks" / "other.png"): "a mask without a picture"} and not scan.problems
+    flags = {"instance_data_dir": tmp_path / "pictures", "masked_loss": True, "recursive": True}
+    go(mask_data_dir=tmp_path / "masks", check_data=True, **flags)
+    assert "Masks: 2 files, 0 by transparency; 0 pictures count as a whole." in capsys.readouterr().out
+    save(tmp_path / "pictures" / "a-mask.png")
+    with pytest.raises(ValueError, match=r"a\.jpg has 2 masks, a-mask\.png and a\.png"):
+        go(mask_data_dir=tmp_path / "masks", **flags)
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere with masks"):
+        go(mask_data_dir=tmp_path / "nowhere", **flags)
+
+
 @pytest.mark.parametrize(
     ("size", "color", "message"),
     [

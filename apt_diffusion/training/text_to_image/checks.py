@@ -68,6 +68,12 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
         ("keep_tokens", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         ("caption_separator", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
+        ("mask_data_dir", not args.masked_loss, "needs --masked_loss"),
+        (
+            "mask_data_dir",
+            args.dataset_name is not None,
+            "is not for --dataset_name: there, transparency is the mask",
+        ),
         ("allow_changed_data", not args.resume_from_checkpoint, "needs --resume_from_checkpoint"),
         ("image_column", args.dataset_name is None, "needs --dataset_name"),
         ("dataset_config_name", args.dataset_name is None, "needs --dataset_name"),

@@ -10,8 +10,8 @@ from ...data.rows import CAPTION_COLUMN, IMAGE_COLUMN
 from .number_types import count, fraction, positive_int
 
 # Keys of the TOML file whose values on the command line are no defaults for folders.
-OF_A_FOLDER = ("instance_data_dir", "class_data_dir", "class_prompt", "repeats", "weight")
-NOT_BESIDE_A_FILE = ("instance_data_dir", "dataset_name", "class_data_dir", "class_prompt")
+OF_A_FOLDER = ("instance_data_dir", "mask_data_dir", "class_data_dir", "class_prompt", "repeats", "weight")
+NOT_BESIDE_A_FILE = ("instance_data_dir", "dataset_name", "mask_data_dir", "class_data_dir", "class_prompt")
 
 
 def data_flags(add) -> None:
@@ -59,6 +59,10 @@ def data_flags(add) -> None:
         action="store_true",
         help="Train on the parts of the subject's pictures that masks show: dog-mask.png beside dog.jpg, white where "
         "it counts, or the transparency of a picture.",
+    )
+    add(
+        "--mask_data_dir",
+        help="A folder with the masks for --masked_loss, each with the name of its picture, instead of beside them.",
     )
     add(
         "--resolution",

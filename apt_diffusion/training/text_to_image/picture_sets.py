@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.buckets import Size, generate_buckets, parse_buckets
@@ -49,10 +49,14 @@ class PictureSets:
 def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     """Looks at all pictures that the flags name."""
     column = args.caption_column or CAPTION_COLUMN
-    options = FolderOptions(column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss)
+    masks = None if args.mask_data_dir is None else Path(args.mask_data_dir)
+    options = FolderOptions(
+        column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss, masks
+    )
     held_out = None
     if args.validation_data_dir is not None:
-        held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, options)
+        of_folder = replace(options, mask_folder=None)  # which are those of the pictures that are trained on
+        held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, of_folder)
     if args.dataset_name is not None:
         columns = args.image_column, args.caption_column
         scan = scan_rows(args.dataset_name, args.dataset_config_name, *columns, args.instance_prompt, options)

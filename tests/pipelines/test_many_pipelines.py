@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
+from PIL import Image
 from support import transformer_pipelines
 from support.pipeline_helpers import MASK, PICTURE, differ, make_controlnet
 
 import apt_diffusion as apt
-from apt_diffusion.api import hidden_apt
 from apt_diffusion.miniature import resolve_model
 
 SIZE = {"height": 16, "width": 16}
 START = {"image": PICTURE, "strength": 1.0}
 HOLE = {**START, "mask_image": MASK}
+REFERENCE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 CONTROL = {"control_image": PICTURE}
-WHOLE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
 
 
 def controlnet(pipeline: Any) -> dict[str, Any]:
@@ -50,18 +50,6 @@ def motion(pipeline: Any) -> dict[str, Any]:
         motion_norm_num_groups=pipeline.unet.config.norm_num_groups, motion_num_attention_heads=2,
     )  # fmt: skip
     return {"motion_adapter": adapter.eval()}
-
-
-def sd3_controlnet(pipeline: Any) -> dict[str, Any]:
-    """A ControlNet of this pipeline's transformer; as published its last layers are zero, here they act."""
-    torch.manual_seed(7)
-    with hidden_apt(pipeline.transformer):
-        net = diffusers.SD3ControlNetModel.from_transformer(
-            pipeline.transformer, num_layers=2, num_extra_conditioning_channels=0
-        )
-    for block in net.controlnet_blocks:
-        torch.nn.init.normal_(block.weight, std=0.1)
-    return {"controlnet": net.eval()}
 
 
 def part_of(name: str) -> Callable[[Any], dict[str, Any]]:
@@ -101,9 +89,15 @@ ROWS = (
     Row("StableDiffusionXLAdapterPipeline", "sdxl", {"image": PICTURE, **SIZE}, t2i_adapter),
     Row("StableDiffusionXLPAGPipeline", "sdxl", {**SIZE, "pag_scale": 2.0}),
     Row("StableDiffusion3Pipeline", "sd3"),
-    Row("StableDiffusion3Img2ImgPipeline", "sd3", {"image": WHOLE, "strength": 1.0}),
-    Row("StableDiffusion3ControlNetPipeline", "sd3", {"control_image": WHOLE}, sd3_controlnet),
-    Row("StableDiffusion3PAGPipeline", "sd3", {"pag_scale": 2.0}),
+    Row("StableDiffusion3Img2ImgPipeline", "sd3-tiny", START),
+    Row("StableDiffusion3ControlNetPipeline", "sd3-tiny", CONTROL, part_of("sd3_controlnet")),
+    Row("StableDiffusion3PAGPipeline", "sd3-tiny", {"pag_scale": 2.0}),
+    Row("StableDiffusion3PAGImg2ImgPipeline", "sd3-tiny", {**START, "pag_scale": 2.0}),
+    Row("StableDiffusion3InpaintPipeline", "sd3-tiny", HOLE),
+    Row(
+        "StableDiffusion3ControlNetInpaintingPipeline", "sd3-tiny", CONTROL | {"control_mask": MASK},
+        part_of("sd3_inpaint_controlnet"), noise_of_batch=True,
+    ),
     Row("FluxPipeline", "flux"),
     Row("FluxImg2ImgPipeline", "flux", START),
     Row("FluxInpaintPipeline", "flux", HOLE),
@@ -117,7 +111,9 @@ ROWS = (
     Row("FluxKontextPipeline", "flux", {"image": PICTURE, "max_area": 256, "_auto_resize": False}),
     Row("FluxKontextInpaintPipeline", "flux", HOLE | {"max_area": 256, "_auto_resize": False}),
     Row("Flux2Pipeline", "flux2"),
+    Row("Flux2Pipeline", "flux2", {"image": REFERENCE}),
     Row("Flux2KleinPipeline", "flux2-klein"),
+    Row("Flux2KleinPipeline", "flux2-klein", {"image": REFERENCE}),
     Row("Flux2KleinInpaintPipeline", "flux2-klein", HOLE),
     Row("Flux2KleinKVPipeline", "flux2-klein"),
     Row("QwenImagePipeline", "qwen-image"),

@@ -12,13 +12,12 @@ from support.pipeline_helpers import differ
 from support.transformer_pipelines import INPUTS
 
 import apt_diffusion as apt
-from apt_diffusion.miniature import resolve_model
 
 SMALL = apt.APTConfig(num_prompts=6, rank=2)
 SIZE = {"height": 16, "width": 16}
 BASES = {
     "StableDiffusionXLModularPipeline": "sdxl",
-    "StableDiffusion3ModularPipeline": "sd3",
+    "StableDiffusion3ModularPipeline": "sd3-tiny",
     "FluxModularPipeline": "flux",
     "Flux2ModularPipeline": "flux2",
     "QwenImageModularPipeline": "qwen-image",
@@ -31,10 +30,7 @@ def folder_of(tiny_sdxl_path, tiny_transformer_path):
     """The folder of a whole pipeline, by the name of its modular class."""
 
     def folder(name):
-        base = BASES[name]
-        return {"sdxl": str(tiny_sdxl_path), "sd3": resolve_model("miniature-sd3")}.get(base) or str(
-            tiny_transformer_path(base)
-        )
+        return str(tiny_sdxl_path if BASES[name] == "sdxl" else tiny_transformer_path(BASES[name]))
 
     return folder
 
@@ -56,7 +52,7 @@ def draw(pipeline, prompt: Any = "a sks glyph", copies=1, base="sdxl", **kwargs)
     """Pictures, each prompt's with the same noise; without a prompt of what `kwargs` hold."""
     count = len(prompt) * copies if isinstance(prompt, list) else copies
     generators = [torch.Generator().manual_seed(index % copies) for index in range(count)]
-    settings: dict[str, Any] = {"sdxl": SIZE, "sd3": {}}.get(base) or INPUTS.get(base, {})
+    settings: dict[str, Any] = SIZE if base == "sdxl" else INPUTS[base]
     accepted = {each.name for each in pipeline.blocks.inputs}
     settings = {name: value for name, value in settings.items() if name in accepted} | kwargs
     if prompt is not None:
@@ -77,7 +73,6 @@ def test_a_modular_pipeline_takes_adapters_and_settings_of_a_call(name, folder_o
     cls = apt.apt_pipeline(stock_class)
     assert cls.__name__ == name.replace("Modular", "APTModular") and issubclass(cls, stock_class)
     stock = opened(stock_class, folder)
-    stock.update_components(**{key: part.float() for key, part in stock.components.items() if hasattr(part, "float")})
     expected = draw(stock, base=base)
     pipeline = opened(cls, folder)
     apt.add_apt(pipeline, SMALL, "a")
@@ -170,6 +165,15 @@ def test_adapters_are_saved_and_come_back_with_their_models(modular, tmp_path):
     assert again.get_list_apt_adapters() == {"unet": ["a"], "text_encoder": ["words"]}
     again.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(again), expected)
+
+
+def test_models_are_loaded_in_float32_whatever_the_files_hold():
+    """The stock class takes the files' precision, in which `miniature-sd3` does not draw on a CPU."""
+    pipeline = apt.apt_pipeline(diffusers.StableDiffusion3ModularPipeline).from_pretrained("miniature-sd3")
+    pipeline.load_components(names=["transformer"])
+    assert pipeline.transformer.dtype is torch.float32
+    pipeline.load_components(names=["vae"], dtype=torch.bfloat16)
+    assert pipeline.vae.dtype is torch.bfloat16
 
 
 def test_the_folder_of_a_whole_pipeline_gets_the_default_blocks(tiny_sdxl_path, modular):

@@ -27,6 +27,7 @@ LANGUAGE_MODEL = {
 SMALL = {"height": 16, "width": 16, "max_sequence_length": 32}
 EXACT = {"use_resolution_binning": False, "clean_caption": False}
 INPUTS: dict[str, dict[str, Any]] = {
+    "sd3-tiny": SMALL,
     "flux": SMALL,
     "flux2": SMALL | {"text_encoder_out_layers": (1, 2)},
     "flux2-klein": SMALL | {"text_encoder_out_layers": (1, 2)},
@@ -83,6 +84,22 @@ def vae(latent_channels: int = 4, cls: str = "AutoencoderKL", **settings: Any) -
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latent_channels, layers_per_block=1,
         norm_num_groups=4, sample_size=16, **settings,
     ).eval()  # fmt: skip
+
+
+def sd3(folder: Path) -> Any:
+    """Stable Diffusion 3 as published: 16 latent channels, two CLIPs and T5."""
+    encoder, tokenizer = t5(64)
+    clips: dict[str, Any] = {}
+    for suffix in ("", "_2"):
+        clips[f"tokenizer{suffix}"] = clip_tokenizer = make_tokenizer(folder / f"tokenizer{suffix}")
+        config = make_text_encoder(len(clip_tokenizer)).config.to_dict() | {"projection_dim": 32}
+        model = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config))
+        clips[f"text_encoder{suffix}"] = model.eval()
+    widths = {"in_channels": 16, "out_channels": 16, "joint_attention_dim": 64, "pooled_projection_dim": 64}
+    return diffusers.StableDiffusion3Pipeline(
+        scheduler=flow(), vae=vae(16, shift_factor=0.1, scaling_factor=1.5), **clips, text_encoder_3=encoder,
+        tokenizer_3=tokenizer, transformer=transformer("sd3", **widths),
+    )  # fmt: skip
 
 
 def flux(folder: Path) -> Any:
@@ -239,9 +256,9 @@ def pixart_alpha(folder: Path) -> Any:
 
 
 PIPELINES = {
-    "flux": flux, "flux2": flux2, "flux2-klein": flux2_klein, "qwen-image": qwen_image, "z-image": z_image,
-    "pixart-sigma": pixart_sigma, "sana": sana, "chroma": chroma, "aura-flow": aura_flow, "lumina2": lumina2,
-    "cogview4": cogview4, "pixart-alpha": pixart_alpha,
+    "sd3-tiny": sd3, "flux": flux, "flux2": flux2, "flux2-klein": flux2_klein, "qwen-image": qwen_image,
+    "z-image": z_image, "pixart-sigma": pixart_sigma, "sana": sana, "chroma": chroma, "aura-flow": aura_flow,
+    "lumina2": lumina2, "cogview4": cogview4, "pixart-alpha": pixart_alpha,
 }  # fmt: skip
 
 
@@ -252,6 +269,22 @@ def acting(module: torch.nn.Module) -> torch.nn.Module:
         if parameter.numel() and parameter.abs().max() == 0:
             torch.nn.init.normal_(parameter.data, std=0.1)
     return module.eval()
+
+
+def sd3_controlnet(pipeline: Any, conditions: int = 0) -> dict[str, Any]:
+    """A ControlNet of this pipeline's transformer."""
+    torch.manual_seed(7)
+    net = diffusers.SD3ControlNetModel.from_transformer(
+        pipeline.transformer, num_layers=2, num_extra_conditioning_channels=conditions
+    )
+    for block in net.controlnet_blocks:
+        torch.nn.init.normal_(block.weight, std=0.1)
+    return {"controlnet": net.eval()}
+
+
+def sd3_inpaint_controlnet(pipeline: Any) -> dict[str, Any]:
+    """A ControlNet that reads the mask, too."""
+    return sd3_controlnet(pipeline, conditions=1)
 
 
 def flux_controlnet(pipeline: Any) -> dict[str, Any]:

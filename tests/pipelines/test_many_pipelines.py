@@ -146,6 +146,9 @@ ROWS = (
     Row("CogView4Pipeline", "cogview4"),
     Row("CogView4ControlPipeline", "cogview4", CONTROL, part_of("cogview4_control"), noise_of_batch=True),
     Row("PixArtAlphaPipeline", "pixart-alpha"),
+    Row("WanPipeline", "wan"),
+    Row("WanPipeline", "wan-2"),
+    Row("LTXPipeline", "ltx"),
 )  # fmt: skip
 
 

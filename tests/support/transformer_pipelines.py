@@ -41,6 +41,9 @@ INPUTS: dict[str, dict[str, Any]] = {
     | {"height": 64, "width": 64, "system_prompt": "draw"},  # the pipeline counts 8 pixels to a latent
     "cogview4": SMALL | {"negative_prompt": "dark"},
     "pixart-alpha": SMALL | EXACT,
+    "wan": SMALL | {"num_frames": 5},
+    "wan-2": SMALL | {"num_frames": 5},
+    "ltx": SMALL | {"num_frames": 5, "height": 32, "width": 32},
 }
 
 
@@ -220,14 +223,58 @@ def chroma(folder: Path) -> Any:
     )  # fmt: skip
 
 
+def umt5(width: int) -> tuple[Any, Any]:
+    """A UMT5 encoder, and T5's tokenizer."""
+    config = transformers.UMT5Config(
+        vocab_size=100, d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    return transformers.UMT5EncoderModel(config).eval(), t5(width)[1]
+
+
 def aura_flow(folder: Path) -> Any:
     """AuraFlow: UMT5."""
-    config = transformers.UMT5Config(
-        vocab_size=100, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
+    encoder, tokenizer = umt5(16)
     return diffusers.AuraFlowPipeline(
-        tokenizer=t5(16)[1], text_encoder=transformers.UMT5EncoderModel(config).eval(), vae=vae(),
-        transformer=transformer("aura_flow"), scheduler=flow(),
+        tokenizer=tokenizer, text_encoder=encoder, vae=vae(), transformer=transformer("aura_flow"), scheduler=flow()
+    )
+
+
+def wan(folder: Path) -> Any:
+    """Wan, video: UMT5, and a VAE that takes two frames together."""
+    encoder, tokenizer = umt5(16)
+    torch.manual_seed(1)
+    autoencoder = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=4, scale_factor_temporal=2,
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(
+        flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+    )
+    return diffusers.WanPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder.eval(), scheduler=scheduler,
+        transformer=transformer("wan"),
+    )  # fmt: skip
+
+
+def wan_in_two(folder: Path) -> Any:
+    """Wan 2.2: one transformer for the noisy half of the steps, another for the rest."""
+    return diffusers.WanPipeline(
+        **wan(folder).components | {"transformer_2": transformer("wan", cross_attn_norm=False)}, boundary_ratio=0.9
+    )
+
+
+def ltx(folder: Path) -> Any:
+    """LTX, video: T5."""
+    encoder, tokenizer = t5(16)
+    torch.manual_seed(1)
+    scaling = {f"{kind}spatio_temporal_scaling": (True, True, False, False) for kind in ("", "decoder_")}
+    autoencoder = diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5, patch_size=1, patch_size_t=1, **scaling,
+    )  # fmt: skip
+    return diffusers.LTXPipeline(
+        scheduler=flow(), vae=autoencoder.eval(), text_encoder=encoder, tokenizer=tokenizer,
+        transformer=transformer("ltx"),
     )  # fmt: skip
 
 
@@ -258,7 +305,8 @@ def pixart_alpha(folder: Path) -> Any:
 PIPELINES = {
     "sd3-tiny": sd3, "flux": flux, "flux2": flux2, "flux2-klein": flux2_klein, "qwen-image": qwen_image,
     "z-image": z_image, "pixart-sigma": pixart_sigma, "sana": sana, "chroma": chroma, "aura-flow": aura_flow,
-    "lumina2": lumina2, "cogview4": cogview4, "pixart-alpha": pixart_alpha,
+    "lumina2": lumina2, "cogview4": cogview4, "pixart-alpha": pixart_alpha, "wan": wan,
+    "wan-2": wan_in_two, "ltx": ltx,
 }  # fmt: skip
 
 

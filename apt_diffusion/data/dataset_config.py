@@ -10,15 +10,16 @@ The keys are the names of the trainer's flags; what a folder does not say is as 
 
 import difflib
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import kohya_config
 from .captions import CaptionOptions
-from .folders import AS_IT_IS, MAX_REPEATS, FolderOptions
+from .folders import MAX_REPEATS, FolderOptions
+from .toml_lines import TomlLines
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,14 +29,26 @@ else:
 
 @dataclass(frozen=True)
 class ConfiguredFolder:
-    """One folder of the file, and that of its class, if it has one."""
+    """One folder of the file."""
 
     path: Path
     prompt: str
     options: FolderOptions
-    class_path: Path | None = None
-    class_prompt: str = ""
-    class_options: FolderOptions = AS_IT_IS
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What the file says.
+
+    Attributes:
+        folders: of the subject, at least one.
+        of_class: of its class.
+        for_the_run: settings of a file of kohya's scripts that are flags here, each with its flag.
+    """
+
+    folders: list[ConfiguredFolder]
+    of_class: list[ConfiguredFolder]
+    for_the_run: list[str]
 
 
 @dataclass(frozen=True)
@@ -74,11 +87,11 @@ KEYS = {
 TABLE = "folders"
 
 
-def read_dataset_config(file: str | Path, defaults: Mapping[str, Any]) -> list[ConfiguredFolder]:
+def read_dataset_config(file: str | Path, defaults: Mapping[str, Any]) -> DatasetConfig:
     """The folders of the file, in its order.
 
     Args:
-        file: TOML with at least one `[[folders]]`.
+        file: TOML with at least one `[[folders]]`, or a file of kohya's scripts, with `[[datasets.subsets]]`.
         defaults: the values of the command line by key: for keys that a folder leaves out. Not `repeats`, which are 1.
 
     Raises:
@@ -92,15 +105,44 @@ def read_dataset_config(file: str | Path, defaults: Mapping[str, Any]) -> list[C
         content = tomllib.loads(text)
     except ValueError as error:  # TOML's and Unicode's are ones
         raise ValueError(f"--dataset_config: {file} is no TOML: {error}.") from error
-    found = sorted(_mistakes(content, _lines(text), file.parent, defaults))
+    lines = TomlLines(text)
+    kohyas = kohya_config.is_kohyas(content)
+    mistakes = _kohyas_mistakes(content, defaults) if kohyas else _mistakes(content, file.parent, defaults)
+    found = sorted({(lines.of(table, key), mistake) for table, key, mistake in mistakes})
     if found:
         listed = "".join(f"\n  line {line}: {mistake}" for line, mistake in found)
         count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
         raise ValueError(f"--dataset_config: {file} has {count}:{listed}")
-    return [_folder(file.parent, defaults | folder) for folder in content[TABLE]]
+    return _kohyas_folders(content, defaults) if kohyas else _folders(content, file.parent, defaults)
 
 
-def _folder(where: Path, values: Mapping[str, Any]) -> ConfiguredFolder:
+def _folders(content: Mapping[str, Any], where: Path, defaults: Mapping[str, Any]) -> DatasetConfig:
+    folders, of_class = [], []
+    for own in content[TABLE]:
+        values = {**defaults, **own}
+        folders.append(_folder(where, values))
+        if "class_data_dir" in values:
+            options = FolderOptions(values["caption_column"], values["recursive"], "class_prompt")
+            path = where / Path(values["class_data_dir"]).expanduser()
+            of_class.append(ConfiguredFolder(path, values["class_prompt"], options))
+    return DatasetConfig(folders, of_class, [])
+
+
+def _kohyas_folders(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
+    """Paths in such files are relative to the folder in which the trainer was started."""
+    folders, of_class = [], []
+    for own, _, is_class in kohya_config.subsets(content):
+        values = {**defaults, **own}
+        folder = _folder(Path(), values, "class_tokens")
+        if is_class:
+            options = FolderOptions(values["caption_column"], values["recursive"], "class_tokens")
+            of_class.append(ConfiguredFolder(folder.path, folder.prompt, options))
+        else:
+            folders.append(folder)
+    return DatasetConfig(folders, of_class, kohya_config.for_the_run(content))
+
+
+def _folder(where: Path, values: Mapping[str, Any], prompt_from: str = "instance_prompt") -> ConfiguredFolder:
     captions = CaptionOptions(
         shuffle=values["shuffle_caption"],
         keep_tokens=values["keep_tokens"],
@@ -111,81 +153,73 @@ def _folder(where: Path, values: Mapping[str, Any]) -> ConfiguredFolder:
         trigger=values["trigger_word"].strip(),
         dropout=values["caption_dropout_rate"],
     )
-    shared = values["caption_column"], values["recursive"]
-    repeats, weight = values.get("repeats", 1), values.get("weight", 1.0)
     masks = values.get("mask_data_dir")
-    mask_folder = None if masks is None else where / Path(masks).expanduser()
-    options = FolderOptions(*shared, "instance_prompt", captions, values["masked_loss"], mask_folder, repeats, weight)
-    of_class = values.get("class_data_dir")
-    return ConfiguredFolder(
-        where / Path(values["instance_data_dir"]).expanduser(),
-        values["instance_prompt"],
-        options,
-        None if of_class is None else where / Path(of_class).expanduser(),
-        values.get("class_prompt") or "",
-        FolderOptions(*shared, "class_prompt"),
+    options = FolderOptions(
+        values["caption_column"],
+        values["recursive"],
+        prompt_from,
+        captions,
+        values["masked_loss"],
+        None if masks is None else where / Path(masks).expanduser(),
+        values.get("repeats", 1),
+        values.get("weight", 1.0),
     )
+    return ConfiguredFolder(where / Path(values["instance_data_dir"]).expanduser(), values["instance_prompt"], options)
 
 
-def _mistakes(
-    content: Mapping[str, Any], lines: Mapping[tuple[int, str], int], where: Path, defaults: Mapping[str, Any]
-) -> Iterator[tuple[int, str]]:
-    """Line and text of everything that is wrong."""
+def _mistakes(content: Mapping[str, Any], where: Path, defaults: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Table, key and text of everything that is wrong."""
     for key in content:
         if key != TABLE:
-            yield lines.get((-1, key), 1), f"{key!r} is not known here: give each folder a [[{TABLE}]] of its own."
+            yield "", key, f"{key!r} is not known here: give each folder a [[{TABLE}]] of its own."
     folders = content.get(TABLE, [])
     if not isinstance(folders, list) or not folders or not all(isinstance(folder, dict) for folder in folders):
-        yield lines.get((-1, TABLE), 1), f"there is no [[{TABLE}]], of which each folder has one."
+        yield "", TABLE, f"there is no [[{TABLE}]], of which each folder has one."
         return
     for index, folder in enumerate(folders):
-        first = lines.get((index, ""), lines.get((-1, TABLE), 1))
+        table = f"{TABLE}[{index}]"
         for key, value in folder.items():
-            mistake = _mistake(key, value, where)
+            mistake = _mistake(key, key, value, where)
             if mistake:
-                yield lines.get((index, key), first), mistake
+                yield table, key, mistake
         for key in ("instance_data_dir", "instance_prompt"):
             if key not in folder and (key == "instance_data_dir" or not defaults.get(key)):
-                yield first, f"this folder has no {key}."
+                yield table, "", f"this folder has no {key}."
         if "mask_data_dir" in folder and folder.get("masked_loss", defaults.get("masked_loss")) is False:
-            yield lines.get((index, "mask_data_dir"), first), "mask_data_dir needs masked_loss = true beside it."
+            yield table, "mask_data_dir", "mask_data_dir needs masked_loss = true beside it."
         for key, other in (("class_data_dir", "class_prompt"), ("class_prompt", "class_data_dir")):
             if key in folder and other not in folder:
-                yield lines.get((index, key), first), f"{key} needs a {other} beside it."
+                yield table, key, f"{key} needs a {other} beside it."
 
 
-def _mistake(key: str, value: Any, where: Path) -> str:
-    """What is wrong with a value, or nothing."""
+def _kohyas_mistakes(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The same for a file of kohya's scripts."""
+    yield from kohya_config.unknown(content)
+    subsets = list(kohya_config.subsets(content))
+    if all(is_class for _, _, is_class in subsets):
+        yield "", "datasets", "there is no [[datasets.subsets]] with pictures of the subject."
+    for values, places, is_class in subsets:
+        for key, value in values.items():
+            table, theirs = places[key]
+            mistake = _mistake(key, theirs, value, Path())
+            if mistake:
+                yield table, theirs, mistake
+        if "instance_data_dir" not in values:
+            yield *places[""], "this subset has no image_dir."
+        if "instance_prompt" not in values and (is_class or not defaults.get("instance_prompt")):
+            hint = "" if is_class else ", and there is no --instance_prompt"
+            yield *places[""], f"this subset has no class_tokens{hint}."
+
+
+def _mistake(key: str, name: str, value: Any, where: Path) -> str:
+    """What is wrong with a value, or nothing; `name` is the key as the file has it."""
     if key not in KEYS:
         near = difflib.get_close_matches(key, KEYS, 1)
-        return f"{key!r} is no key of a folder" + (
-            f": is {near[0]!r} meant?" if near else f". Keys: {', '.join(KEYS)}."
-        )
+        hint = f": is {near[0]!r} meant?" if near else f". Keys: {', '.join(KEYS)}."
+        return f"{name!r} is no key of a folder{hint}"
     known = KEYS[key]
     if type(value) not in known.kinds or not known.is_allowed(value):
-        return f"{key} must be {known.wanted}, got {value!r}."
+        return f"{name} must be {known.wanted}, got {value!r}."
     if key.endswith("_data_dir") and not (where / Path(value).expanduser()).is_dir():
-        return f"{key}: there is no folder {where / value}."
+        return f"{name}: there is no folder {where / value}."
     return ""
-
-
-def _lines(text: str) -> dict[tuple[int, str], int]:
-    """`{(folder, key): line}`; the folder is -1 outside of all, the key empty for its heading."""
-    # Texts over several lines may hold what looks like a key.
-    text = re.sub(r'"""[\s\S]*?"""|\'\'\'[\s\S]*?\'\'\'', lambda match: '""' + "\n" * match[0].count("\n"), text)
-    found: dict[tuple[int, str], int] = {}
-    folder, inside = -1, -1
-    for number, line in enumerate(text.split("\n"), start=1):
-        heading = re.match(r"\s*(\[\[?)\s*([\w-]+)\s*\.?\s*([\w-]*)", line)
-        key = re.match(r"\s*[\"']?([\w-]+)[\"']?\s*(\.[^=]*)?=", line)
-        if heading and heading[2] == TABLE and heading[3]:  # a table within a folder
-            found.setdefault((folder, heading[3]), number)
-        elif heading and heading[2] == TABLE and heading[1] == "[[":
-            folder = inside = folder + 1
-            found[folder, ""] = number
-        elif heading:
-            inside = -1
-            found.setdefault((-1, heading[2]), number)
-        elif key:
-            found.setdefault((inside, key[1]), number)
-    return found

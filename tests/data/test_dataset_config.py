@@ -41,10 +41,11 @@ def test_the_example_of_the_docs_says_what_it_seems_to(tmp_path):
     for name in ("dog", "dogs", "drawings of it"):
         (tmp_path / name).mkdir()
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.S)
-    first, second = read_dataset_config(written(tmp_path, example), DEFAULTS)
-    assert (first.path, first.prompt, first.class_path) == (tmp_path / "dog", "a photo of sks dog", tmp_path / "dogs")
+    config = read_dataset_config(written(tmp_path, example), DEFAULTS)
+    (first, second), (of_class,) = config.folders, config.of_class
+    assert (first.path, first.prompt) == (tmp_path / "dog", "a photo of sks dog")
     assert (first.options.repeats, first.options.masked, first.options.weight) == (4, True, 1.0)
-    assert first.class_prompt == "a photo of a dog" and second.class_path is None
+    assert (of_class.path, of_class.prompt) == (tmp_path / "dogs", "a photo of a dog") and not config.for_the_run
     assert (second.options.weight, second.options.recursive, second.options.masked) == (0.5, True, False)
     captions = second.options.captions
     assert (captions.shuffle, captions.keep_tokens, captions.suffix, captions.dropout) == (True, 1, "in pencil", 0.1)
@@ -54,7 +55,7 @@ def test_what_a_folder_leaves_out_is_as_the_command_line_says(folders):
     one = f'[[folders]]\ninstance_data_dir = "{folders}/dog"\n'
     file = written(folders, one + '[[folders]]\ninstance_data_dir = "cat"\nmasked_loss = false')
     given = DEFAULTS | {"instance_prompt": "sks", "masked_loss": True, "caption_prefix": " in ", "keep_tokens": 2}
-    first, second = read_dataset_config(file, given)
+    first, second = read_dataset_config(file, given).folders
     assert first.path == folders / "dog" and first.prompt == second.prompt == "sks"
     assert first.options.masked and not second.options.masked
     assert first.options.captions.prefix == "in" and second.options.captions.keep_tokens == 2
@@ -153,7 +154,7 @@ caption_dropout_rate = 0.5
 
 
 def test_repeats_weights_and_dropout_are_those_of_each_folder(folders):
-    read = read_dataset_config(written(folders, TWO), DEFAULTS)
+    read = read_dataset_config(written(folders, TWO), DEFAULTS).folders
     pictures = [p for folder in read for p in scan_pictures(folder.path, folder.prompt, folder.options).checked()]
     assert [picture.prompt for picture in pictures] == ["sks dog"] * 6 + ["zwx cat"] * 2
     data = DreamBoothData(pictures, [], Framing(32, stride=4), (4, 8, 8), 0)

@@ -4,7 +4,7 @@ import argparse
 
 from ...data.buckets import parse_buckets
 from ...data.captions import CaptionOptions
-from ...data.dataset_config import KEYS, ConfiguredFolder, read_dataset_config
+from ...data.dataset_config import KEYS, DatasetConfig, read_dataset_config
 from ...data.pictures import INTERPOLATIONS
 from ...data.rows import CAPTION_COLUMN, IMAGE_COLUMN
 from .number_types import count, fraction, positive_int
@@ -126,7 +126,7 @@ def caption_options(args: argparse.Namespace) -> CaptionOptions:
     )
 
 
-def configured_folders(args: argparse.Namespace) -> list[ConfiguredFolder]:
+def dataset_config(args: argparse.Namespace) -> DatasetConfig:
     """The folders of `--dataset_config`."""
     given = vars(args)
     defaults = {key: given[key] for key in KEYS if key in given and key not in OF_A_FOLDER}
@@ -148,19 +148,18 @@ def _check_sources(args: argparse.Namespace) -> None:
     for flag in NOT_BESIDE_A_FILE:
         if getattr(args, flag) is not None:
             raise ValueError(f"--{flag} has no place beside --dataset_config, whose file says it for each folder.")
-    folders = configured_folders(args)
-    args.instance_prompt = args.instance_prompt or folders[0].prompt
-    has_class = any(folder.class_path is not None for folder in folders)
-    if args.with_prior_preservation and not has_class:
+    config = dataset_config(args)
+    args.instance_prompt = args.instance_prompt or config.folders[0].prompt
+    if args.with_prior_preservation and not config.of_class:
         raise ValueError(f"--with_prior_preservation: no folder of {args.dataset_config} has a class_data_dir.")
-    args.with_prior_preservation = has_class
+    args.with_prior_preservation = bool(config.of_class)
 
 
 def changing_captions(args: argparse.Namespace) -> bool:
     """Whether samples of one picture have different captions."""
     if args.dataset_config is None:
         return caption_options(args).varies
-    return any(folder.options.captions.varies for folder in configured_folders(args))
+    return any(folder.options.captions.varies for folder in dataset_config(args).folders)
 
 
 def check_data_flags(args: argparse.Namespace) -> None:

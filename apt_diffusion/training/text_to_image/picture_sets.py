@@ -1,6 +1,7 @@
 """The pictures of a run: of the subject, of its class, and held out; and the report of `--check_data` on them."""
 
 import argparse
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from ...data.pictures import Picture
 from ...data.report import report
 from ...data.rows import CAPTION_COLUMN, scan_rows
 from ..checkpoints import Checkpoint
-from .data_arguments import caption_options, configured_folders
+from .data_arguments import caption_options, dataset_config
 from .stable_diffusion import StableDiffusionBase
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,12 +67,14 @@ def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     if args.dataset_config is None:
         subject = [_scan_subject(args.instance_data_dir, args.instance_prompt, options)]
         return PictureSets(subject, scan_class_folder(args), held_out)
-    folders = configured_folders(args)
-    subject = [_scan_subject(folder.path, folder.prompt, folder.options) for folder in folders]
-    of_class = [
-        scan_pictures(folder.class_path, folder.class_prompt, folder.class_options)
-        for folder in folders if folder.class_path is not None
-    ]  # fmt: skip
+    config = dataset_config(args)
+    if config.for_the_run:
+        logger.warning(
+            "Not taken from %s, as they are flags of the whole run here: %s.",
+            args.dataset_config, ", ".join(config.for_the_run),
+        )  # fmt: skip
+    subject = [_scan_subject(folder.path, folder.prompt, folder.options) for folder in config.folders]
+    of_class = [scan_pictures(folder.path, folder.prompt, folder.options) for folder in config.of_class]
     return PictureSets(subject, of_class, held_out)
 
 

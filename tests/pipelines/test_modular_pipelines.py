@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize
-from support.pipeline_helpers import differ
+from support.pipeline_helpers import MASK, PICTURE, differ, make_controlnet
 from support.transformer_pipelines import INPUTS
 
 import apt_diffusion as apt
@@ -180,3 +180,24 @@ def test_the_folder_of_a_whole_pipeline_gets_the_default_blocks(tiny_sdxl_path, 
     again = type(modular).from_pretrained(tiny_sdxl_path)
     assert type(again) is type(modular) and again.unet is None
     assert type(again.blocks) is diffusers.StableDiffusionXLAutoBlocks
+
+
+@pytest.mark.parametrize("workflow", ["image2image", "inpainting", "controlnet_text2image"])
+def test_workflows_beside_text_to_image(workflow, modular, tiny_sdxl_path):
+    """The blocks of one workflow of SDXL alone; the adapter of the mixed batch's second picture is off."""
+    pipeline = type(modular)(diffusers.StableDiffusionXLAutoBlocks().get_workflow(workflow), str(tiny_sdxl_path))
+    present = {name: modular.components.get(name) for name in pipeline.pretrained_component_names}
+    if workflow.startswith("controlnet"):
+        present["controlnet"] = make_controlnet(modular.unet)
+    pipeline.update_components(**{name: part for name, part in present.items() if part is not None})
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = {"image": PICTURE, "mask_image": MASK, "control_image": PICTURE, "strength": 1.0}
+    accepted = {each.name for each in pipeline.blocks.inputs}
+    inputs = {name: value for name, value in pictures.items() if name in accepted}
+    adapted, base = draw(pipeline, **inputs), draw(pipeline, apt_scale=0.0, **inputs)
+    assert np.isfinite(adapted).all() and differ(adapted, base)
+    with apt.disable_apt(pipeline):
+        assert np.array_equal(draw(pipeline, **inputs), base)
+    twice = {name: torch.cat([value] * 2) if torch.is_tensor(value) else value for name, value in inputs.items()}
+    mixed = draw(pipeline, ["a sks glyph"] * 2, apt_adapter_names=["a", None], **twice)
+    assert np.allclose(mixed, np.concatenate([adapted, base]), atol=1e-4)

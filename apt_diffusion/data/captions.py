@@ -1,8 +1,10 @@
-"""What becomes of a caption before it is trained on: words around it, and its tags in a random order.
+"""What becomes of a caption before it is trained on: words around it, choices in it, and its tags in a random order.
 
-The names follow kohya's scripts. What is random is drawn anew for every sample, from numbers of its place in training.
+The names and rules follow kohya's scripts. What is random is drawn anew for every sample, from numbers of its place in
+training.
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,9 @@ class CaptionOptions:
         prefix, suffix: words before and behind every caption, which always stay there.
         trigger: what `[trigger]` in captions stands for, as in ai-toolkit.
         dropout: how often a sample has no caption at all; as often as in the rest of the run if `None`.
+        wildcards: whether `{red|green}` is one of them, and of several lines one; `{{` and `}}` are braces.
+        keep_separator: tags before it, and behind a second one, stay where they are; in place of `keep_tokens`.
+        inner_separator: between tags that belong together: they are moved and dropped as one.
     """
 
     shuffle: bool = False
@@ -32,33 +37,70 @@ class CaptionOptions:
     suffix: str = ""
     trigger: str = ""
     dropout: float | None = None
+    wildcards: bool = False
+    keep_separator: str = ""
+    inner_separator: str = ""
 
     @property
     def varies(self) -> bool:
-        """Whether samples of one picture have different captions."""
-        return self.shuffle or self.tag_dropout > 0
+        """Whether samples of one picture may have different captions."""
+        return self.shuffle or self.tag_dropout > 0 or self.wildcards
 
     def whole(self, caption: str) -> str:
-        """A caption between prefix and suffix."""
-        text = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
-        return text.replace(TRIGGER, self.trigger) if self.trigger else text
+        """A caption between prefix and suffix without what is random: of choices the first, tags in their order."""
+        return self._finished(self._chosen(caption, None), None)
+
+    def drawn(self, caption: str, draws: np.random.Generator) -> str:
+        """A caption as one sample has it, between prefix and suffix."""
+        return self._finished(self._chosen(caption, draws), draws)
 
     def check(self, caption: str, source: str) -> None:
         """`ValueError` where a caption has a place for a trigger word, and there is none."""
         if TRIGGER in caption and not self.trigger:
             raise ValueError(f"The caption in {source} has {TRIGGER}: say with --trigger_word what that stands for.")
 
-    def drawn(self, caption: str, draws: np.random.Generator) -> str:
-        """A caption as one sample has it, between prefix and suffix."""
-        tags = [tag.strip() for tag in caption.split(self.separator)]
-        tags = [tag for tag in tags if tag]
-        kept, others = tags[: self.keep_tokens], tags[self.keep_tokens :]
-        if self.shuffle:
-            others = [others[index] for index in draws.permutation(len(others))]
-        if self.tag_dropout:
-            others = [tag for tag in others if draws.random() >= self.tag_dropout]
+    def _chosen(self, caption: str, draws: np.random.Generator | None) -> str:
+        """The caption with one of the alternatives at each place."""
+        if not self.wildcards:
+            return caption
+
+        def one_of(values: list[str]) -> str:
+            return values[0 if draws is None or len(values) == 1 else int(draws.integers(len(values)))]
+
+        def replaced(match: re.Match[str]) -> str:
+            return one_of(match[1].split("|")) if match[1] is not None else match[0][0]
+
+        lines = [line for line in caption.split("\n") if line.strip()]
+        return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", replaced, one_of(lines)) if lines else ""
+
+    def _finished(self, caption: str, draws: np.random.Generator | None) -> str:
+        is_changed = draws is not None and (self.shuffle or self.tag_dropout > 0)
+        if is_changed or (self.keep_separator and self.keep_separator in caption):
+            first, others, last = self._parts(caption)
+            if draws is not None and self.shuffle:
+                others = [others[index] for index in draws.permutation(len(others))]
+            if draws is not None and self.tag_dropout:
+                others = [tag for tag in others if draws.random() >= self.tag_dropout]
+            caption = self._joined([*first, *others, *last])
+        if self.inner_separator:
+            caption = self._joined([part.strip() for part in caption.split(self.inner_separator)])
+        text = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        return text.replace(TRIGGER, self.trigger) if self.trigger else text
+
+    def _parts(self, caption: str) -> tuple[list[str], list[str], list[str]]:
+        """Tags that stay in front, those that move, and those that stay behind."""
+        if self.keep_separator and self.keep_separator in caption:
+            first, others, *last = caption.split(self.keep_separator, 2)
+            return self._tags(first), self._tags(others), self._tags(last[0] if last else "")
+        tags = self._tags(caption)
+        return tags[: self.keep_tokens], tags[self.keep_tokens :], []
+
+    def _tags(self, text: str) -> list[str]:
+        return [tag.strip() for tag in text.split(self.separator) if tag.strip()]
+
+    def _joined(self, tags: list[str]) -> str:
         space = "" if self.separator[-1:].isspace() else " "
-        return self.whole((self.separator + space).join(kept + others))
+        return (self.separator + space).join(tags)
 
 
 UNCHANGED = CaptionOptions()

@@ -83,6 +83,9 @@ KEYS = {
     "caption_prefix": _TEXT,
     "caption_suffix": _TEXT,
     "trigger_word": _TEXT,
+    "enable_wildcard": _SWITCH,
+    "keep_tokens_separator": _TEXT,
+    "secondary_separator": _TEXT,
 }
 TABLE = "folders"
 
@@ -152,6 +155,9 @@ def _folder(where: Path, values: Mapping[str, Any], prompt_from: str = "instance
         suffix=values["caption_suffix"].strip(),
         trigger=values["trigger_word"].strip(),
         dropout=values["caption_dropout_rate"],
+        wildcards=values["enable_wildcard"],
+        keep_separator=values["keep_tokens_separator"].strip(),
+        inner_separator=values["secondary_separator"].strip(),
     )
     masks = values.get("mask_data_dir")
     options = FolderOptions(

@@ -9,7 +9,7 @@ from typing import Any
 
 SAME = (
     "shuffle_caption", "keep_tokens", "caption_separator", "caption_prefix", "caption_suffix", "caption_dropout_rate",
-    "caption_tag_dropout_rate",
+    "caption_tag_dropout_rate", "enable_wildcard", "keep_tokens_separator", "secondary_separator",
 )  # fmt: skip
 RENAMED = {
     "image_dir": "instance_data_dir",

@@ -1,5 +1,7 @@
 """Captions that change from sample to sample: their tags, words around them, and that nothing else changes."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,33 @@ def test_tags_are_left_out_as_often_as_asked_but_for_those_that_are_kept(tmp_pat
 def test_separators(separator, caption, expected):
     draws = random_at(0, 0, Purpose.SAMPLE, Branch.CAPTION)
     assert CaptionOptions(tag_dropout=1e-9, separator=separator).drawn(caption, draws) == expected
+
+
+def drawn(options, caption, count=200):
+    return [options.drawn(caption, random_at(0, index, Purpose.SAMPLE, Branch.CAPTION)) for index in range(count)]
+
+
+def test_separators_keep_tags_in_front_behind_and_together():
+    """With the example of the page of kohya's scripts on these keys."""
+    options = CaptionOptions(shuffle=True, keep_separator="|||", inner_separator=";;;")
+    found = set(drawn(options, "aaa, bbb ||| ccc, ddd;;;eee, fff ||| ggg, hhh"))
+    middles = itertools.permutations(["ccc", "ddd, eee", "fff"])
+    assert found == {f"aaa, bbb, {', '.join(middle)}, ggg, hhh" for middle in middles}
+    assert options.whole("a ||| b, c;;;d") == "a, b, c, d"
+    assert set(drawn(CaptionOptions(shuffle=True, keep_separator="|||", keep_tokens=1), "a, b")) == {"a, b"}
+    dropped = drawn(CaptionOptions(tag_dropout=0.5, keep_separator="|||", inner_separator=";;;"), "a ||| b;;;c ||| d")
+    assert set(dropped) == {"a, d", "a, b, c, d"}
+
+
+def test_wildcards_are_chosen_for_each_sample_alike():
+    options = CaptionOptions(wildcards=True)
+    found = drawn(options, "a {red|green|blue} {{dog}}{ today|}", 600)
+    assert set(found) == {f"a {colour} {{dog}}{end}" for colour in ("red", "green", "blue") for end in (" today", "")}
+    share = np.mean(["green" in text for text in found])
+    assert abs(share - 1 / 3) < 4 * np.sqrt(2 / 9 / 600)
+    assert options.varies and options.whole("a {red|green} dog\nanother line") == "a red dog"
+    assert set(drawn(options, "one\n\ntwo")) == {"one", "two"} and drawn(options, "", 1) == [""]
+    assert CaptionOptions().whole("{a|b}") == "{a|b}"
 
 
 def test_prefix_and_suffix_stay_where_they_are(tmp_path):

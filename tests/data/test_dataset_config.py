@@ -17,6 +17,7 @@ DEFAULTS = {
     "instance_prompt": None, "recursive": False, "masked_loss": False, "caption_column": "text",
     "caption_dropout_rate": 0.0, "shuffle_caption": False, "keep_tokens": 0, "caption_separator": ",",
     "caption_tag_dropout_rate": 0.0, "caption_prefix": "", "caption_suffix": "", "trigger_word": "",
+    "enable_wildcard": False, "keep_tokens_separator": "", "secondary_separator": "",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ DEFAULTS = {
     "instance_prompt": None, "recursive": False, "masked_loss": False, "caption_column": "text",
     "caption_dropout_rate": 0.0, "shuffle_caption": False, "keep_tokens": 0, "caption_separator": ",",
     "caption_tag_dropout_rate": 0.0, "caption_prefix": "", "caption_suffix": "", "trigger_word": "",
+    "enable_wildcard": False, "keep_tokens_separator": "", "secondary_separator": "",
 }  # fmt: skip
 
 # After the example of the scripts' own page on these files.
@@ -90,7 +91,7 @@ def test_mistakes_have_lines_and_the_names_of_the_file(folders):
 color_aug = true
 keep_tokens = "one"
 face_crop_aug_range = [1.0, 3.0]
-enable_wildcard = false
+token_warmup_step = 0
 [[datasets]]
   [[datasets.subsets]]
   image_dir = 'nowhere'

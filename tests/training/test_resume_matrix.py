@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = {
     "buckets": {"aspect_ratio_buckets": "32,48;48,32;32,32"},
     "masks": {"masked_loss": True},
-    "tags": {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "keep_tokens": 1, "caption_suffix": "today"},
+    "tags": {"shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "keep_tokens": 1, "enable_wildcard": True},
     "dropped captions": {"caption_dropout_rate": 0.5},
     "class": {"with_prior_preservation": True, "class_prompt": "a glyph", "num_class_images": 3},
     "noise": {"noise_offset": 0.1, "random_flip": True, "lora_dropout": 0.3},
@@ -54,7 +54,7 @@ def pictures(tmp_path_factory):
     for index, size in enumerate([(40, 80), (80, 40), (33, 32), (60, 40), (30, 62)]):
         draws = np.random.default_rng(index)
         Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"sks glyph, number {index}, green, small, round")
+        (folder / f"{index}.txt").write_text(f"sks glyph, number {index}, {{red|green}}, small, round")
         if index < 3:
             mask = np.zeros(size, dtype=np.uint8)
             mask[: size[0] // 2] = 200

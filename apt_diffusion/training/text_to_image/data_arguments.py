@@ -101,6 +101,17 @@ def data_flags(add) -> None:
 def _caption_flags(add) -> None:
     add("--shuffle_caption", action="store_true", help="Put the tags of the subject's captions in a random order.")
     add("--keep_tokens", type=count, default=0, help="How many first tags of a caption stay where they are.")
+    add(
+        "--keep_tokens_separator",
+        default="",
+        help="In place of --keep_tokens: tags before this, and behind a second one, stay where they are.",
+    )
+    add("--secondary_separator", default="", help="What stands between tags that are moved and dropped as one.")
+    add(
+        "--enable_wildcard",
+        action="store_true",
+        help="Of '{red|green}' in a caption, and of several lines, each sample has one.",
+    )
     add("--caption_separator", default=",", help="What stands between the tags of a caption.")
     add(
         "--caption_tag_dropout_rate",
@@ -123,6 +134,9 @@ def caption_options(args: argparse.Namespace) -> CaptionOptions:
         prefix=args.caption_prefix.strip(),
         suffix=args.caption_suffix.strip(),
         trigger=args.trigger_word.strip(),
+        wildcards=args.enable_wildcard,
+        keep_separator=args.keep_tokens_separator.strip(),
+        inner_separator=args.secondary_separator.strip(),
     )
 
 
@@ -172,7 +186,7 @@ def check_data_flags(args: argparse.Namespace) -> None:
     if changing_captions(args):
         if args.cache_text_embeddings or args.pre_compute_text_embeddings:
             raise ValueError(
-                "--cache_text_embeddings keeps one text for each picture, but with shuffle_caption or "
-                "caption_tag_dropout_rate each sample has its own: leave one of them out."
+                "--cache_text_embeddings keeps one text for each picture, but with shuffle_caption, "
+                "caption_tag_dropout_rate or enable_wildcard each sample has its own: leave one of them out."
             )
         args.cache_text_embeddings = False

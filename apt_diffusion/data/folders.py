@@ -11,7 +11,7 @@ from pathlib import Path
 from .captions import UNCHANGED, CaptionOptions
 from .masks import check_mask, mask_files, masks_in
 from .pictures import Picture
-from .reading import PictureFile, is_picture, read_picture
+from .reading import PictureFile, is_picture, picture_size
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
             try:
                 caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
                 options.captions.check(caption, f"{source} of {path}")
-                picture = Picture(path, caption, *read_picture(path).size, options.captions, weight=options.weight)
+                picture = Picture(path, caption, *picture_size(path), options.captions, weight=options.weight)
                 if options.masked:
                     picture = dataclasses.replace(picture, mask=check_mask(picture, masks_of.get(path, [])))
             except ValueError as error:
@@ -156,7 +156,7 @@ def has_pictures(folder: str | Path, recursive: bool = False) -> bool:
 
 def check_picture(path: Path, prompt: str) -> Picture:
     """The picture, read once; `ValueError` with its name where it cannot be."""
-    return Picture(path, prompt, *read_picture(path).size)
+    return Picture(path, prompt, *picture_size(path))
 
 
 def _holds_pictures(folder: Path) -> bool:

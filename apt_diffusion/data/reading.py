@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 128_000_000  # 0.4 GB as RGB; the largest cameras have 100 million
 MAX_ASPECT = 50  # the long side by the short one
@@ -113,6 +113,24 @@ def read_picture(
         ValueError: where it cannot be read, or is too large or too narrow; the message names the file.
     """
     return _read(path, max_pixels, formats, lambda image: as_rgb(image, background))
+
+
+def picture_size(path: PictureFile) -> tuple[int, int]:
+    """Width and height of a picture as a viewer shows it, having read the file to its end; else as `read_picture`.
+
+    Of a JPEG an eighth of the pixels across are computed: that finds what is missing, too, in a fraction of the time.
+    """
+    return _read(path, MAX_PIXELS, None, _size)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    if image.format != "JPEG":
+        return as_rgb(image).size
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    image.draft("RGB", (width // 8, height // 8))
+    image.load()
+    return (height, width) if turned else (width, height)
 
 
 def read_alpha(path: PictureFile) -> Image.Image | None:

@@ -7,7 +7,7 @@ from typing import Any
 from .folders import FolderOptions, Scan
 from .masks import check_mask
 from .pictures import Picture
-from .reading import RowPicture, read_picture
+from .reading import RowPicture, picture_size
 from .sources import check_columns, load_hub_splits
 
 SPLIT = "train"
@@ -47,9 +47,7 @@ def scan_rows(
         caption = (text or "").strip()
         try:
             options.captions.check(caption, f"{path.name} of {name}")
-            picture = Picture(
-                path, caption or prompt, *read_picture(path).size, options.captions, weight=options.weight
-            )
+            picture = Picture(path, caption or prompt, *picture_size(path), options.captions, weight=options.weight)
             mask = check_mask(picture, []) if options.masked else None
         except ValueError as error:
             scan.problems.append(str(error))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, features
 
 from apt_diffusion.data.folders import find_pictures
-from apt_diffusion.data.reading import MAX_ASPECT, MAX_PIXELS, read_picture
+from apt_diffusion.data.reading import MAX_ASPECT, MAX_PIXELS, picture_size, read_picture
 
 
 def save(path, color="red", size=(40, 40), mode="RGB"):
@@ -121,3 +121,21 @@ def test_exif_orientation_is_applied(tmp_path):
     assert upright.size == (20, 40)
     top, bottom = upright.getpixel((10, 5)), upright.getpixel((10, 35))
     assert top[2] > 200 and top[0] < 50 and bottom[0] > 200 and bottom[2] < 50
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpegs_size_is_that_of_the_whole_picture_and_what_is_missing_is_found(tmp_path, mode, progressive):
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "a.jpg", exif=exif, progressive=progressive)
+        assert picture_size(tmp_path / "a.jpg") == read_picture(tmp_path / "a.jpg").size
+    content = (tmp_path / "a.jpg").read_bytes()
+    for share in (0.2, 0.5, 0.9, 0.97):
+        (tmp_path / "a.jpg").write_bytes(content[: int(share * len(content))])
+        for read in (picture_size, read_picture):
+            with pytest.raises(ValueError, match=r"a\.jpg cannot be read: .*truncated"):
+                read(tmp_path / "a.jpg")

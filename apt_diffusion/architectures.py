@@ -65,6 +65,7 @@ class Architecture:
         bindings: streams whose arguments are named or placed differently in this family, by stream name.
         sees_pictures_only: the default places are in the part that reads pictures. A pipeline's text encoder of this
             family is left as it is by default, because it reads a prompt.
+        takes_adapters_of: names of other classes in the table whose adapters fit here, because the places are theirs.
     """
 
     model_classes: tuple[str, ...]
@@ -76,6 +77,7 @@ class Architecture:
     last_text_is_idle: bool = False
     bindings: Mapping[str, Stream] = field(default_factory=dict)
     sees_pictures_only: bool = False
+    takes_adapters_of: tuple[str, ...] = ()
 
     def stream(self, name: str) -> Stream:
         """The stream as this family has it."""
@@ -103,7 +105,11 @@ ARCHITECTURES = [
     # AnimateDiff: the UNet's places, so that adapters of the UNet fit, without those of its motion modules. The frames
     # of all films stand in one batch.
     Architecture(
-        ("UNetMotionModel",), r"(?!.*\bmotion_modules\.).*\.attn2", init="identity", bindings=WHOLE_BATCH
+        ("UNetMotionModel",),
+        r"(?!.*\bmotion_modules\.).*\.attn2",
+        init="identity",
+        bindings=WHOLE_BATCH,
+        takes_adapters_of=("UNet2DConditionModel",),
     ),
     Architecture(("CLIPTextModel", "CLIPTextModelWithProjection"), r".*\.self_attn", init="identity"),
     Architecture(("CLIPPreTrainedModel",), r".*\.self_attn"),
@@ -142,6 +148,7 @@ ARCHITECTURES = [
         init="identity",
         bindings=WHOLE_BATCH,
         sees_pictures_only=True,
+        takes_adapters_of=("LlavaPreTrainedModel",),
     ),
     Architecture(
         ("Qwen2VLPreTrainedModel", "Qwen2_5_VLPreTrainedModel"),
@@ -210,6 +217,16 @@ def architecture_of(model: nn.Module) -> Architecture:
             if cls.__name__ in row.model_classes:
                 return row
     return UNKNOWN_ARCHITECTURE
+
+
+def families_of(model: nn.Module) -> list[str]:
+    """Names of the table that adapters of this model fit; none for an unknown model.
+
+    A subclass has those of its base classes, too. Two models without a common one differ in what their attentions are.
+    """
+    known = {name for row in ARCHITECTURES for name in row.model_classes}
+    own = [cls.__name__ for cls in type(model).__mro__ if cls.__name__ in known]
+    return list(dict.fromkeys([*own, *architecture_of(model).takes_adapters_of]))
 
 
 def is_known(model: nn.Module) -> bool:

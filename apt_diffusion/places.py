@@ -1,5 +1,6 @@
 """Finds the modules of one model that an adapter corrects: their names, and the width and binding of each stream."""
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ def place_at(model: nn.Module, name: str, module: nn.Module, stream: Stream) -> 
     """One place; `ValueError` naming the module where it cannot be corrected."""
     if getattr(module, "residual_connection", False):
         raise ValueError(f"{name} adds its residual inside: APT corrects an attention's output before the residual.")
+    row = architecture_of(model)
+    if row.sees_pictures_only and not matches(name, row.places(model)):
+        stream = dataclasses.replace(stream, per_sample=True)  # a language model beside the vision tower
     width = context_width(name, module) if stream.output is None else output_width(name, module, stream)
     return Place(name, stream.child, module, width, bind(name, module, stream))
 

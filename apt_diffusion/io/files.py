@@ -45,6 +45,15 @@ class AdapterFile:
             raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
 
     @property
+    def families(self) -> dict[str, list[str]]:
+        """`families_of` the adapted models, per component; empty for files that do not say so."""
+        try:
+            families = json.loads(self.metadata.get("apt_families", "{}"))
+            return {part: [str(name) for name in names] for part, names in families.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
+
+    @property
     def made_for(self) -> str:
         """A sentence for messages."""
         base = self.metadata.get("base_model")

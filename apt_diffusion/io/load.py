@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..api import undo_on_failure
-from ..architectures import DENOISERS, STREAMS, architecture_of, resolve_config
+from ..architectures import DENOISERS, STREAMS, architecture_of, families_of, resolve_config
 from ..components import components_of, wrapped_components
 from ..config import APTConfig
 from ..equation import ApproximatedPrompt
@@ -240,11 +240,22 @@ def _plan(
     _check_names(file, config, groups, file.places.get(part), expected_heads, heads)
     for key, parameters in groups.items():
         _check_shapes(file, config, key, parameters, widths[key])
+    _check_family(file, part, model)
     if hotswap:
         swap.check(adapters, adapter_name, config, groups, present)
         return _Plan(adapters, config, groups, heads, [])
     planned = [(place, _build(config, groups[key], place, adapters.hotswap_room)) for key, place in places.items()]
     return _Plan(adapters, config, groups, heads, planned)
+
+
+def _check_family(file: AdapterFile, part: str, model: nn.Module) -> None:
+    # Names and widths of attentions are the same in some families, such as Flux.1 and a small Flux.2.
+    made, here = file.families.get(part, []), families_of(model)
+    if made and here and not set(made) & set(here):
+        raise ValueError(
+            f"{file.name} does not fit {type(model).__name__}: it holds an adapter of {made[0]}. Load it into the "
+            f"family that it was trained on. {file.made_for}"
+        )
 
 
 def _with_sizes_of(config: APTConfig, groups: Groups) -> APTConfig:

@@ -1,7 +1,7 @@
 """Saving adapters as one safetensors file with all settings in its header. Nothing pickled is written or read.
 
-The header holds the library's version, the `APTConfig` and the number of adapted modules of each component, and the
-base model and training settings if they are known.
+The header holds the library's version, the `APTConfig`, the number of adapted modules and the family of each
+component, and the base model and training settings if they are known.
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..architectures import families_of
 from ..components import components_of
 from ..config import APTConfig
 from ..equation import ApproximatedPrompt
@@ -57,6 +58,9 @@ def save_apt_weights(
         "apt_config": json.dumps(configs),
         "apt_places": json.dumps(places),
     }
+    families = {part: names for part, component in parts.items() if (names := families_of(component))}
+    if families:
+        header["apt_families"] = json.dumps(families)
     base_model = getattr(getattr(model_or_pipeline, "config", None), "_name_or_path", None)
     if base_model:
         header["base_model"] = str(base_model)

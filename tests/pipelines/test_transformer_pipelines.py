@@ -179,3 +179,48 @@ def test_tags_in_prompts_name_adapters_of_transformers(tiny_transformer_path):
     pipeline.apt_prompt_tags = True
     tagged = pictures(["a dog <apt:a:0.5>", "a cat <apt:b>"], prompt_2=["oil <apt:b:0.7>", "ink"])
     assert np.array_equal(tagged, expected)
+
+
+def test_an_adapter_of_another_family_with_the_same_names_and_widths_is_refused(tiny_transformer_path, tmp_path):
+    """The tiny Flux.2 has its attentions where Flux.1 has them, with the same widths."""
+    donor = opened(apt.Flux2APTPipeline, tiny_transformer_path("flux2"))
+    apt.add_apt(donor, SMALL)
+    donor.save_apt_weights(tmp_path)
+    pipeline = opened(apt.FluxAPTPipeline, tiny_transformer_path("flux"))
+    for model in (pipeline, pipeline.transformer, {"transformer": pipeline.transformer}):
+        alone = tmp_path / "alone"
+        apt.save_apt_weights(donor.transformer, alone)
+        with pytest.raises(ValueError, match="does not fit FluxTransformer2DModel: it holds an adapter of Flux2T"):
+            apt.load_apt_weights(model, alone if model is pipeline.transformer else tmp_path)
+    assert pipeline.get_list_apt_adapters() == {}
+
+    class Finetuned(diffusers.Flux2Transformer2DModel):
+        """A user's subclass is of the family."""
+
+    donor.transformer.__class__ = Finetuned
+    donor.unload_apt_weights()
+    assert donor.load_apt_weights(tmp_path).get_list_apt_adapters() == {"transformer": ["default"]}
+
+
+ENCODERS = {
+    "FluxAPTPipeline": ("text_encoder_2", ["SelfAttention"]),
+    "QwenImageAPTPipeline": ("text_encoder", r".*language_model\.layers\.\d+\.self_attn"),
+    "SanaAPTPipeline": ("text_encoder", ["self_attn"]),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_language_model_is_adapted_where_it_is_named(name, tiny_transformer_path):
+    """With an adapter for each prompt: its batch has one entry per prompt, also beside a vision tower."""
+    part, target_modules = ENCODERS[name]
+    kind = NAMED[name]
+    pipeline = opened(getattr(apt, name), tiny_transformer_path(kind))
+    stock = draw(pipeline, INPUTS[kind])
+    config = apt.APTConfig(num_prompts=6, rank=2, target_modules=target_modules, init="identity")
+    apt.add_apt(pipeline, {part: config}, "a")
+    assert np.array_equal(draw(pipeline, INPUTS[kind]), stock)
+    randomize(pipeline)
+    adapted = draw(pipeline, INPUTS[kind])
+    assert differ(adapted, stock) and pipeline.get_list_apt_adapters() == {part: ["a"]}
+    mixed = draw(pipeline, INPUTS[kind], (0, 0), apt_adapter_names=["a", None])
+    assert np.allclose(mixed, np.concatenate([adapted, stock]), atol=1e-4)

@@ -111,6 +111,18 @@ def test_another_prompt_is_no_change_of_the_data_and_old_checkpoints_say_nothing
     go("out", instance_data_dir=pictures, max_train_steps=4, resume_from_checkpoint="latest")
 
 
+def test_a_class_that_is_added_by_flags_is_no_change_of_the_data(go, pictures, instance_dir):
+    flags = {"instance_data_dir": pictures, "resume_from_checkpoint": "latest"}
+    of_class = {
+        "with_prior_preservation": True, "class_data_dir": instance_dir, "class_prompt": "x", "num_class_images": 5,
+    }  # fmt: skip
+    go("out", max_train_steps=2, **flags)
+    go("out", max_train_steps=3, **flags, **of_class)
+    out = go("out", max_train_steps=4, **flags)
+    kept = [json.loads((out / f"checkpoint-{n}" / "training_state.json").read_text())["data"] for n in (2, 3, 4)]
+    assert [set(data) for data in kept] == [{"subject"}, {"subject", "class"}, {"subject"}]
+
+
 def test_pictures_of_the_class_and_the_file_of_folders_are_compared_too(go, pictures, instance_dir, tmp_path):
     file = tmp_path / "data.toml"
     text = (

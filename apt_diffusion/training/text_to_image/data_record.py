@@ -25,6 +25,8 @@ def record_data(session: Session, role: str, pictures: Sequence[Picture], roots:
     Raises:
         ValueError: where they differ, and `--allow_changed_data` was not given; it names each.
     """
+    if not pictures:  # a class, say, is added to or taken from a run by flags, whose changes are reported as such
+        return
     args = session.args
     prints = fingerprint(pictures, roots, (args.instance_prompt, args.class_prompt))
     if role == "subject" and args.dataset_config is not None:

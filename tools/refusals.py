@@ -116,6 +116,12 @@ SUBJECTS = (
         ("apt_diffusion/cli/", "apt_diffusion/miniature/"),
     ),
     Subject(
+        "Exports",
+        "A graph that does something else than the model is worth less than none: the folder is written when all of "
+        "it is there, and was compared with the model.",
+        ("apt_diffusion/export/",),
+    ),
+    Subject(
         "Other libraries",
         "APT inside other programs keeps their rules, and says where both cannot hold.",
         ("apt_diffusion/integrations/", "apt_diffusion/peft"),

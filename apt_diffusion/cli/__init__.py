@@ -18,6 +18,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("cli.train", "teach a model: sd, vqa, nlvr2, retrieval, clip"),
     "generate": Command("cli.generate", "draw pictures with a diffusion model and adapters"),
+    "export": Command("cli.export", "write a denoiser with adapters as ONNX, or as a program of torch.export"),
     "studio": Command("studio.command", "the studio in the browser: teach, draw, compare"),
     "serve": Command("server.command", "a server in the form of OpenAI's images API, for any number of adapters"),
     "keys": Command("server.keys_command", "the API keys of a server"),

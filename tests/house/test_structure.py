@@ -77,7 +77,7 @@ LEVELS = [
     {"io"},
     {"baselines", "data", "models"},
     {"convert", "miniature"},
-    {"pipelines", "serving"},
+    {"pipelines", "serving", "export"},
     {"training"},
     {"integrations", "server", "studio"},
     {"cli"},

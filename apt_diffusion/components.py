@@ -31,6 +31,12 @@ def wrapped_components(model: Any) -> dict[str, nn.Module]:
     return {name: parts[name] for name in COMPONENTS if isinstance(parts.get(name), nn.Module)}
 
 
+def check_has_models(model: Any, components: dict[str, nn.Module]) -> None:
+    """`ValueError` for a pipeline whose models have not been loaded; a modular one of diffusers starts without."""
+    if not components and not isinstance(model, dict):
+        raise ValueError(f"{type(model).__name__} holds no models yet: load them first, with load_components().")
+
+
 def cores_of(model: Any) -> Iterator[APTProcessorCore]:
     """The processor cores of all components."""
     for component in components_of(model).values():
@@ -48,8 +54,7 @@ def config_per_component(
         return config
     if "" in components:
         return {"": config}
-    if not components and not isinstance(model, dict):
-        raise ValueError(f"{type(model).__name__} holds no models yet: load them first, with load_components().")
+    check_has_models(model, components)
     chosen = {}
     for part, component in components.items():
         settings = _settings_for(part, component, config)

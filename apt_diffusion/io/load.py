@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..api import undo_on_failure
 from ..architectures import DENOISERS, STREAMS, architecture_of, families_of, resolve_config
-from ..components import components_of, wrapped_components
+from ..components import check_has_models, components_of, wrapped_components
 from ..config import APTConfig
 from ..equation import ApproximatedPrompt
 from ..heads import head_tensors
@@ -89,6 +89,7 @@ def load_apt_weights(
     """
     wrapped = wrapped_components(model_or_pipeline)
     models = components_of(model_or_pipeline)
+    check_has_models(model_or_pipeline, models)
     source = path_or_repo_id_or_dict
     is_folder = isinstance(source, str | Path) and not Path(source).expanduser().is_file()
     if not is_folder and (weight_name or subfolder):

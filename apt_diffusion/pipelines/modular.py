@@ -12,6 +12,10 @@ from ..miniature import resolve_model
 from .mixin import APTLoaderMixin
 from .prompt_tags import TEXT_ARGUMENTS
 
+_OFFLOADING = (
+    "A modular pipeline is offloaded by its ComponentsManager: give it components_manager=, and call "
+    "enable_auto_cpu_offload there; or call enable_group_offload of one model."
+)
 _COUNTED = ("prompt_embeds", "num_images_per_prompt")
 
 
@@ -50,6 +54,14 @@ class APTModularMixin(APTLoaderMixin):
         source = getattr(self, "_pretrained_model_name_or_path", None)
         if source is not None:
             self._load_saved_adapters(str(source), (self._hub_options or {}) | kwargs)
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not there: `NotImplementedError` with what modular pipelines have instead."""
+        raise NotImplementedError(_OFFLOADING)
+
+    def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Not there: `NotImplementedError` with what modular pipelines have instead."""
+        raise NotImplementedError(_OFFLOADING)
 
     def _may_load(self, adapter_name: str, components: set[str]) -> bool:
         # A part of the models may be loaded first, and the rest by a second call.

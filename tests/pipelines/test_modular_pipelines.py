@@ -122,8 +122,12 @@ def test_blocks_of_ones_own_share_the_models_and_so_the_adapters(modular, tiny_s
     ).init_pipeline(str(tiny_sdxl_path))
     reader.update_components(**{name: modular.components[name] for name in reader.pretrained_component_names})
     drawer = type(modular)(blocks, str(tiny_sdxl_path))
-    with pytest.raises(ValueError, match=r"holds no models yet: load them first, with load_components\(\)"):
-        apt.add_apt(drawer, SMALL)
+    for attach in (lambda: apt.add_apt(drawer, SMALL), lambda: drawer.load_apt_weights(tiny_sdxl_path)):
+        with pytest.raises(ValueError, match=r"holds no models yet: load them first, with load_components\(\)"):
+            attach()
+    for offload in (drawer.enable_group_offload, drawer.enable_sequential_cpu_offload):
+        with pytest.raises(NotImplementedError, match="is offloaded by its ComponentsManager"):
+            offload()
     drawer.update_components(**{name: modular.components[name] for name in ("unet", "vae", "scheduler")})
     drawer.set_progress_bar_config(disable=True)
     assert drawer.get_active_apt_adapters() == ["a"]
@@ -201,3 +205,16 @@ def test_workflows_beside_text_to_image(workflow, modular, tiny_sdxl_path):
     twice = {name: torch.cat([value] * 2) if torch.is_tensor(value) else value for name, value in inputs.items()}
     mixed = draw(pipeline, ["a sks glyph"] * 2, apt_adapter_names=["a", None], **twice)
     assert np.allclose(mixed, np.concatenate([adapted, base]), atol=1e-4)
+
+
+def test_tags_and_a_store_name_adapters_of_modular_pipelines(modular, tmp_path):
+    full, half, stock = (draw(modular, apt_scale=scale) for scale in (1.0, 0.5, 0.0))
+    modular.save_apt_weights(tmp_path / "b", "a")
+    modular.apt_prompt_tags = True
+    assert np.array_equal(draw(modular, "a sks glyph <apt:a:0.5>"), half)
+    modular.unload_apt_weights()
+    modular.apt_store = apt.AdapterStore(tmp_path)
+    assert np.array_equal(draw(modular, apt_scale={"b": 1.0}), full)
+    mixed = draw(modular, ["a sks glyph <apt:b>", "a sks glyph"])
+    assert np.allclose(mixed, np.concatenate([full, stock]), atol=1e-4)
+    assert modular.get_list_apt_adapters() == {}

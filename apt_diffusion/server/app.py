@@ -30,6 +30,7 @@ from .painters import Drawn, Painter
 from .pictures import as_base64, read_picture
 from .refusals import Refusal
 from .settings import ServerSettings
+from .signing import signer_of
 
 _JSON_BYTES = 2**17
 _DISCONNECT_S = 0.25  # how often it is looked whether a client is still there
@@ -59,6 +60,7 @@ class Server:
         self.keyring = Keyring(settings.keys)
         self.metrics = Metrics()
         self.answers = Answers()
+        self.signer = signer_of(settings)
         self.draining = False
 
     def key_for(self, request: Request, scope: str) -> Key:
@@ -101,7 +103,9 @@ class Server:
         embedded = self.settings.embed_settings
         data = [
             {
-                "b64_json": await asyncio.to_thread(as_base64, drawn.picture, form, one if embedded else None),
+                "b64_json": await asyncio.to_thread(
+                    as_base64, drawn.picture, form, one if embedded else None, self.signer
+                ),
                 "seed": one.seed,
             }
             for drawn, one in zip(pictures, wanted, strict=True)
@@ -170,7 +174,7 @@ class Server:
         embedded = self.settings.embed_settings and not drawn.is_preview
         data: dict[str, Any] = {
             "type": f"{kind}.{what}",
-            "b64_json": as_base64(drawn.picture, form, request if embedded else None),
+            "b64_json": as_base64(drawn.picture, form, request if embedded else None, self.signer),
             "created_at": int(time.time()),
             "size": f"{width}x{height}",
             "output_format": form.output_format,

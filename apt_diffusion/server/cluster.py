@@ -24,6 +24,7 @@ from .engines import open_engine, open_store, with_defaults
 from .keys import Keyring
 from .painters import Drawn, LocalPainter, Painter
 from .settings import ServerSettings
+from .signing import signer_of
 
 logger = logging.getLogger(__name__)
 
@@ -170,6 +171,7 @@ def run(settings: ServerSettings, replicas: int, host: str, port: int) -> None:
         FileNotFoundError, ValueError: for a file of keys that cannot be read.
     """
     Keyring(settings.keys)
+    signer_of(settings)
     ended = threading.Event()
     ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     for sign in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which has handlers of its own

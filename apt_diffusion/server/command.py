@@ -17,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from .settings import ServerSettings
+from .signing import ALGORITHMS, signer_of
 
 _FLAGS = {
     "max_batch_size": "pictures that are drawn at once",
@@ -56,6 +57,9 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
         kind = float if name in ("guidance_scale", "timeout_s") else int
         text = text if default is None else f"{text} (default: {default:g})"
         add(f"--{name}", type=kind, default=default, metavar="N", help=text)
+    add("--c2pa_certificate", metavar="FILE", help="PEM chain of a certificate that signs pictures (C2PA)")
+    add("--c2pa_key", metavar="FILE", help="its private key")
+    add("--c2pa_algorithm", default=defaults.c2pa_algorithm, choices=ALGORITHMS, help="default: %(default)s")
     add("--log_prompts", action="store_true", help="prompts stand in the log")
     add(
         "--no_embedded_settings",
@@ -107,7 +111,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         from .painters import LocalPainter
 
         settings = with_defaults(settings)
-        Keyring(settings.keys)  # a file that cannot be read is told before the model loads
+        Keyring(settings.keys)  # files that cannot be used are told before the model loads
+        signer_of(settings)
         with listen(args.host, args.port) as listener:
             engine = open_engine(settings)
             app = build_app(LocalPainter(engine), open_store(settings), settings)

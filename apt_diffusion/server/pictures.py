@@ -10,6 +10,7 @@ from ..provenance import encoded
 from ..serving.requests import ImageRequest
 from .forms import GenerationForm
 from .refusals import Refusal
+from .signing import PictureSigner
 
 MAX_PIXELS = 2**25
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -33,10 +34,13 @@ def read_picture(data: bytes) -> Image.Image:
         ) from error
 
 
-def as_base64(picture: Image.Image, form: GenerationForm, request: ImageRequest | None) -> str:
-    """The picture as a file in base64, with the settings of `request` in it if that is given."""
+def as_base64(
+    picture: Image.Image, form: GenerationForm, request: ImageRequest | None, signer: PictureSigner | None = None
+) -> str:
+    """The picture as a file in base64, with the settings of `request` in it if that is given, and signed."""
     texts = None if request is None else {"parameters": _settings_text(form, request)}
-    return base64.b64encode(encoded(picture, form.output_format, texts, form.output_compression)).decode()
+    data = encoded(picture, form.output_format, texts, form.output_compression)
+    return base64.b64encode(data if signer is None else signer.signed(data, form.output_format)).decode()
 
 
 def _settings_text(form: GenerationForm, request: ImageRequest) -> str:

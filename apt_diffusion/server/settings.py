@@ -21,6 +21,7 @@ class ServerSettings:
         max_adapter_bytes: of an adapter that is uploaded.
         log_prompts: whether the log has prompts.
         embed_settings: whether pictures carry their prompts and settings.
+        c2pa_certificate, c2pa_key, c2pa_algorithm: sign pictures; see `signing.py`.
     """
 
     model: str = "miniature-emoji"
@@ -41,3 +42,6 @@ class ServerSettings:
     max_adapter_bytes: int = 128 * 2**20
     log_prompts: bool = False
     embed_settings: bool = True
+    c2pa_certificate: str | None = None
+    c2pa_key: str | None = None
+    c2pa_algorithm: str = "es256"

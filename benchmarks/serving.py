@@ -2,9 +2,10 @@
 """Many adapters on one base model: the engine beside three simpler servers, at full load and under random arrivals.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --steps 5 10 40 --adapters 8
     python benchmarks/serving.py --shapes sd15 --requests 16 --adapters 8 --steps 3 --rate 0
 
-Servers, with the same adapters kept attached by the same rules:
+Servers, with the same adapters kept attached by the same rules; batches need pictures of as many steps:
 - engine: continuous batching, each picture with its own adapter;
 - one by one: the pipeline with a lock;
 - per adapter: the requests that wait for the adapter of the oldest one, as one batch, to its end;
@@ -21,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ Done = Callable[[], None]
 class Settings:
     """What all servers draw, and with what."""
 
-    steps: int
+    steps: list[int]  # one of these for each picture, by chance
     size: int
     batch: int
     max_device_bytes: int
@@ -90,7 +91,8 @@ class BatchServer:
                 self.changed.wait_for(lambda: self.waiting or self.closing)
                 if not self.waiting:
                     return
-                chosen = self.rule(list(self.waiting))[: self.settings.batch]
+                alike = [one for one in self.waiting if steps_of(one) == steps_of(self.waiting[0])]
+                chosen = self.rule(alike)[: self.settings.batch]
                 for one in chosen:
                     self.waiting.remove(one)
             self.draw([request for request, _ in chosen])
@@ -103,7 +105,7 @@ class BatchServer:
             [request.prompt for request in requests],
             apt_adapter_names=[name for _, name in taken],
             generator=[torch.Generator().manual_seed(request.seed or 0) for request in requests],
-            num_inference_steps=self.settings.steps,
+            num_inference_steps=requests[0].num_inference_steps,
             guidance_scale=3.0,
             width=self.settings.size,
             height=self.settings.size,
@@ -121,6 +123,10 @@ class BatchServer:
 
 def adapter_of(entry: tuple[ImageRequest, Done]) -> str:
     return next(iter(entry[0].adapters))
+
+
+def steps_of(entry: tuple[ImageRequest, Done]) -> int | None:
+    return entry[0].num_inference_steps
 
 
 RULES: dict[str, Callable[[list], list]] = {
@@ -173,9 +179,9 @@ def make_load(count: int, adapters: int, settings: Settings, rate: float, seed: 
     requests = [
         ImageRequest(
             "a robot on a sand background", seed=index, adapters={f"adapter{number}": 1.0},
-            num_inference_steps=settings.steps, guidance_scale=3.0, width=settings.size, height=settings.size,
+            num_inference_steps=int(steps), guidance_scale=3.0, width=settings.size, height=settings.size,
         )
-        for index, number in enumerate(chosen)
+        for index, (number, steps) in enumerate(zip(chosen, rng.choice(settings.steps, count), strict=True))
     ]  # fmt: skip
     moments = np.cumsum(rng.exponential(1 / rate, count)) if rate else np.zeros(count)
     return Load(requests, [float(moment) for moment in moments])
@@ -216,14 +222,15 @@ def overhead(pipe: Any, store: AdapterStore, settings: Settings, rounds: int) ->
         with torch.no_grad():
             pipe.unet(sample, 5, encoder_hidden_states=tokens)
             begun = time.perf_counter()
-            for _ in range(settings.steps):
+            for _ in range(sum(settings.steps)):
                 pipe.unet(sample, 5, encoder_hidden_states=tokens)
             synchronize()
             bare = time.perf_counter() - begun
-        one = EngineServer(pipe, store, settings)
-        make_load(settings.batch, 1, settings, 0, 0).run(one)
+        alike = replace(settings, steps=[sum(settings.steps)])
+        one = EngineServer(pipe, store, alike)
+        make_load(settings.batch, 1, alike, 0, 0).run(one)
         before = one.engine.statistics()
-        load = make_load(settings.batch, 1, settings, 0, 1).run(one)
+        load = make_load(settings.batch, 1, alike, 0, 1).run(one)
         now = one.engine.statistics()
         one.close()
         in_passes = now["pass_seconds"] - before["pass_seconds"]
@@ -248,7 +255,7 @@ def main() -> None:
     parser.add_argument("--resident", type=int, default=40, help="how many of them the model has room for")
     parser.add_argument("--requests", type=int, default=64, help="of each run")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, nargs="+", default=[15], help="of a picture: one of these, by chance")
     parser.add_argument(
         "--rate", type=float, default=0.8, help="arrivals, of the engine's throughput; 0: no latencies"
     )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
+from apt_diffusion.architectures import DENOISERS
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
 from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
@@ -32,7 +33,7 @@ from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_
 from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
-from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args
+from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args, weighting_of
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
@@ -70,7 +71,7 @@ class Learner:
     base: StableDiffusionBase
     objective: Objective
     prompts: Prompts
-    unet: nn.Module
+    denoiser: nn.Module  # the UNet, or the transformer
     text_encoders: dict[str, nn.Module]  # none where their embeddings are kept
     vae: nn.Module | None  # `None` where its latents are kept
     held_out: HeldOutData
@@ -80,7 +81,7 @@ class Learner:
 
     def train(self, mode: bool = True) -> None:
         """Switches dropout on or off."""
-        for model in (self.unet, *self.text_encoders.values()):
+        for model in (self.denoiser, *self.text_encoders.values()):
             model.train(mode)
 
 
@@ -98,13 +99,17 @@ def main(argv: list[str] | None = None) -> None:
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
         base = open_base(
-            args.pretrained_model_name_or_path, args.revision, args.variant, args.pretrained_vae_model_name_or_path
+            args.pretrained_model_name_or_path,
+            args.revision,
+            args.variant,
+            args.pretrained_vae_model_name_or_path,
+            args.max_sequence_length,
         )
         args.resolution = base.check_resolution(args.resolution)
         framing = make_framing(args, base)
         if args.check_data:
             return end_with_report(session, sets, framing, base)
-        objective = make_objective(base.scheduler(), args.snr_gamma)
+        objective = make_objective(base.scheduler(), args.snr_gamma, weighting_of(args))
         prompts = read_prompts(args, base, [*instance, *of_class, *held_out])
         check_fit(args, base)
         session.open_output()
@@ -139,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
         schedule = make_schedule(
             args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
         )
-        models = {"unet": learner.unet} | learner.text_encoders
+        models = {base.denoiser_part: learner.denoiser} | learner.text_encoders
         models = session.prepare(models, learner.parameters, optimizer, schedule, rates)
-        learner.unet = models.pop("unet")
+        learner.denoiser = models.pop(base.denoiser_part)
         learner.text_encoders = models
 
         # 4. The loop.
@@ -225,21 +230,23 @@ def load(
         vae = None
     del encode  # it holds the VAE
 
-    unet = base.unet(dtype).to(device)
-    models = {"unet": unet} | text_encoders
+    denoiser = base.denoiser(dtype).to(device)
+    models = {base.denoiser_part: denoiser} | text_encoders
     adapted = {part: models[part] for part in trained_parts(args, base)}
     torch.manual_seed(session.seed)
     parameters = attach_trainable(adapted, apt_config(args), session.resumed.folder if session.resumed else None)
     for name in filter(base.idle, list(parameters)):
         parameters.pop(name).requires_grad_(False)
     if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
+        denoiser.enable_xformers_memory_efficient_attention()
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        denoiser.enable_gradient_checkpointing()
         if args.train_text_encoder:
             for text_encoder in text_encoders.values():
                 checkpoint_activations(text_encoder)
-    return Learner(base, objective.to(device), prompts, unet, text_encoders, vae, held_out, adapted, parameters, dtype)
+    return Learner(
+        base, objective.to(device), prompts, denoiser, text_encoders, vae, held_out, adapted, parameters, dtype
+    )
 
 
 def make_optimizer(
@@ -249,7 +256,7 @@ def make_optimizer(
     args = session.args
     scale = session.examples_per_step if args.scale_lr else 1
     text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    rates = {"unet": args.learning_rate * scale, "text_encoder": text_encoder_lr * scale}
+    rates = {part: args.learning_rate * scale for part in DENOISERS} | {"text_encoder": text_encoder_lr * scale}
     groups = {part: {n: p for n, p in parameters.items() if n.startswith(part)} for part in rates}
     groups = {part: group for part, group in groups.items() if group}
     usual = {
@@ -280,13 +287,8 @@ def denoising_errors(args: argparse.Namespace, learner: Learner, distribution: T
     latents = mean + std * batch.posterior_noise
     noisy, times = objective.model_inputs(latents, batch.noise, batch.timesteps)
     embeddings = learner.prompts(batch.prompts, learner.text_encoders)
-    prediction = learner.unet(
-        noisy.to(learner.dtype),
-        times,
-        **base.conditions(embeddings, batch.time_ids, learner.dtype),
-        class_labels=times if args.class_labels_conditioning == "timesteps" else None,
-        return_dict=False,
-    )[0]
+    labels = times if args.class_labels_conditioning == "timesteps" else None
+    prediction = base.predict(learner.denoiser, noisy, times, embeddings, batch.time_ids, labels, learner.dtype)
     target = objective.target(latents, batch.noise, batch.timesteps)
     distance = distance_of(args.loss_type, args.huber_c)
     if batch.masks is not None:
@@ -325,7 +327,7 @@ def validation_loss(session: Session, learner: Learner) -> float:
     # Only the main process measures, so the models must not look for the others.
     unwrap = session.accelerator.unwrap_model
     text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
-    alone = dataclasses.replace(learner, unet=unwrap(learner.unet), text_encoders=text_encoders)
+    alone = dataclasses.replace(learner, denoiser=unwrap(learner.denoiser), text_encoders=text_encoders)
     alone.train(False)
     errors = []
     for indices in held_out.batches(size):
@@ -354,7 +356,7 @@ def draw_samples(session: Session, learner: Learner) -> list[Path]:
     with torch.no_grad():
         conditioning = tuple(learner.prompts([text], text_encoders) for text in (prompt, ""))
     images = learner.base.draw(
-        unwrap(learner.unet),
+        unwrap(learner.denoiser),
         conditioning,
         seeds,
         args.resolution,

@@ -10,7 +10,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
-    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
 )
@@ -36,7 +36,7 @@ def test_what_a_scheduler_does_not_say_is_its_own_classs_default(altered, schedu
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "scheduler is FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "scheduler is FlowMatchHeunDiscreteScheduler"),
         ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler is ScoreSdeVeScheduler"),
         ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, "'flow_prediction'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "DPMSolverMultistepScheduler"),
@@ -95,8 +95,8 @@ def test_min_snr_is_refused_where_it_means_nothing(altered, instance_dir, tmp_pa
 
 
 def test_a_prediction_type_is_never_guessed():
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
-        make_objective(FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler"):
+        make_objective(FlowMatchHeunDiscreteScheduler())
     with pytest.raises(ValueError, match="'flow_prediction'"):
         make_objective(DPMSolverMultistepScheduler(prediction_type="flow_prediction"))
 
@@ -163,8 +163,8 @@ def test_samples_undo_a_shift_that_the_pipeline_ignores(altered, tiny_sd_path, t
     states = {"prompt_embeds": torch.randn(1, 77, 32, generator=torch.Generator().manual_seed(0))}
     found, expected, other = (
         base.draw(
-            base.unet(torch.float32), (states, states), [3], 32, [Image.fromarray(pixels)] if image_to_image else None,
-            num_inference_steps=4, guidance_scale=1.0,
+            base.denoiser(torch.float32), (states, states), [3], 32,
+            [Image.fromarray(pixels)] if image_to_image else None, num_inference_steps=4, guidance_scale=1.0,
         )[0]
         for base in (shifted, reference, plain)
     )  # fmt: skip
@@ -214,11 +214,11 @@ def test_a_model_of_another_kind_is_refused_by_its_name(instance_dir, tmp_path, 
 
 
 def test_a_diffusion_transformer_is_refused_by_its_name(instance_dir, tmp_path, no_models):
-    index = {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]}
-    (tmp_path / "sd3").mkdir()
-    (tmp_path / "sd3" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"sd3 is a StableDiffusion3Pipeline, whose denoiser is a diffusion transf"):
-        train(tmp_path / "sd3", instance_dir, tmp_path / "out")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"flux is a FluxPipeline, whose denoiser is a diffusion transformer"):
+        train(tmp_path / "flux", instance_dir, tmp_path / "out")
 
 
 def test_a_vae_that_does_not_say_its_scale_has_its_classs(altered):

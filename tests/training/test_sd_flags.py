@@ -64,7 +64,7 @@ def test_help_explains_every_flag(capsys):
         (
             {"no_train_unet": True, "train_text_encoder": True, "streams": ["context"]},
             ValueError,
-            "--streams are for the UNet",
+            "--streams are for the denoiser",
         ),
         ({"seed": -1}, ValueError, "--seed"),
         ({"validation_images": ["nowhere.png"]}, ValueError, "nowhere.png"),

@@ -195,7 +195,7 @@ def test_the_resolution_follows_the_model(base):
 
 
 def test_what_is_no_sdxl_base_is_refused(go, tiny_sdxl_path, tmp_path):
-    with pytest.raises(ValueError, match="--tokenizer_name names one tokenizer, but this model has two"):
+    with pytest.raises(ValueError, match="--tokenizer_name names one tokenizer, but this model has several"):
         go("out", tokenizer_name=tiny_sdxl_path / "tokenizer")
     copy = shutil.copytree(tiny_sdxl_path, tmp_path / "copy")
     config = json.loads((copy / "unet" / "config.json").read_text())

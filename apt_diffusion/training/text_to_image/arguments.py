@@ -16,6 +16,7 @@ from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
 from .data_arguments import check_data_flags, data_flags
+from .flow import WEIGHTING_SCHEMES, Weighting
 from .losses import LOSS_TYPES
 from .number_types import count, finite, fraction, not_negative, positive, positive_int
 
@@ -74,6 +75,12 @@ def _model_flags(add) -> None:
     )
     add("--tokenizer_name", help="Hub id or folder of another tokenizer.")
     add("--tokenizer_max_length", type=positive_int, help="Tokens per prompt; the tokenizer's own maximum if not set.")
+    add(
+        "--max_sequence_length",
+        type=positive_int,
+        default=256,
+        help="Tokens that T5 reads (SD3); the default is that of the pipeline, 77 that of diffusers' trainer.",
+    )
     add("--text_encoder_use_attention_mask", action="store_true", help="Hide padding from the text encoder.")
     add(
         "--class_labels_conditioning",
@@ -99,7 +106,7 @@ def _adapter_flags(add) -> None:
     )
     add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
-    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of SDXL's).")
+    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of CLIP in SDXL, SD3).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
 
 
@@ -166,6 +173,15 @@ def _optimizer_flags(add) -> None:
         help="How an error counts: squared, absolute, or pseudo-Huber, which is squared below --huber_c.",
     )
     add("--huber_c", type=positive, default=0.1, help="Where pseudo-Huber turns from squared to absolute.")
+    add(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        default=Weighting.scheme,
+        help="Of flow matching (SD3): which noise levels are drawn more often, or count more.",
+    )
+    add("--logit_mean", type=finite, default=Weighting.logit_mean, help="Mean of logit_normal.")
+    add("--logit_std", type=positive, default=Weighting.logit_std, help="Deviation of logit_normal.")
+    add("--mode_scale", type=finite, default=Weighting.mode_scale, help="Scale of mode.")
     add("--snr_gamma", type=positive, help="Min-SNR weighting of the loss (5 in its paper); off if not set.")
     add(
         "--noise_offset",
@@ -277,6 +293,11 @@ def apt_config(args: argparse.Namespace) -> APTConfig:
     )
 
 
+def weighting_of(args: argparse.Namespace) -> Weighting:
+    """The weighting of flow matching's noise levels that the flags ask for."""
+    return Weighting(args.weighting_scheme, args.logit_mean, args.logit_std, args.mode_scale)
+
+
 def _check_prior(args: argparse.Namespace) -> None:
     if args.dataset_config is not None:  # which has its own classes
         return
@@ -304,7 +325,7 @@ def _check_text_encoder(args: argparse.Namespace) -> None:
         if not args.train_text_encoder:
             raise ValueError("--no_train_unet without --train_text_encoder leaves nothing to train.")
         if args.query_source or args.streams:
-            raise ValueError("--query_source and --streams are for the UNet, which --no_train_unet leaves alone.")
+            raise ValueError("--query_source and --streams are for the denoiser, which --no_train_unet leaves alone.")
     elif args.text_encoder_lr is not None and not args.train_text_encoder:
         raise ValueError("--text_encoder_lr needs --train_text_encoder.")
 

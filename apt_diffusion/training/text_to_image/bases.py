@@ -6,24 +6,37 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ...miniature import resolve_model
 from .stable_diffusion import StableDiffusionBase, load_config
+from .stable_diffusion_3 import StableDiffusion3Base
 from .stable_diffusion_xl import StableDiffusionXLBase
 
 
 def open_base(
-    name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    max_sequence_length: int = StableDiffusion3Base.max_sequence_length,
 ) -> StableDiffusionBase:
-    """The base model of this name; it is an SDXL where its UNet takes pooled text and sizes.
+    """The base model of this name: Stable Diffusion 3 by its pipeline's name, XL where its UNet takes pooled text.
+
+    Args:
+        name_or_path, revision, variant, vae: see `StableDiffusionBase`.
+        max_sequence_length: tokens that T5 reads, where there is one.
 
     Raises:
-        ValueError: for a model without a UNet, or one whose UNet takes more than these.
+        ValueError: for a model of another family, or one whose UNet takes more than these.
         OSError: for a model that is not there.
     """
     path = resolve_model(name_or_path)
     pipeline = _pipeline_of(path, revision)
+    if pipeline.get("_class_name", "").startswith("StableDiffusion3"):
+        base = StableDiffusion3Base(name_or_path, revision, variant, vae)
+        base.max_sequence_length = max_sequence_length
+        return base
     if "transformer" in pipeline and "unet" not in pipeline:
         raise ValueError(
             f"{name_or_path} is a {pipeline['_class_name']}, whose denoiser is a diffusion transformer: this trainer "
-            "takes models with a UNet, Stable Diffusion 1, 2 and XL."
+            "takes Stable Diffusion 1, 2, XL, 3 and 3.5."
         )
     unet = load_config(UNet2DConditionModel, path, subfolder="unet", revision=revision)
     added = unet.get("addition_embed_type")

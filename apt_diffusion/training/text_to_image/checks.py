@@ -13,23 +13,18 @@ from .stable_diffusion import StableDiffusionBase
 def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
     """The adapter must fit the model: `ValueError` where it does not, seen on configurations, without weights."""
     if args.tokenizer_name is not None and len(base.text_parts) > 1:
-        raise ValueError("--tokenizer_name names one tokenizer, but this model has two, which pad differently.")
+        raise ValueError("--tokenizer_name names one tokenizer, but this model has several, which differ.")
     if base.has_class_embedding and args.class_labels_conditioning is None:
         raise ValueError("The base's UNet takes class labels: give --class_labels_conditioning timesteps.")
     skeletons = base.skeletons()
-    width = sum(skeletons[part].config.hidden_size for part in base.text_parts)
-    taken = skeletons["unet"].config.cross_attention_dim
-    if isinstance(taken, int) and taken != width:  # else a width for each block
-        raise ValueError(
-            f"The parts of {args.pretrained_model_name_or_path} do not belong together: its UNet takes texts of width "
-            f"{taken}, its text encoders give {width}."
-        )
+    base.check_widths(skeletons)
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 
 def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[str]:
     """The parts that get an adapter, by the pipeline's names."""
-    return [*([] if args.no_train_unet else ["unet"]), *(base.text_parts if args.train_text_encoder else ())]
+    of_text = base.trained_text_parts or base.text_parts
+    return [*([] if args.no_train_unet else [base.denoiser_part]), *(of_text if args.train_text_encoder else ())]
 
 
 def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule]:
@@ -41,6 +36,8 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
     evaluated = measured or args.validation_prompt is not None
     taken = takes(args.optimizer)
     none_drawn = args.num_validation_images == 0
+    is_flow = type(base.scheduler()).__name__.startswith("FlowMatch")
+    scheme = args.weighting_scheme if is_flow else ""
     without_prior = not args.with_prior_preservation
     return [
         *shared_rules(args),
@@ -78,5 +75,10 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("image_column", args.dataset_name is None, "needs --dataset_name"),
         ("dataset_config_name", args.dataset_name is None, "needs --dataset_name"),
         ("recursive", without_folders, "is for folders of pictures, not for --dataset_name"),
+        ("weighting_scheme", not is_flow, "is for models of flow matching"),
+        ("logit_mean", scheme != "logit_normal", "needs --weighting_scheme logit_normal"),
+        ("logit_std", scheme != "logit_normal", "needs --weighting_scheme logit_normal"),
+        ("mode_scale", scheme != "mode", "needs --weighting_scheme mode"),
+        ("max_sequence_length", "text_encoder_3" not in base.text_parts, "is for the T5 of Stable Diffusion 3"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

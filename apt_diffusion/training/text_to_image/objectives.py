@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .flow import FlowObjective, Weighting
 from .losses import Distance, mean_errors, squared
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -45,12 +46,13 @@ class Objective(Protocol):
         ...
 
 
-def make_objective(scheduler: Any, snr_gamma: float | None = None) -> Objective:
+def make_objective(scheduler: Any, snr_gamma: float | None = None, weighting: Weighting | None = None) -> Objective:
     """The objective of models that `scheduler` samples from.
 
     Args:
         scheduler: diffusers' scheduler object of the base model: its class knows its own defaults.
         snr_gamma: γ of min-SNR weighting (arXiv 2303.09556); `None` weights all timesteps alike.
+        weighting: of the noise levels of flow matching; its default if `None`.
 
     Raises:
         ValueError: for a kind of model that cannot be trained here, or a weighting that it does not have.
@@ -62,9 +64,13 @@ def make_objective(scheduler: Any, snr_gamma: float | None = None) -> Objective:
         if snr_gamma is not None:
             raise ValueError(f"--snr_gamma: {name} has its own weighting of noise levels. Leave --snr_gamma out.")
         return EDMObjective(scheduler)
+    if name == "FlowMatchEulerDiscreteScheduler":
+        if snr_gamma is not None:
+            raise ValueError("--snr_gamma: flow matching has weightings of its own: --weighting_scheme.")
+        return FlowObjective(scheduler, weighting or Weighting())
     raise ValueError(
         f"The base model's scheduler is {name}: models of this kind cannot be trained here, only those with the noise "
-        "schedule of DDPM (arXiv 2006.11239) or EDM (arXiv 2206.00364)."
+        "schedule of DDPM (arXiv 2006.11239) or EDM (arXiv 2206.00364), and those of flow matching with Euler's steps."
     )
 
 

@@ -48,10 +48,12 @@ class StableDiffusionBase:
         vae: hub id or folder of another VAE, for the same latents.
     """
 
+    denoiser_part = "unet"
     text_parts: tuple[str, ...] = ("text_encoder",)
+    trained_text_parts: tuple[str, ...] | None = None  # by --train_text_encoder; `None`: all of them
     largest_default_resolution = 512  # the default of diffusers' trainer; the model's own size where that is smaller
-    pipeline_class = StableDiffusionAPTPipeline
-    image_to_image_class = StableDiffusionAPTImg2ImgPipeline
+    pipeline_class: Any = StableDiffusionAPTPipeline
+    image_to_image_class: Any = StableDiffusionAPTImg2ImgPipeline
     tag = "stable-diffusion"
     ignored_by_pipeline: tuple[str, ...] = ("shift_factor", "latents_mean", "latents_std")  # settings of the VAE
 
@@ -62,26 +64,34 @@ class StableDiffusionBase:
         self.revision = revision
         self.files = {"revision": revision, "variant": variant}
         self.other_vae = vae
-        unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=revision)
         config_of = {"subfolder": "vae", "revision": revision} if vae is None else {}
         vae_config = full_config(AutoencoderKL, vae or self.path, **config_of)
         self.latent_channels = vae_config["latent_channels"]
         self.latent_space = LatentSpace(vae_config)
         self.stride = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent cell
-        self.native_resolution = unet["sample_size"] * self.stride
-        self.has_class_embedding = unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None
-        if unet["in_channels"] != self.latent_channels or unet["out_channels"] != self.latent_channels:
-            raise ValueError(
-                f"{name_or_path} is no text-to-image model over latents of {self.latent_channels} channels, which "
-                f"{self.other_vae or 'its VAE'} makes: its UNet has {unet['in_channels']} input and "
-                f"{unet['out_channels']} output channels."
-            )
+        self.read_denoiser(name_or_path)
         self.unapplied = [name for name in self.ignored_by_pipeline if vae_config.get(name)]
         if self.unapplied:
             logger.warning(
                 "The VAE has %s. Training and its samples apply it; diffusers' %s ignores it, so pictures drawn with "
                 "that pipeline will differ.", " and ".join(self.unapplied), self.pipeline_class.__name__,
             )  # fmt: skip
+
+    def read_denoiser(self, name_or_path: str) -> None:
+        """The UNet's settings; `ValueError` where it is no text-to-image model of these latents."""
+        unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
+        self.native_resolution = unet["sample_size"] * self.stride
+        self.has_class_embedding = unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None
+        self.check_channels(name_or_path, "UNet", unet)
+
+    def check_channels(self, name_or_path: str, kind: str, config: dict[str, Any]) -> None:
+        """`ValueError` where the denoiser's channels are not those of the latents."""
+        if {config["in_channels"], config["out_channels"] or config["in_channels"]} != {self.latent_channels}:
+            raise ValueError(
+                f"{name_or_path} is no text-to-image model over latents of {self.latent_channels} channels, which "
+                f"{self.other_vae or 'its VAE'} makes: its {kind} has {config['in_channels']} input and "
+                f"{config['out_channels']} output channels."
+            )
 
     def check_resolution(self, resolution: int | None) -> int:
         """The size of the training squares; `ValueError` where the VAE cannot encode it whole."""
@@ -114,6 +124,16 @@ class StableDiffusionBase:
         text = self.text_config("text_encoder")
         with torch.device("meta"):
             return {"unet": UNet2DConditionModel.from_config(unet), "text_encoder": CLIPTextModel(text)}
+
+    def check_widths(self, skeletons: dict[str, nn.Module]) -> None:
+        """`ValueError` where text encoders and denoiser do not belong together."""
+        width = sum(skeletons[part].config.hidden_size for part in self.text_parts)
+        taken = skeletons["unet"].config.cross_attention_dim
+        if isinstance(taken, int) and taken != width:  # else a width for each block
+            raise ValueError(
+                f"The parts of {self.path} do not belong together: its UNet takes texts of width "
+                f"{taken}, its text encoders give {width}."
+            )
 
     def tokenizers(self, name: str | None = None) -> dict[str, Any]:
         """One per text encoder."""
@@ -149,7 +169,7 @@ class StableDiffusionBase:
         model = AutoencoderKL.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
         return model.requires_grad_(False)
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def denoiser(self, dtype: torch.dtype) -> Any:
         """The frozen UNet."""
         model = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=dtype, **self.files)
         return model.requires_grad_(False)
@@ -168,6 +188,30 @@ class StableDiffusionBase:
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """The UNet's other inputs next to latents and times; `time_ids` `(B, 6)` say how pictures were cut."""
         return {"encoder_hidden_states": embeddings["prompt_embeds"].to(dtype)}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy: Tensor,
+        times: Tensor,
+        embeddings: Embeddings,
+        time_ids: Tensor,
+        class_labels: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """What the denoiser predicts for noisy latents, `(B, c, h, w)`.
+
+        Args:
+            denoiser: with its adapter, as the run has wrapped it.
+            noisy: `(B, c, h, w)`.
+            times: `(B,)`.
+            embeddings: of `embed`.
+            time_ids: `(B, 6)`: how pictures were cut.
+            class_labels: `(B,)`, for a UNet that takes them.
+            dtype: of the frozen weights.
+        """
+        conditions = self.conditions(embeddings, time_ids, dtype)
+        return denoiser(noisy.to(dtype), times, **conditions, class_labels=class_labels, return_dict=False)[0]
 
     def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
         """The model as it is now without its text encoders."""
@@ -202,7 +246,7 @@ class StableDiffusionBase:
             pixels = pipeline.image_processor.preprocess(settings["image"])
             mean, std = self.latent_distribution(vae, pixels).unbind(1)
             noise = randn_tensor(mean.shape, settings["generator"], mean.device)  # as the pipeline draws it
-            settings["image"] = (mean + std * noise).to(pipeline.unet.dtype)
+            settings["image"] = (mean + std * noise).to(getattr(pipeline, self.denoiser_part).dtype)
         latents = pipeline(*args, **settings, output_type="latent").images
         pixels = vae.decode(self.latent_space.to_vae(latents.float()), return_dict=False)[0]
         return pipeline.image_processor.postprocess(pixels)
@@ -210,7 +254,7 @@ class StableDiffusionBase:
     @torch.no_grad()
     def draw(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Any,
         conditioning: tuple[Embeddings, Embeddings],
         seeds: list[int],
         resolution: int,
@@ -220,22 +264,22 @@ class StableDiffusionBase:
         """Images of the model as it is now, drawn as the APT pipeline draws them, one per seed.
 
         Args:
-            unet: with its adapter.
+            denoiser: with its adapter.
             conditioning: embeddings of prompt and negative prompt.
             seeds: of the starting noise, on the CPU.
             resolution: height and width.
             start_images: image to image instead, one image per seed.
             settings: `num_inference_steps`, `guidance_scale`.
         """
-        pipeline = self.drawing_pipeline(unet, start_images is not None)
+        pipeline = self.drawing_pipeline(denoiser, start_images is not None)
         pipeline.set_progress_bar_config(disable=True)
         prompt, negative = conditioning
         embeddings = prompt | {f"negative_{name}": embedding for name, embedding in negative.items()}
-        embeddings = {name: embedding.to(unet.device, unet.dtype) for name, embedding in embeddings.items()}
+        embeddings = {name: embedding.to(denoiser.device, denoiser.dtype) for name, embedding in embeddings.items()}
         size = {"height": resolution, "width": resolution} if start_images is None else {}
         images = []
         # Accelerate's wrapper answers in float32 whatever the weights are; the VAE takes that under autocast only.
-        with torch.autocast(unet.device.type, unet.dtype, enabled=unet.dtype != torch.float32):
+        with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             for index, seed in enumerate(seeds):  # one at a time: memory, and no image depends on how many there are
                 start = {} if start_images is None else {"image": start_images[index].resize((resolution, resolution))}
                 drawn = {"generator": torch.Generator().manual_seed(seed), **size, **start, **settings}

@@ -96,7 +96,7 @@ class StableDiffusionXLBase(StableDiffusionBase):
 
     def draw(
         self,
-        unet: UNet2DConditionModel,
+        denoiser: Any,
         conditioning: tuple[Embeddings, Embeddings],
         seeds: list[int],
         resolution: int,
@@ -107,4 +107,4 @@ class StableDiffusionXLBase(StableDiffusionBase):
         prompt, negative = conditioning
         if self.settings.get("force_zeros_for_empty_prompt", True):  # what the pipeline takes for no negative prompt
             negative = {name: torch.zeros_like(embedding) for name, embedding in negative.items()}
-        return super().draw(unet, (prompt, negative), seeds, resolution, start_images, **settings)
+        return super().draw(denoiser, (prompt, negative), seeds, resolution, start_images, **settings)

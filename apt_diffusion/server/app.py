@@ -86,9 +86,11 @@ class Server:
         wanted = requests_of(form, mix, self.settings, seed, picture)
         if self.settings.log_prompts:
             request.state.prompt = form.prompt
-        if form.stream:
-            return await self._stream(key, form, wanted[0])
         once = request.headers.get("idempotency-key")
+        if form.stream and once is not None:
+            raise Refusal(400, "A stream cannot be sent again: leave out the Idempotency-Key, or stream.")
+        if form.stream:
+            return await self._stream(request, key, form, wanted[0])
 
         async def work() -> dict[str, Any]:
             with self.keyring.running(key):
@@ -139,16 +141,19 @@ class Server:
             except ValueError as error:
                 raise Refusal(400, str(error).replace(f"{self.store.folder}/", "")) from error
 
-    async def _stream(self, key: Key, form: GenerationForm, request: ImageRequest) -> StreamingResponse:
+    async def _stream(
+        self, client: Request, key: Key, form: GenerationForm, request: ImageRequest
+    ) -> StreamingResponse:
         """Server-sent events. What is wrong before the first one is an ordinary answer."""
         kind = "image_edit" if isinstance(form, EditForm) else "image_generation"
         stack = contextlib.ExitStack()
         stack.enter_context(self.keyring.running(key))
         steps = self._steps(request)
         try:
-            first = await anext(steps)
+            first = await _while_connected(client, anext(steps))
         except BaseException:
             stack.close()
+            await steps.aclose()
             raise
 
         async def events() -> AsyncIterator[str]:
@@ -200,8 +205,8 @@ def build_app(painter: Painter, store: AdapterStore, settings: ServerSettings) -
     _add_adapters(app, server)
     _add_health(app, server)
     _add_errors(app)
-    app.add_middleware(Observed, metrics=server.metrics)
     app.add_middleware(Bounds, max_bytes=functools.partial(_body_limit, settings))
+    app.add_middleware(Observed, metrics=server.metrics)  # the outermost: it sees what Bounds refuses
     return app
 
 

@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from ..serving.requests import ImageRequest, QueueFull
+from ..serving.requests import Draining, ImageRequest, QueueFull
 from .app import build_app
 from .engines import open_engine, open_store, with_defaults
 from .keys import Keyring
@@ -76,9 +76,9 @@ class ReplicaPainter(Painter):
                 return
             except BackPressureError as error:
                 raise QueueFull("All engines have as many requests as they accept.", 5.0) from error
-            except RayActorError:
+            except RayActorError as error:
                 if is_last_try:
-                    raise
+                    raise Draining("Two engines have died over this picture. Try again soon.") from error
                 logger.warning("An engine has died; its request goes to another one.")
             except RayTaskError as error:  # a whole traceback; the engine's own error is in it
                 raise error.cause from None
@@ -205,24 +205,23 @@ def _tell_ray(statistics: Any) -> None:
     """Gives the engine's numbers to Ray's metrics, tagged with the replica, as long as the process lives."""
     from ray.util.metrics import Gauge
 
-    names = (
-        "queued",
-        "drawing",
-        "finished",
-        "failed",
-        "passes",
-        "pass_seconds",
-        "resident_adapters",
-        "resident_bytes",
-    )
-    gauges = {name: Gauge(f"apt_engine_{name}", f"{name} of one engine; see docs/server.md.") for name in names}
+    gauges: dict[str, Gauge] = {}
 
     def tell() -> None:
-        numbers = statistics()
-        for name, gauge in gauges.items():
-            gauge.set(numbers[name])
+        for name, value in _numbers(statistics()).items():
+            if name not in gauges:
+                gauges[name] = Gauge(f"apt_engine_{name}", f"{name} of one engine; see docs/server.md.")
+            gauges[name].set(value)
         timer = threading.Timer(_STATISTICS_S, tell)
         timer.daemon = True
         timer.start()
 
     tell()
+
+
+def _numbers(statistics: dict[str, Any]) -> dict[str, float]:
+    """The statistics as plain numbers; sums where there is one by tier or size."""
+    plain = {name: value for name, value in statistics.items() if not isinstance(value, dict)}
+    found = {f"adapters_found_{tier}": count for tier, count in statistics["adapters_found"].items()}
+    pictures = sum(size * passes for size, passes in statistics["batch_sizes"].items())
+    return {**plain, **found, "batch_size_sum": pictures}

@@ -164,6 +164,9 @@ class Keyring:
 
     def check_rate(self, key: Key, pictures: int) -> None:
         """Counts these pictures; `Refusal` where the key has asked for too many in the last minute."""
+        if pictures > key.requests_per_minute:
+            most = key.requests_per_minute
+            raise Refusal(400, f"The key {key.name!r} may ask for {most} pictures a minute.", param="n")
         now = time.monotonic()
         per_second = key.requests_per_minute / 60
         left, then = self._left.get(key.name, (float(key.requests_per_minute), now))

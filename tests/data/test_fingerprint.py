@@ -85,7 +85,7 @@ def test_other_data_is_named_before_models_are_loaded(go, pictures, caplog):
     with pytest.MonkeyPatch.context() as patch:
         from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 
-        patch.setattr(StableDiffusionBase, "unet", None)
+        patch.setattr(StableDiffusionBase, "denoiser", None)
         patch.setattr(StableDiffusionBase, "text_encoders", None)
         with pytest.raises(
             ValueError,

@@ -189,7 +189,7 @@ def test_a_run_learns_nothing_outside_and_white_masks_change_nothing(go, instanc
     white = masked_copy(instance_dir, tmp_path / "white", "white")
     assert_same_adapter(go(instance_data_dir=white, masked_loss=True), go())
     gradients = []
-    original = StableDiffusionBase.unet
+    original = StableDiffusionBase.denoiser
 
     def watch(module, args, output):
         if output[0].requires_grad:
@@ -200,7 +200,7 @@ def test_a_run_learns_nothing_outside_and_white_masks_change_nothing(go, instanc
         unet.register_forward_hook(watch)
         return unet
 
-    monkeypatch.setattr(StableDiffusionBase, "unet", watched)
+    monkeypatch.setattr(StableDiffusionBase, "denoiser", watched)
     half = masked_copy(instance_dir, tmp_path / "half", "half")
     go("half", instance_data_dir=half, masked_loss=True, center_crop=True, loss_type="huber")
     assert len(gradients) == 2

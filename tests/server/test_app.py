@@ -170,6 +170,8 @@ def test_bodies_that_are_no_forms(site):
         assert httpx.post(f"{address}/generations", content=text).json()["error"]["message"] == "The body is no JSON."
     big = httpx.post(f"{address}/generations", content=b" " * 2**18)
     assert big.status_code == 413 and big.json()["error"]["message"] == "The body of this request may have 128 KiB."
+    assert len(big.headers["x-request-id"]) == 16
+    assert 'apt_http_requests_total{route="other",status="413"}' in httpx.get(f"{site[0]}/metrics").text
     chunks = httpx.post(f"{address}/generations", content=(b" " * 2**16 for _ in range(4)))  # says no length
     assert chunks.status_code == 413
     fields = {"prompt": "x"}
@@ -249,6 +251,11 @@ def test_who_leaves_is_not_drawn_for(site):
     while engine.statistics()["drawing"] and time.monotonic() < until:
         time.sleep(0.05)
     assert engine.statistics()["cancelled"] == before + 2
+    with pytest.raises(httpx.ReadTimeout):  # before the first event
+        httpx.post(f"{address}/v1/images/generations", json=body | {"partial_images": 0}, timeout=0.5)
+    while engine.statistics()["drawing"] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert engine.statistics()["cancelled"] == before + 3
 
 
 def test_the_same_request_twice_is_drawn_once(site):
@@ -263,6 +270,7 @@ def test_the_same_request_twice_is_drawn_once(site):
     with ThreadPoolExecutor() as pool:
         answers = [answer.json()["data"][0]["b64_json"] for answer in pool.map(post, [body] * 3)]
     assert len(set(answers)) == 1 and engine.statistics()["accepted"] == before + 1
+    assert post(body | {"stream": True}).status_code == 400
     other = post(body | {"prompt": "two dots"})
     assert other.status_code == 422 and "was used for another request" in other.json()["error"]["message"]
 

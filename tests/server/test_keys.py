@@ -75,6 +75,7 @@ def test_what_a_key_may_do(tiny_sd_path, tmp_path):
         assert many.status_code == 429 and 1 <= int(many.headers["retry-after"]) <= 30
         assert "2 pictures a minute" in many.json()["error"]["message"]
         assert draw(owner, n=2).status_code == 200
+        assert draw(guest, n=3).status_code == 400  # waiting would not help
         remove_key(file, "guest")
         assert draw(guest).status_code == 401
         file.write_text("damaged")

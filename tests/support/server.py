@@ -10,6 +10,7 @@ import uvicorn
 
 import apt_diffusion as apt
 from apt_diffusion.server.app import build_app
+from apt_diffusion.server.bounds import Bounds
 from apt_diffusion.server.engines import open_store
 from apt_diffusion.server.painters import LocalPainter
 from apt_diffusion.server.settings import ServerSettings
@@ -31,7 +32,7 @@ def served(pipe, settings: ServerSettings, bounds=None):
     engine = Engine(pipe, open_store(settings), max_batch_size=settings.max_batch_size, max_queue=settings.max_queue)
     app = build_app(LocalPainter(engine), open_store(settings), settings)
     if bounds is not None:
-        app.user_middleware[0].kwargs.update(bounds)
+        next(one for one in app.user_middleware if one.cls is Bounds).kwargs.update(bounds)
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.util
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,9 @@ def _register_end_of_workers() -> None:
 
 
 def _kill_workers() -> None:
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises when a worker dies: in the middle of this loop, the other workers would live on.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:  # the rest is waited for, as ever
             child.kill()

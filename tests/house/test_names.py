@@ -1,6 +1,7 @@
 """Tests use public names only, and every public name says what it is."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,12 @@ def test_tests_use_no_private_name_of_the_package():
         for line, name in uses_of_private_names(ast.parse(path.read_text()), ours)
     ]
     assert not found
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    # pytest imports test files by their bare names: of two with one name it refuses the second.
+    counts = Counter(path.name for path in TESTS)
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 def undocumented(path: Path) -> Iterator[str]:

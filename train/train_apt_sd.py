@@ -145,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
             args.lr_scheduler, optimizer, args.lr_warmup_steps, args.max_train_steps, args.lr_num_cycles, args.lr_power
         )
         models = {base.denoiser_part: learner.denoiser} | learner.text_encoders
-        models = session.prepare(models, learner.parameters, optimizer, schedule, rates)
+        average_decay = args.ema_decay if args.use_ema else None
+        models = session.prepare(models, learner.parameters, optimizer, schedule, rates, average_decay)
         learner.denoiser = models.pop(base.denoiser_part)
         learner.text_encoders = models
 
@@ -164,14 +165,16 @@ def main(argv: list[str] | None = None) -> None:
             if session.checkpoint_due:
                 session.save_checkpoint(save)
             if session.evaluation_due and session.is_main:
-                measure(session, learner, save)
-                if args.validation_prompt is not None:
-                    draw_samples(session, learner)
+                with session.averaged():
+                    measure(session, learner, save)
+                    if args.validation_prompt is not None:
+                        draw_samples(session, learner)
 
         # 5. What the run leaves behind.
         if session.is_main:
-            metrics = measure(session, learner, save)
-            samples = draw_samples(session, learner)
+            with session.averaged():
+                metrics = measure(session, learner, save)
+                samples = draw_samples(session, learner)
             session.finish(save, make_card(session, learner, counts[0], samples) | {"metrics": metrics})
             session.upload()
 

@@ -3,6 +3,7 @@
     checkpoint-N/pytorch_apt_weights.safetensors   the adapter, as `load_apt_weights` reads it
     checkpoint-N/optimizer.safetensors             the optimizer's tensors, by parameter name
     checkpoint-N/training_state.json               everything that is not a tensor
+    checkpoint-N/trained_weights.safetensors       only where the adapter is an average: what training goes on with
 
 A folder is written under a hidden name and renamed, so `kill -9` leaves nothing that could be taken for a checkpoint.
 Nothing is pickled: a checkpoint from somebody else is safe to resume.

@@ -36,6 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.order import Purpose, micro_batches, random_at
 from . import checkpoints, hub, provenance
+from .average import Average, load_trained
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
 from .loading import make_loader
@@ -95,6 +96,7 @@ class Session:
         self._reading = ""  # the place in the data, for errors
         self._losses: list[Tensor] = []  # of the batches of this step
         self._progress: Progress | None = None
+        self._average: Average | None = None
         self._metrics_log: LossLog | None = None
 
     @classmethod
@@ -192,6 +194,7 @@ class Session:
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         rates: dict[str, float] | None = None,
+        average_decay: float | None = None,
     ) -> dict[str, nn.Module]:
         """Makes all ready for the first step: the processes' wrappers, the checkpoint's state, logs, progress bar.
 
@@ -201,6 +204,7 @@ class Session:
             optimizer: over them.
             schedule: the factor on all learning rates, from the number of steps done.
             rates: learning rates by the name under which they are logged; `{"lr": args.learning_rate}` if `None`.
+            average_decay: of the moving average of the parameters, which is saved in their place; none if `None`.
 
         Returns:
             The models as accelerate wraps them, by the same names.
@@ -215,8 +219,13 @@ class Session:
         self._parameters, self._schedule = parameters, schedule
         self._rates = {"lr": self.args.learning_rate} if rates is None else rates
         self._group_settings = copy.deepcopy(checkpoints.group_settings(optimizer))
+        if average_decay is not None:
+            self._average = Average(parameters, average_decay)
         if self.resumed:
             checkpoints.load_training_state(self.resumed, self._optimizer.optimizer, parameters, accelerator.scaler)
+            load_trained(self.resumed.folder, parameters)
+            if self._average is not None:
+                self._average.resume(self.resumed.state)
         self._start_logs()
         return wrapped
 
@@ -276,10 +285,16 @@ class Session:
                 if self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(list(self._parameters.values()), self.args.max_grad_norm)
             optimizer.step()
+            if self._average is not None and accelerator.sync_gradients:
+                self._average.step()
             optimizer.zero_grad()
         self.checkpoint_due = self.evaluation_due = False
         if len(self._losses) == self.args.gradient_accumulation_steps:
             self._end_step()
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager: what is trained has its average's weights inside; nothing changes in a run without one."""
+        return contextlib.nullcontext() if self._average is None else self._average.applied()
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a batch's loss, a number, and a note of it for the log."""
@@ -332,7 +347,10 @@ class Session:
             "data": self.data,
         }
         with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:
-            save(folder)
+            if self._average is not None:
+                state |= self._average.save(folder)
+            with self.averaged():
+                save(folder)
             optimizer, scaler = self._optimizer.optimizer, self.accelerator.scaler
             checkpoints.save_training_state(folder, optimizer, self._parameters, state, scaler, self._group_settings)
         checkpoints.prune_checkpoints(self.output_dir, self.args.checkpoints_total_limit, newest=self.steps_done)
@@ -367,7 +385,8 @@ class Session:
         """
         if not self.is_main:
             return
-        save(self.output_dir)
+        with self.averaged():
+            save(self.output_dir)
         self.logger.info("The trained weights are in %s.", self.output_dir)
         write_model_card(
             self.output_dir,

@@ -23,6 +23,7 @@ OPTIONS = {
     "text encoder": {"train_text_encoder": True},
     "no caches": {"no-cache_latents": True, "dataloader_num_workers": 1},
     "accumulation": {"gradient_accumulation_steps": 2},
+    "average": {"use_ema": True},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
 }  # fmt: skip
 STEPS = 4

@@ -201,6 +201,17 @@ def _optimizer_flags(add) -> None:
     add("--adam_beta2", type=fraction, default=0.999, help="AdamW's β2.")
     add("--adam_weight_decay", type=not_negative, default=1e-2, help="AdamW's weight decay.")
     add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's ε.")
+    add(
+        "--use_ema",
+        action="store_true",
+        help="Save, measure and draw with the moving average of the adapter's weights over the steps.",
+    )
+    add(
+        "--ema_decay",
+        type=fraction,
+        default=0.9999,
+        help="Largest share of the average that a step keeps; step n keeps (1 + n) / (10 + n) before that.",
+    )
     add("--max_grad_norm", type=positive, default=1.0, help="Gradients are clipped to this norm.")
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
-from apt_diffusion.architectures import DENOISERS
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
 from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
@@ -50,6 +49,7 @@ from apt_diffusion.training.text_to_image.picture_sets import (
     used_class_pictures,
 )
 from apt_diffusion.training.text_to_image.prompts import Prompts
+from apt_diffusion.training.text_to_image.rates import describe, parameter_groups
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 from apt_diffusion.training.trackers import log_images
 
@@ -255,21 +255,19 @@ def load(
 def make_optimizer(
     session: Session, parameters: dict[str, nn.Parameter]
 ) -> tuple[torch.optim.Optimizer, dict[str, float]]:
-    """With a learning rate of their own for text encoders; and the rates under the names that the log has."""
+    """The optimizer; and the learning rates under the names that the log has."""
     args = session.args
-    scale = session.examples_per_step if args.scale_lr else 1
-    text_encoder_lr = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    rates = {part: args.learning_rate * scale for part in DENOISERS} | {"text_encoder": text_encoder_lr * scale}
-    groups = {part: {n: p for n, p in parameters.items() if n.startswith(part)} for part in rates}
-    groups = {part: group for part, group in groups.items() if group}
+    factor = session.examples_per_step if args.scale_lr else 1
+    groups = parameter_groups(args, parameters, factor)
+    session.logger.info("Learning rates: %s.", describe(groups))
     usual = {
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
         "weight_decay": args.adam_weight_decay,
     }
-    pairs = [(group, rates[part]) for part, group in groups.items()]
+    pairs = [(group.parameters, group.rate) for group in groups]
     optimizer = optimizer_choice.make_optimizer(args.optimizer, pairs, usual, parse_settings(args.optimizer_args))
-    return optimizer, dict(zip(("lr", "text_encoder_lr"), (rates[part] for part in groups), strict=False))
+    return optimizer, {"lr": args.learning_rate * factor} | {group.name: group.rate for group in groups}
 
 
 def training_loss(args: argparse.Namespace, learner: Learner, batch: Batch) -> Tensor:

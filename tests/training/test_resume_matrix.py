@@ -23,6 +23,7 @@ OPTIONS = {
     "text encoder": {"train_text_encoder": True},
     "no caches": {"no-cache_latents": True, "dataloader_num_workers": 1},
     "accumulation": {"gradient_accumulation_steps": 2},
+    "rates": {"keys_lr_ratio": 0.3, "log_scale_lr_ratio": 3.0, "gate_lr_ratio": 2.0},
     "average": {"use_ema": True},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
 }  # fmt: skip

@@ -156,6 +156,11 @@ def _optimizer_flags(add) -> None:
         type=not_negative,
         help="Learning rate of the text encoder's adapter; --learning_rate if not set.",
     )
+    ratio = {"type": not_negative, "default": 1.0}
+    add("--prompts_lr_ratio", **ratio, help="Times the learning rate, for the prompts P; 0 keeps them as they start.")
+    add("--keys_lr_ratio", **ratio, help="The same for the map from prompts to keys, D and U.")
+    add("--log_scale_lr_ratio", **ratio, help="The same for the scale s of the output.")
+    add("--gate_lr_ratio", **ratio, help="The same for the factor on the update that --init identity starts at 0.")
     add("--scale_lr", action="store_true", help="Multiply learning rates by processes, accumulation and batch size.")
     add(
         "--lr_scheduler",

@@ -63,6 +63,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("adam_epsilon", "eps" not in taken, f"is no setting of --optimizer {args.optimizer}"),
         ("adam_weight_decay", "weight_decay" not in taken, f"is no setting of --optimizer {args.optimizer}"),
         ("ema_decay", not args.use_ema, "needs --use_ema"),
+        ("gate_lr_ratio", args.init not in (None, "identity"), "needs --init identity"),
         ("huber_c", args.loss_type != "huber", "needs --loss_type huber"),
         ("keep_tokens", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),
         ("caption_separator", not moved, "needs --shuffle_caption or --caption_tag_dropout_rate"),

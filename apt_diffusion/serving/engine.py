@@ -301,6 +301,11 @@ class Engine:
         return starting
 
     def _fetched(self, request: ImageRequest) -> Future[dict[Version, AdapterFile | None]]:
+        if not request.adapters:  # nothing to read: it keeps its place in the queue
+            nothing: Future[dict[Version, AdapterFile | None]] = Future()
+            nothing.set_result({})
+            return nothing
+
         def fetch() -> dict[Version, AdapterFile | None]:
             try:
                 return dict(self._residents.fetch(name) for name in request.adapters)

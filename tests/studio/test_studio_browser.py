@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,21 @@ def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
     wait_for(page, "#train-status", "Stopped")
 
 
+def suspended_at_its_first_class_picture(adapters, training):
+    """The job file of a training that is about to begin, and its suspended process."""
+    end = time.monotonic() + 120
+    while not (found := list(adapters.glob(f".visitors/*/trainings/{training}/job.json"))):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    (job,) = found
+    trainer = psutil.Process(json.loads(job.read_text())["pid"])
+    while not list(job.parent.glob("class/*.png")):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    trainer.suspend()
+    return job, trainer
+
+
 def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_path):
     page = visit()
     tab(page, "Train")
@@ -139,15 +155,11 @@ def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_pa
     page.fill("#class-prompt input, #class-prompt textarea", "a glyph")
     page.fill("#train-steps input[type=number]", str(STEPS))
     page.keyboard.press("Tab")
-    page.click("#train")
-    wait_for(page, "#train-status", "Loading the model")
-    (job,) = adapters.glob(".visitors/*/trainings/of-a-class/job.json")
-    trainer = psutil.Process(json.loads(job.read_text())["pid"])
-    end = time.monotonic() + 120
-    while not list(job.parent.glob("class/*.png")):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    trainer.suspend()  # a fast machine would be through before the page asks
+    # A fast machine would be through before a slow page asks.
+    with ThreadPoolExecutor(1) as pool:
+        suspended = pool.submit(suspended_at_its_first_class_picture, adapters, "of-a-class")
+        page.click("#train")
+        job, trainer = suspended.result()
     try:
         said = wait_for(page, "#train-status", "Drawing pictures of “a glyph”")
         drawn = len(list(job.parent.glob("class/*.png")))

@@ -49,6 +49,7 @@ class StableDiffusionBase:
     """
 
     denoiser_part = "unet"
+    denoiser_class: Any = UNet2DConditionModel
     text_parts: tuple[str, ...] = ("text_encoder",)
     trained_text_parts: tuple[str, ...] | None = None  # by --train_text_encoder; `None`: all of them
     largest_default_resolution = 512  # the default of diffusers' trainer; the model's own size where that is smaller
@@ -170,9 +171,9 @@ class StableDiffusionBase:
         return model.requires_grad_(False)
 
     def denoiser(self, dtype: torch.dtype) -> Any:
-        """The frozen UNet."""
-        model = UNet2DConditionModel.from_pretrained(self.path, subfolder="unet", dtype=dtype, **self.files)
-        return model.requires_grad_(False)
+        """The frozen UNet or transformer."""
+        place = {"subfolder": self.denoiser_part, **self.files}
+        return self.denoiser_class.from_pretrained(self.path, dtype=dtype, **place).requires_grad_(False)
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusionPipeline:
         """The whole base model, without adapters."""

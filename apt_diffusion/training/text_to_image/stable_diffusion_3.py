@@ -23,6 +23,7 @@ class StableDiffusion3Base(StableDiffusionBase):
     """
 
     denoiser_part = "transformer"
+    denoiser_class = SD3Transformer2DModel
     largest_default_resolution = 1024
     pipeline_class = StableDiffusion3APTPipeline
     image_to_image_class = StableDiffusion3Img2ImgPipeline
@@ -108,11 +109,6 @@ class StableDiffusion3Base(StableDiffusionBase):
             .requires_grad_(False)
             for part in self.text_parts
         }
-
-    def denoiser(self, dtype: torch.dtype) -> SD3Transformer2DModel:
-        """The frozen transformer."""
-        model = SD3Transformer2DModel.from_pretrained(self.path, subfolder="transformer", dtype=dtype, **self.files)
-        return model.requires_grad_(False)
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusion3Pipeline:
         """The whole base model, without adapters."""

@@ -34,6 +34,7 @@ from apt_diffusion.data.classification import (
 from apt_diffusion.data.crops import ClipPictures, TrainingPictures
 from apt_diffusion.data.image_text import Batch
 from apt_diffusion.data.processors import load_processor
+from apt_diffusion.io.public_names import public_name
 from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_classifier
 from apt_diffusion.training.checkpoints import find_checkpoint
 from apt_diffusion.training.methods import trained_parameters
@@ -206,7 +207,7 @@ def summarise(args: argparse.Namespace, metrics: dict[int, dict[str, float]]) ->
     spread = {name: statistics.stdev(of_seeds) for name, of_seeds in values.items()}
     content = {
         "task": "clip",
-        "base_model": args.model_name_or_path,
+        "base_model": public_name(args.model_name_or_path),
         "method": args.method,
         "protocol": args.protocol,
         "metrics": means,

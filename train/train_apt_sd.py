@@ -29,6 +29,7 @@ from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
+from apt_diffusion.training.model_card import base_in_code
 from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
@@ -384,8 +385,8 @@ def make_card(session: Session, learner: Learner, num_pictures: int, samples: li
         f"{num_pictures} pictures for {session.steps_done} steps. Adapted: {' and '.join(learner.adapted)}.",
         "usage": USAGE.format(
             pipeline=base.pipeline_class.__name__,
-            base_model=args.pretrained_model_name_or_path,
-            place=session.repo_id or args.output_dir,
+            base_model=base_in_code(args.pretrained_model_name_or_path),
+            place=session.place,
             prompt=sample_prompt(args),
         ),
         "tags": ["text-to-image", "diffusers", base.tag, "apt", "approximated-prompt-tuning"],

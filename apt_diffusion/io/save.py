@@ -20,6 +20,7 @@ from ..version import __version__
 from ..wrappers import check_is_whole
 from .files import WEIGHTS_NAME, write_safetensors
 from .names import join, neutral_names
+from .public_names import public_name
 
 
 def save_apt_weights(
@@ -63,7 +64,7 @@ def save_apt_weights(
         header["apt_families"] = json.dumps(families)
     base_model = getattr(getattr(model_or_pipeline, "config", None), "_name_or_path", None)
     if base_model:
-        header["base_model"] = str(base_model)
+        header["base_model"] = public_name(str(base_model))
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     return write_safetensors(tensors, file, header | (metadata or {}))

@@ -121,6 +121,8 @@ class APTLoaderMixin(Stock):
         if "torch_dtype" not in kwargs:
             kwargs.setdefault("dtype", torch.float32)
         pipeline = super().from_pretrained(path, **kwargs)
+        if path != str(pretrained_model_name_or_path):  # files name the embedded model, not its folder
+            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
         if isinstance(pipeline, APTLoaderMixin):
             pipeline._load_saved_adapters(path, kwargs)
         return pipeline

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..architectures import ARCHITECTURES
 from ..io.files import AdapterFile
+from ..io.public_names import placeholder_of
 
 # What visitors read in place of a folder that the trainer has written down.
 INSTEAD = {
@@ -21,7 +22,11 @@ def known_paths(metadata: dict[str, str], name: str) -> dict[str, str]:
     """`{path: what to say instead}` of the folders that an adapter's header names."""
     training = _training(metadata)
     instead = INSTEAD | {"output_dir": f"{name}.safetensors"}
-    paths = {str(training[key]): word for key, word in instead.items() if training.get(key)}
+    named = {str(training[key]): word for key, word in instead.items() if training.get(key)}
+    # Trainers leave bare names, and a placeholder in the card's code, since paths are no longer in what they write.
+    paths = {path: word for path, word in named.items() if PurePath(path).name != path}
+    if training.get("output_dir"):
+        paths[placeholder_of(last_part(str(training["output_dir"])))] = instead["output_dir"]
     for value in (*training.values(), metadata.get("base_model", "")):
         if isinstance(value, str) and is_path(value):
             paths.setdefault(value, last_part(value))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io.public_names import placeholder, public_name
+from ..miniature import MODELS
 from .provenance import public_settings, versions
 
 
@@ -30,7 +32,7 @@ def write_model_card(
     Args:
         folder: the run's output folder.
         title: the heading.
-        base_model: the model that was adapted, a hub id or a path.
+        base_model: the model that was adapted, a hub id or a path, of which the card has the name.
         summary: some sentences on what the adapter is.
         usage: Python that loads it.
         tags: for the hub.
@@ -50,7 +52,7 @@ def write_model_card(
         front["instance_prompt"] = prompt
     # JSON is YAML: no value can break the front matter.
     lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
-    lines += [f"# {plain(title)}", "", summary, "", f"- Base model: {code(base_model)}"]
+    lines += [f"# {plain(title)}", "", summary, "", f"- Base model: {_named(base_model)}"]
     if prompt:
         lines += [f"- Trigger prompt: {code(prompt)}"]
     lines += ["", *(f"![samples]({image.relative_to(folder).as_posix()})" for image in images), ""]
@@ -71,6 +73,16 @@ def write_model_card(
 
 def _is_hub_id(base_model: str) -> bool:
     return base_model.count("/") == 1 and not Path(base_model).exists() and not base_model.startswith((".", "/", "~"))
+
+
+def _named(base_model: str) -> str:
+    local = base_in_code(base_model) != base_model
+    return f"{code(public_name(base_model))}{', a folder of whoever trained this' if local else ''}"
+
+
+def base_in_code(base_model: str) -> str:
+    """The base model in code of the card: its hub id or embedded name, or a placeholder for a folder."""
+    return base_model if base_model in MODELS else placeholder(base_model)
 
 
 def _cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: settings, command line and versions, with secrets taken out."""
+"""Where an adapter comes from: settings, command line and versions, without secrets and paths of this machine."""
 
 import importlib.metadata
 import json
@@ -7,6 +7,7 @@ import shlex
 import sys
 from typing import Any
 
+from ..io.public_names import public_name, public_value
 from .scripts import shown
 
 SECRETS = ("hub_token",)
@@ -14,18 +15,25 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "
 
 
 def command_line(script: str, argv: list[str] | None) -> str:
-    """The command as a shell takes it; the value of a secret becomes `***`, a script's path that of a checkout."""
-    words = [*shown(script), *(sys.argv[1:] if argv is None else argv)]
-    hidden = []
+    """The command as a shell takes it, to be shared.
+
+    The value of a secret becomes `***`, a local path the name at its end, the script's path that of a checkout.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    public = []
     for index, word in enumerate(words):
-        flag, equals, _ = word.partition("=")
+        flag, equals, value = word.partition("=")
         # argparse takes any unambiguous beginning of a flag's name.
         if equals and _is_secret(flag):
             word = f"{flag}=***"
+        elif equals and flag.startswith("--"):
+            word = f"{flag}={public_name(value)}"
         elif index and "=" not in words[index - 1] and _is_secret(words[index - 1]):
             word = "***"
-        hidden.append(word)
-    return shlex.join(hidden).replace("'***'", "***")
+        else:
+            word = public_name(word)
+        public.append(word)
+    return shlex.join([*shown(script), *public]).replace("'***'", "***")
 
 
 def _is_secret(flag: str) -> bool:
@@ -42,13 +50,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without secrets and without what was not set."""
+def kept_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without secrets and without what was not set: for files that stay on this machine."""
     return {key: value for key, value in settings.items() if key not in SECRETS and value is not None}
 
 
+def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same to be shared: of local paths only the names at their ends."""
+    return {key: public_value(value) for key, value in kept_settings(settings).items()}
+
+
 def adapter_metadata(settings: dict[str, Any], command: str, step: int, **known: str) -> dict[str, str]:
-    """Strings for the header of an adapter's file."""
+    """Strings for the header of an adapter's file; a `base_model` on this machine is named without its path."""
+    if "base_model" in known:
+        known["base_model"] = public_name(known["base_model"])
     return {
         **known,
         "training": json.dumps(public_settings(settings) | {"step": step}, sort_keys=True),

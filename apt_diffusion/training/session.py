@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.order import Purpose, micro_batches, random_at
+from ..io.public_names import placeholder
 from . import checkpoints, hub, provenance
 from .average import Average, load_trained
 from .checkpoints import Checkpoint
@@ -56,7 +57,7 @@ class Session:
         args: the script's flags. `max_train_steps` is filled in by `plan`.
         accelerator: accelerate's.
         logger: of the script's name.
-        command: the command line, without secrets.
+        command: the command line, without secrets and paths of this machine.
         resumed: the checkpoint that the run continues, or `None`.
         seed: every random choice follows from it.
         repo_id: where the results will be uploaded, or `None`.
@@ -120,6 +121,11 @@ class Session:
     def output_dir(self) -> Path:
         """The folder that the run writes to."""
         return Path(self.args.output_dir)
+
+    @property
+    def place(self) -> str:
+        """Where others find the results: the hub's repository, or what stands for the output folder."""
+        return self.repo_id or placeholder(str(self.output_dir))
 
     @property
     def is_main(self) -> bool:
@@ -343,7 +349,7 @@ class Session:
             "step": self.steps_done,
             "position": first + (self.steps_done - self.first_step) * self.examples_per_step,
             "seed": self.seed,
-            "settings": provenance.public_settings(vars(self.args)),
+            "settings": provenance.kept_settings(vars(self.args)),
             "data": self.data,
         }
         with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:

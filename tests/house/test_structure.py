@@ -11,7 +11,7 @@ PACKAGE = ROOT / "apt_diffusion"
 METHOD = [
     "version", "config", "equation", "memo", "offloading", "adapter_names", "wrappers", "processor", "architectures",
     "hooks", "places", "heads", "block_weights", "model", "components", "calls", "api", "io.atomic",
-    "io.former", "io.names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store",
+    "io.former", "io.names", "io.public_names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store",
     "pipelines.prompt_tags", "pipelines.mixin", "pipelines.modular", "pipelines.factory",
 ]  # fmt: skip
 OUTSIDE = {"train", "app", "benchmarks", "tests", "examples", "tools"}

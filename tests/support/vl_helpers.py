@@ -219,3 +219,12 @@ def assert_same_weights(first, second) -> None:
 
 def rows(folder, name: str = "losses.jsonl") -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / name).read_text().splitlines()]
+
+
+def card_code(folder, model) -> str:
+    """The Python of a run's card, with the real folders in place of the placeholders."""
+    code = (Path(folder) / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for place in (Path(folder), Path(model)):
+        assert f"'path/to/{place.name}'" in code
+        code = code.replace(f"'path/to/{place.name}'", repr(str(place)))
+    return code

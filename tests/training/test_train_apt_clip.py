@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from support.method_helpers import METHODS
-from support.vl_helpers import COLORS, assert_same_weights, picture, results, rows, train, weights
+from support.vl_helpers import COLORS, assert_same_weights, card_code, picture, results, rows, train, weights
 
 from apt_diffusion.data.classification import few_shot, read_data_set
 from apt_diffusion.data.crops import ClipPictures
@@ -88,7 +88,7 @@ def test_every_method_trains_and_is_evaluated_again(model, data, tmp_path, metho
 @pytest.mark.parametrize("method", ["apt", "classifier_only"])
 def test_the_code_in_the_card_runs(model, data, tmp_path, monkeypatch, capsys, method):
     folder = run(model, data, tmp_path / "out", max_train_steps=1, method=method)
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = card_code(folder, model)
     monkeypatch.chdir(folder)
     scope = {"picture": picture("red", 0)}
     capsys.readouterr()
@@ -206,7 +206,7 @@ def test_another_size_of_pictures(model, data, tmp_path, monkeypatch, capsys):
     assert rows(folder)[0]["loss"] != rows(run(model, data, tmp_path / "own", max_train_steps=2))[0]["loss"]
     again = run(model, data, tmp_path / "again", image_size=24, eval_only=True, adapter=str(folder))
     assert results(again)["metrics"] == results(folder)["metrics"]
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = card_code(folder, model)
     monkeypatch.chdir(folder)
     scope = {"picture": picture("red", 0)}
     exec(code, scope)
@@ -220,7 +220,7 @@ def test_several_templates(model, data, tmp_path, monkeypatch):
     folder = run(model, data, tmp_path / "out", template=templates, max_train_steps=1)
     one = run(model, data, tmp_path / "one", template=templates[0], max_train_steps=1)
     assert rows(folder)[0]["loss"] != rows(one)[0]["loss"]
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = card_code(folder, model)
     monkeypatch.chdir(folder)
     scope = {"picture": picture("red", 0)}
     exec(code, scope)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.method_helpers import METHODS
-from support.vl_helpers import assert_same_weights, make_retrieval_folder, picture, results, rows, train, weights
+from support.vl_helpers import (
+    assert_same_weights,
+    card_code,
+    make_retrieval_folder,
+    picture,
+    results,
+    rows,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +73,7 @@ def test_every_method_trains(models, data, tmp_path, method):
 
 def test_the_code_in_the_card_runs(model, data, tmp_path, monkeypatch, capsys):
     folder = run(model, data, tmp_path, max_train_steps=1)
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = card_code(folder, model)
     monkeypatch.chdir(folder)
     capsys.readouterr()
     exec(code, {"picture": picture("red", 0)})

@@ -10,7 +10,7 @@ import transformers
 from conftest import make_tokenizer
 from PIL import Image
 from support.official_helpers import make_meter_state, make_vilt_state
-from support.vl_helpers import make_vqa_folder, results, train, weights
+from support.vl_helpers import card_code, make_vqa_folder, results, train, weights
 
 import apt_diffusion as apt
 from apt_diffusion.convert.conversion import convert
@@ -188,12 +188,10 @@ def test_the_released_prefix_stands_before_every_question(tiny_vl, vqa_dir, tmp_
 
 
 def test_a_card_with_a_classifier_token_runs(tiny_vl, vqa_dir, tmp_path, monkeypatch, capsys):
-    import re
-
     flags = {"min_answer_count": 3, "max_train_steps": 1, "use_classifier_token": True}
     for kind in ("vilt", "meter"):
         out = train("vqa", tiny_vl[kind], vqa_dir, tmp_path / kind, **flags)
-        code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[1]
+        code = card_code(out, tiny_vl[kind])
         monkeypatch.chdir(out)
         names = {"picture": Image.new("RGB", (24, 16), "red")}
         capsys.readouterr()

@@ -1,7 +1,6 @@
 """What the trainers of vision-language models share: exact resume, methods, evaluation, caches, rates, refusals."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.method_helpers import METHODS
-from support.vl_helpers import TRAIN, assert_same_weights, picture, results, rows, train, weights, words
+from support.vl_helpers import TRAIN, assert_same_weights, card_code, picture, results, rows, train, weights, words
 
 from apt_diffusion.training import checkpoints
 
@@ -397,10 +396,10 @@ def test_resuming_with_another_method_is_refused(go):
 
 
 @pytest.mark.parametrize(("script", "kind", "method"), [("vqa", "vilt", "apt"), ("nlvr2", "meter", "adapter")])
-def test_the_code_in_the_card_runs(go, script, kind, method, monkeypatch, capsys):
+def test_the_code_in_the_card_runs(go, tiny_vl, script, kind, method, monkeypatch, capsys):
     out = go(script, kind, "out", method=method)
     card = (out / "README.md").read_text()
-    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    code = card_code(out, tiny_vl[kind])
     monkeypatch.chdir(out)
     names = {"picture": picture("red", 0), "left": picture("red", 1), "right": picture("blue", 2)}
     exec(code, names)

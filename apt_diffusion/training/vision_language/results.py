@@ -5,9 +5,11 @@ from typing import Any
 from torch import nn
 
 from ...baselines import get_method, method_of
+from ...io.public_names import public_name
 from .. import provenance
 from ..methods import trained_parameters
 from ..metrics import RESULTS_NAME, plot_metrics, write_json
+from ..model_card import base_in_code
 from ..session import Session
 from .models import BaseModel
 
@@ -22,7 +24,7 @@ def write_results(session: Session, model: nn.Module, metrics: dict[str, float])
     parameters = trained_parameters(model) if method_of(model) else {}
     content = {
         "task": session.script.removeprefix("train_apt_"),
-        "base_model": args.model_name_or_path,
+        "base_model": public_name(args.model_name_or_path),
         "method": method_of(model),
         "metrics": metrics,
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
@@ -57,7 +59,7 @@ def card(
     return {
         "base_model": args.model_name_or_path,
         "summary": summary,
-        "usage": usage.format(base_model=args.model_name_or_path, place=session.repo_id or args.output_dir),
+        "usage": usage.format(base_model=base_in_code(args.model_name_or_path), place=session.place),
         "tags": [*tags, "apt-diffusion", args.method],
         "settings": chosen | {"seed": session.seed},
         "metrics": metrics,

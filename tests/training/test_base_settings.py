@@ -7,9 +7,11 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
@@ -42,6 +44,19 @@ def test_what_a_scheduler_does_not_say_is_its_own_classs_default(altered, schedu
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "DPMSolverMultistepScheduler"),
         ({"_class_name": "TheirOwnScheduler"}, "TheirOwnScheduler, which diffusers does not have"),
         ({"_class_name": "DiffusionPipeline"}, "DiffusionPipeline, which diffusers does not have"),
+        (
+            {"_class_name": "DDIMScheduler", "prediction_type": "epsilon", "rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr with prediction type epsilon, but the last timestep is noise only",
+        ),
+        (
+            {
+                "_class_name": "EulerDiscreteScheduler",
+                "prediction_type": "v_prediction",
+                "timestep_type": "continuous",
+            },
+            "timestep_type 'continuous'",
+        ),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True}, "has invert_sigmas"),
     ],
 )
 def test_other_kinds_of_models_are_refused_before_weights_load(
@@ -51,6 +66,33 @@ def test_other_kinds_of_models_are_refused_before_weights_load(
     with pytest.raises(ValueError, match="scheduler") as error:
         train(model, instance_dir, tmp_path / "out")
     assert message in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, LCMScheduler])
+def test_velocity_with_zero_terminal_snr_in_closed_form(scheduler_class):
+    """Lin et al. (arXiv 2305.08891, algorithm 1) in numpy: √ᾱ is shifted to end at 0 and scaled to start as before."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    scheduler = scheduler_class(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+    )  # fmt: skip
+    objective = make_objective(scheduler)
+    latents, noise = np.random.default_rng(0).standard_normal((2, 4, 4, 8, 8))
+    timesteps = np.array([0, 250, 998, 999])
+    a = root[timesteps].reshape(-1, 1, 1, 1)
+    s = np.sqrt(1 - a**2)
+    x, n, t = torch.tensor(latents).float(), torch.tensor(noise).float(), torch.tensor(timesteps)
+    near = 1.2e-3 if scheduler_class is EulerDiscreteScheduler else 1e-4  # Euler's keeps √ᾱ at 2^-12
+    inputs, times = objective.model_inputs(x, n, t)
+    assert times.tolist() == timesteps.tolist()
+    assert np.allclose(inputs, a * latents + s * noise, atol=near)
+    assert np.allclose(objective.target(x, n, t), a * noise - s * latents, atol=near)
+    assert np.allclose(inputs[-1], noise[-1], atol=near)  # no signal at all: the model must predict -x from the text
+    assert np.allclose(objective.target(x, n, t)[-1], -latents[-1], atol=near)
+    drawn = {objective.draw_timestep(np.random.default_rng(seed)) for seed in range(5000)}
+    assert 999 in drawn
 
 
 @pytest.mark.parametrize("scheduler_class", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])

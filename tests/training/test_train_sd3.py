@@ -90,6 +90,21 @@ def test_min_snr_is_refused():
         make_objective(FlowMatchEulerDiscreteScheduler(), 5.0)
 
 
+def test_training_latents_are_shifted_as_by_diffusers(tmp_path):
+    """`(posterior.sample() - vae.config.shift_factor) * vae.config.scaling_factor`, as in its trainers."""
+    shutil.copytree(STABLE_DIFFUSION_3, tmp_path / "shifted")
+    file = tmp_path / "shifted" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"shift_factor": 0.0609, "scaling_factor": 1.5305}))
+    base = open_base(str(tmp_path / "shifted"))
+    vae = base.vae()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mean, std = base.latent_distribution(vae, pixels).unbind(1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        sample = vae.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(mean + std * noise, (sample - 0.0609) * 1.5305)
+
+
 # Texts
 
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from apt_diffusion.training import checkpoints, hub, model_card, provenance
 from apt_diffusion.training.grids import save_grid
@@ -268,6 +269,23 @@ def test_errors_are_weighed_by_timestep_and_the_class_by_its_weight(schedule):
     weighted = DiffusionObjective(schedule.alphas_cumprod, "epsilon", 5.0)
     expected = errors * weighted.weights[timesteps]
     assert torch.allclose(weighted.errors(prediction, target, timesteps), expected)
+
+
+def test_the_class_counts_as_in_diffusers_trainer(schedule):
+    """`loss + args.prior_loss_weight * prior_loss` of `train_dreambooth_lora.py`, and its gradient."""
+    torch.manual_seed(0)
+    target = torch.randn(6, 4, 3, 3)
+    ours, theirs = (torch.ones(6, 4, 3, 3, requires_grad=True) for _ in range(2))
+    timesteps = torch.tensor([3, 400, 999] * 2)
+    objective = DiffusionObjective(schedule.alphas_cumprod, "epsilon")
+    loss = batch_loss(objective.errors(ours, target, timesteps), prior_weight=0.7)
+    (instance, prior), (instance_target, prior_target) = theirs.chunk(2), target.chunk(2)
+    expected = functional.mse_loss(instance, instance_target, reduction="mean")
+    expected = expected + 0.7 * functional.mse_loss(prior, prior_target, reduction="mean")
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_distances_are_those_of_numpy(schedule):

@@ -7,6 +7,7 @@ axes: B batch, c channels, h height, w width
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -58,6 +59,7 @@ def make_objective(scheduler: Any, snr_gamma: float | None = None, weighting: We
         ValueError: for a kind of model that cannot be trained here, or a weighting that it does not have.
     """
     name, config = type(scheduler).__name__, scheduler.config
+    _check_is_trainable(name, config)
     if hasattr(scheduler, "alphas_cumprod") and not config.get("use_flow_sigmas"):
         return DiffusionObjective(scheduler.alphas_cumprod, config.get("prediction_type", "epsilon"), snr_gamma)
     if name.startswith("EDM"):
@@ -72,6 +74,26 @@ def make_objective(scheduler: Any, snr_gamma: float | None = None, weighting: We
         f"The base model's scheduler is {name}: models of this kind cannot be trained here, only those with the noise "
         "schedule of DDPM (arXiv 2006.11239) or EDM (arXiv 2206.00364), and those of flow matching with Euler's steps."
     )
+
+
+def _check_is_trainable(name: str, config: Mapping[str, Any]) -> None:
+    """`ValueError` for settings under which these objectives would train another model than the base is."""
+    if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":
+        raise ValueError(
+            "The base model's scheduler has rescale_betas_zero_snr with prediction type epsilon, but the last "
+            "timestep is noise only, where predicting it teaches nothing: set rescale_betas_zero_snr to false in its "
+            "scheduler_config.json, or prediction_type to v_prediction if the model was trained so."
+        )
+    if config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction":
+        raise ValueError(
+            f"The base model's scheduler is a {name} with timestep_type 'continuous', whose models take logarithms of "
+            "noise levels as times: they cannot be trained here; an EDM scheduler in its place says the same."
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(
+            f"The base model's scheduler is a {name} and has invert_sigmas: models whose noise levels run backwards "
+            "cannot be trained here."
+        )
 
 
 class DiffusionObjective:

@@ -244,6 +244,7 @@ def make_card(
         f"{len(training.train)} pictures, at most {args.num_shots} of each (protocol `{args.protocol}`).",
         usage=USAGE.format(names=names, template=shown, **code),
         tags=["zero-shot-image-classification", "clip"],
+        pipeline_tag="zero-shot-image-classification",
     )
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,6 @@ from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
-from apt_diffusion.training.model_card import base_in_code
 from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
@@ -51,18 +49,11 @@ from apt_diffusion.training.text_to_image.picture_sets import (
 )
 from apt_diffusion.training.text_to_image.prompts import Prompts
 from apt_diffusion.training.text_to_image.rates import describe, parameter_groups
+from apt_diffusion.training.text_to_image.results import make_card, model_spec, trigger_prompts
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 from apt_diffusion.training.trackers import log_images
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CARD_SETTINGS = ("num_prompts", "rank", "resolution", "train_batch_size", "max_train_steps", "learning_rate")
-USAGE = """
-from apt_diffusion import {pipeline}
-
-pipe = {pipeline}.from_pretrained({base_model!r})
-pipe.load_apt_weights({place!r})
-image = pipe({prompt!r}).images[0]
-"""
 
 
 @dataclasses.dataclass
@@ -155,9 +146,10 @@ def main(argv: list[str] | None = None) -> None:
         def save(folder: Path) -> None:
             known = {
                 "base_model": args.pretrained_model_name_or_path,
-                "instance_prompt": args.instance_prompt,
+                "instance_prompt": trigger_prompts(args)[0],
             }
-            save_apt_weights(learner.adapted, folder, metadata=session.header(**known))
+            header = session.header(**known) | model_spec(session, base)
+            save_apt_weights(learner.adapted, folder, metadata=header)
 
         learner.train()
         for batch in session.batches(session.loader(data, collate)):
@@ -176,7 +168,8 @@ def main(argv: list[str] | None = None) -> None:
             with session.averaged():
                 metrics = measure(session, learner, save)
                 samples = draw_samples(session, learner)
-            session.finish(save, make_card(session, learner, counts[0], samples) | {"metrics": metrics})
+            card = make_card(session, base, learner.adapted, counts[0], samples)
+            session.finish(save, card | {"metrics": metrics})
             session.upload()
 
 
@@ -344,11 +337,15 @@ def sample_prompt(args: argparse.Namespace) -> str:
     return args.validation_prompt or args.instance_prompt
 
 
-def draw_samples(session: Session, learner: Learner) -> list[Path]:
-    """Draws with the adapter as it is now: a labelled grid in `samples/`, and the images to the trackers."""
+def draw_samples(session: Session, learner: Learner) -> dict[Path, str]:
+    """Draws with the adapter as it is now: a labelled grid in `samples/`, and the images to the trackers.
+
+    Returns:
+        The grid and its prompt, if anything is drawn.
+    """
     args, step, prompt = session.args, session.steps_done, sample_prompt(session.args)
     if args.num_validation_images == 0:
-        return []
+        return {}
     start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
     seeds = [session.seed + index for index in range(len(start_images or range(args.num_validation_images)))]
     learner.train(False)
@@ -370,30 +367,7 @@ def draw_samples(session: Session, learner: Learner) -> list[Path]:
     log_images(session.accelerator.trackers, "validation", images, prompt, step)
     labels = [f"seed {seed}" for seed in seeds]
     path = session.output_dir / "samples" / f"step-{step:06d}.png"
-    return [save_grid(images, labels, f"step {step}: {prompt}", path)]
-
-
-def make_card(session: Session, learner: Learner, num_pictures: int, samples: list[Path]) -> dict[str, Any]:
-    """What the model card says of this run: see `write_model_card`."""
-    args, base = session.args, learner.base
-    # The sizes, and whatever differs from the defaults; the file's header has all.
-    default = build_parser().get_default
-    chosen = {key: value for key, value in vars(args).items() if value != default(key)}
-    return {
-        "base_model": args.pretrained_model_name_or_path,
-        "summary": "An adapter for Stable Diffusion, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
-        f"{num_pictures} pictures for {session.steps_done} steps. Adapted: {' and '.join(learner.adapted)}.",
-        "usage": USAGE.format(
-            pipeline=base.pipeline_class.__name__,
-            base_model=base_in_code(args.pretrained_model_name_or_path),
-            place=session.place,
-            prompt=sample_prompt(args),
-        ),
-        "tags": ["text-to-image", "diffusers", base.tag, "apt", "approximated-prompt-tuning"],
-        "settings": {key: getattr(args, key) for key in CARD_SETTINGS} | chosen | {"seed": session.seed},
-        "prompt": args.instance_prompt,
-        "images": samples,
-    }
+    return {save_grid(images, labels, f"step {step}: {prompt}", path): prompt}
 
 
 if __name__ == "__main__":

@@ -273,6 +273,7 @@ def make_card(
         f"{num_questions} questions ({' and '.join(args.train_splits)}).",
         usage=USAGE.format(**loading_code(args, base, model), prompt=prompt(args)),
         tags=["visual-question-answering", base.model_type],
+        pipeline_tag="visual-question-answering",
     )
 
 

@@ -1,5 +1,6 @@
 """Finding, reading and writing adapter files, on disk and on the hub; errors name cause and remedy."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -156,6 +157,14 @@ def _from_hub(repo_id: str, weight_name: str, subfolder: str | None, **hub: Any)
         ) from error
     except (HfHubHTTPError, EntryNotFoundError) as error:
         raise FileNotFoundError(f"{where}, and the hub has no {weight_name} to give: {error}") from error
+
+
+def hash_tensors(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all tensors as a safetensors file has them behind its header, in ModelSpec's form `0x...`."""
+    from safetensors.torch import save
+
+    content = save(tensors)
+    return f"0x{hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], 'little') :]).hexdigest()}"
 
 
 def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> Path:

@@ -18,7 +18,7 @@ from ..model import ModelAdapters
 from ..offloading import keep_off_disk, onloaded
 from ..version import __version__
 from ..wrappers import check_is_whole
-from .files import WEIGHTS_NAME, write_safetensors
+from .files import WEIGHTS_NAME, hash_tensors, write_safetensors
 from .names import join, neutral_names
 from .public_names import public_name
 
@@ -32,7 +32,8 @@ def save_apt_weights(
         model_or_pipeline: a model, a pipeline, or a dict of components.
         path: a folder (made if needed), or a file name that ends in `.safetensors`.
         adapter_name: which adapter.
-        metadata: more strings for the header, such as `base_model`, `instance_prompt`, `training`.
+        metadata: more strings for the header, such as `base_model`, `instance_prompt`, `training`. Among those of
+            ModelSpec (`modelspec.sai_model_spec`, ...) it gets the hash of the tensors.
 
     Returns:
         The file.
@@ -65,9 +66,12 @@ def save_apt_weights(
     base_model = getattr(getattr(model_or_pipeline, "config", None), "_name_or_path", None)
     if base_model:
         header["base_model"] = public_name(str(base_model))
+    header |= metadata or {}
+    if "modelspec.sai_model_spec" in header:
+        header["modelspec.hash_sha256"] = hash_tensors(tensors)
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
-    return write_safetensors(tensors, file, header | (metadata or {}))
+    return write_safetensors(tensors, file, header)
 
 
 def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

@@ -1,14 +1,20 @@
 """README.md next to an adapter: its contents, its use, its training. It is a valid model card for the hub."""
 
+import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..io.public_names import placeholder, public_name
 from ..miniature import MODELS
 from .provenance import public_settings, versions
+
+LICENSE_HELP = (
+    "Licence of the adapter for its card, by the hub's name (apache-2.0, openrail, other, ...). None if not set: the "
+    "owner of the pictures chooses it."
+)
 
 
 def write_model_card(
@@ -21,13 +27,15 @@ def write_model_card(
     tags: list[str],
     settings: dict[str, Any],
     command: str,
-    prompt: str | None = None,
-    images: Sequence[Path] = (),
+    pipeline_tag: str | None = None,
+    license: str | None = None,
+    triggers: Sequence[str] = (),
+    samples: Mapping[Path, str] | None = None,
     loss_plot: Path | None = None,
     metrics: dict[str, float] | None = None,
     metrics_plot: Path | None = None,
 ) -> Path:
-    """Writes `README.md`. It names no licence: that is for the owner of the pictures to choose.
+    """Writes `README.md`.
 
     Args:
         folder: the run's output folder.
@@ -38,24 +46,39 @@ def write_model_card(
         tags: for the hub.
         settings: of the training; secrets are left out.
         command: the command line of the training.
-        prompt: the prompt that names the subject.
-        images: sample images inside `folder`.
+        pipeline_tag: the hub's name of the task.
+        license: the hub's name of a licence; none if `None`, since the owner of the pictures chooses it.
+        triggers: prompts that ask for the subject.
+        samples: sample images inside `folder`, with their prompts.
         loss_plot: the picture of the loss inside `folder`.
         metrics: results by name.
         metrics_plot: their course, a picture inside `folder`.
     """
+    from huggingface_hub import ModelCardData
+
     folder = Path(folder)
-    front: dict[str, Any] = {"library_name": "apt-diffusion", "tags": tags}
-    if _is_hub_id(base_model):
-        front["base_model"] = base_model
-    if prompt:
-        front["instance_prompt"] = prompt
-    # JSON is YAML: no value can break the front matter.
-    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()), "---", ""]
-    lines += [f"# {plain(title)}", "", summary, "", f"- Base model: {_named(base_model)}"]
-    if prompt:
-        lines += [f"- Trigger prompt: {code(prompt)}"]
-    lines += ["", *(f"![samples]({image.relative_to(folder).as_posix()})" for image in images), ""]
+    shown = {image.relative_to(folder).as_posix(): prompt for image, prompt in (samples or {}).items()}
+    on_hub = _is_hub_id(base_model)
+    widget = [{"text": prompt, "output": {"url": place}} for place, prompt in shown.items()]
+    optional = {
+        "base_model_relation": "adapter" if on_hub else None,
+        "instance_prompt": triggers[0] if triggers else None,
+        "widget": widget or None,
+    }
+    front = ModelCardData(
+        base_model=base_model if on_hub else None,
+        library_name="apt-diffusion",
+        license=license,
+        pipeline_tag=pipeline_tag,
+        tags=tags,
+        **optional,
+    )
+    lines = ["---", front.to_yaml(), "---", "", f"# {plain(title)}", ""]
+    lines += ["<Gallery />", ""] if widget else []  # the hub's view of the widget's pictures
+    lines += [summary, "", f"- Base model: {_named(base_model)}"]
+    if triggers:
+        lines += [f"- Trigger {'prompts' if len(triggers) > 1 else 'prompt'}: {', '.join(map(code, triggers))}"]
+    lines += ["", *(f"![samples]({place})" for place in shown), ""]
     if metrics:
         lines += ["## Results", "", "| metric | value |", "|---|---|"]
         lines += [*(f"| {plain(name)} | {value:.4g} |" for name, value in metrics.items()), ""]
@@ -69,6 +92,16 @@ def write_model_card(
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
     return folder / "README.md"
+
+
+def license_id(text: str) -> str:
+    """A licence as the hub names it, for a flag."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", text):
+        raise argparse.ArgumentTypeError(
+            "must be the hub's short name of a licence, such as apache-2.0, openrail or other "
+            f"(https://huggingface.co/docs/hub/repositories-licenses), got {text!r}"
+        )
+    return text
 
 
 def _is_hub_id(base_model: str) -> bool:

@@ -128,6 +128,11 @@ class Session:
         return self.repo_id or placeholder(str(self.output_dir))
 
     @property
+    def title(self) -> str:
+        """What the results are called: by the hub's repository, or the output folder."""
+        return self.repo_id or self.output_dir.resolve().name
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files."""
         return self.accelerator.is_main_process
@@ -396,7 +401,7 @@ class Session:
         self.logger.info("The trained weights are in %s.", self.output_dir)
         write_model_card(
             self.output_dir,
-            title=self.repo_id or self.output_dir.resolve().name,
+            title=self.title,
             command=self.command,
             loss_plot=plot_losses(self.output_dir),
             **card,

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from huggingface_hub import ModelCard
 
 from apt_diffusion.training.model_card import code, plain, write_model_card
 
@@ -28,9 +29,11 @@ def test_a_hostile_prompt_is_code_in_the_card_and_nothing_else(tmp_path, text):
     card = write_model_card(
         tmp_path, title=text, base_model="miniature", summary="A summary.", usage=f"pipe({text!r})", tags=["x"],
         settings={"instance_prompt": text, "steps": 3}, command=f"train --instance_prompt {text!r}\n{text}",
-        prompt=text, metrics={text: 0.5},
+        triggers=[text], samples={tmp_path / "a.png": text}, license="mit", metrics={text: 0.5},
     ).read_text(encoding="utf-8")  # fmt: skip
-    html = rendered(card)
+    # What the hub puts in its place, and the one picture that is ours.
+    html = rendered(card).replace("<Gallery />", "").replace('<img src="a.png" alt="samples" />', "")
+    assert ModelCard(card).data.widget == [{"text": text, "output": {"url": "a.png"}}]
     assert not re.search(r"<(img|script|b|a)\b", html), html
     assert re.findall(r"<h[1-6]>", html) == ["<h1>", "<h2>", "<h2>", "<h2>"]
     assert html.count("<table>") == 2

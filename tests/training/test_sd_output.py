@@ -1,5 +1,6 @@
 """What a run of `train_apt_sd.py` leaves: samples, card, log, header, checkpoints, and what goes to the hub."""
 
+import hashlib
 import json
 import warnings
 
@@ -15,6 +16,7 @@ from support.training_helpers import (
 )
 
 import apt_diffusion as apt
+from apt_diffusion.training.text_to_image.bases import open_base
 
 # What a run leaves
 
@@ -86,6 +88,65 @@ def test_the_card_log_and_header_explain_the_adapter(go, tiny_sd_path):
         assert "--rank 2" in known["command_line"] and json.loads(known["versions"])["torch"] == torch.__version__
         settings = json.loads(known["training"])
         assert (settings["step"], settings["rank"], settings["learning_rate"]) == (step, 2, 1e-2)
+
+
+def test_the_card_is_read_by_the_hub(go, instance_dir, tmp_path):
+    from huggingface_hub import ModelCard
+
+    prompt = 'a sks: "glyph"'
+    out = go(num_validation_images=1, num_inference_steps=1, license="openrail", validation_prompt=prompt)
+    data = ModelCard.load(out / "README.md").data.to_dict()
+    assert data == {
+        "library_name": "apt-diffusion", "license": "openrail", "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "diffusers", "stable-diffusion", "apt", "approximated-prompt-tuning"],
+        "instance_prompt": "a sks glyph", "widget": [{"text": prompt, "output": {"url": "samples/step-000002.png"}}],
+    }  # fmt: skip
+    assert (out / "samples" / "step-000002.png").is_file() and "<Gallery />" in (out / "README.md").read_text()
+    config = tmp_path / "data.toml"
+    folder = f"[[folders]]\ninstance_data_dir = '{instance_dir}'\n"
+    config.write_text(
+        f"{folder}instance_prompt = 'a [trigger] glyph'\ntrigger_word = 'zwx'\n{folder}instance_prompt = 'a qpl dog'\n"
+    )
+    out = go(instance_data_dir=None, instance_prompt=None, dataset_config=config)
+    card = ModelCard.load(out / "README.md")
+    assert card.data.instance_prompt == "a zwx glyph" and "license" not in card.data.to_dict()
+    assert "- Trigger prompts: `a zwx glyph`, `a qpl dog`" in card.text
+
+
+def test_a_licence_is_named_as_the_hub_names_it(go, capsys, no_models):
+    with pytest.raises(SystemExit):
+        go(license="Apache License 2.0")
+    assert "short name of a licence, such as apache-2.0" in capsys.readouterr().err
+
+
+def test_the_header_follows_modelspec(go):
+    out = go(resolution=32, license="mit")
+    said = {key: value for key, value in header(out).items() if key.startswith("modelspec.")}
+    content = (out / WEIGHTS).read_bytes()
+    tensors = content[8 + int.from_bytes(content[:8], "little") :]
+    assert said == {
+        "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion/apt",
+        "modelspec.implementation": "apt-diffusion", "modelspec.implementation_version": apt.__version__,
+        "modelspec.title": out.name, "modelspec.resolution": "32x32", "modelspec.trigger_phrase": "a sks glyph",
+        "modelspec.license": "mit", "modelspec.prediction_type": "epsilon",
+        "modelspec.hash_sha256": f"0x{hashlib.sha256(tensors).hexdigest()}",
+    }  # fmt: skip
+
+
+def architecture(folder) -> tuple[str, str | None]:
+    """What the header would say of a base."""
+    base = open_base(str(folder), None, None, None, 77)
+    return base.architecture(), base.scheduler().config.get("prediction_type")
+
+
+def test_families_are_named_as_modelspec_names_them(altered, tiny_sdxl_path, tiny_transformer_path):
+    assert architecture(altered("unet", cross_attention_dim=768)) == ("stable-diffusion-v1", "epsilon")
+    second = altered("unet", cross_attention_dim=1024)
+    assert architecture(second) == ("stable-diffusion-v2-512", "epsilon")
+    velocity = altered("scheduler", source=second, prediction_type="v_prediction")
+    assert architecture(velocity) == ("stable-diffusion-v2-768-v", "v_prediction")
+    assert architecture(tiny_sdxl_path) == ("stable-diffusion-xl-v1-base", "epsilon")
+    assert architecture(tiny_transformer_path("sd3-tiny")) == ("stable-diffusion-3", None)
 
 
 def test_a_checkpoint_loads_like_a_finished_adapter(go, pipe):

@@ -333,21 +333,33 @@ def test_a_card_is_valid_and_names_what_matters(tmp_path):
         tags=["text-to-image", "apt"],
         settings={"rank": 4, "hub_token": "hf_secret", "note": "a | b", "unset": None},
         command="train --hub_token ***",
-        prompt='a "sks": glyph # not a comment',
-        images=[tmp_path / "samples" / "step-000004.png"],
+        pipeline_tag="text-to-image",
+        license="openrail",
+        triggers=['a "sks": glyph # not a comment', "another"],
+        samples={tmp_path / "samples" / "step-000004.png": "a prompt: of a\nsample"},
         loss_plot=tmp_path / "loss.png",
     )
     loaded = ModelCard.load(card)
     assert loaded.data.base_model == "someone/stable-diffusion" and loaded.data.tags == ["text-to-image", "apt"]
     assert loaded.data.to_dict()["instance_prompt"] == 'a "sks": glyph # not a comment'
-    assert loaded.data.license is None
-    for text in ("![samples](samples/step-000004.png)", "![loss](loss.png)", "| rank | `4` |", "a \\| b", "torch"):
+    assert (loaded.data.license, loaded.data.pipeline_tag) == ("openrail", "text-to-image")
+    assert loaded.data.base_model_relation == "adapter" and loaded.data.library_name == "apt-diffusion"
+    assert loaded.data.widget == [{"text": "a prompt: of a\nsample", "output": {"url": "samples/step-000004.png"}}]
+    for text in (
+        "<Gallery />",
+        "![samples](samples/step-000004.png)",
+        "![loss](loss.png)",
+        "| rank | `4` |",
+        "a \\| b",
+        "torch",
+    ):
         assert text in loaded.text
     assert "hf_secret" not in card.read_text() and "unset" not in card.read_text()
     local = model_card.write_model_card(
         tmp_path, title="t", base_model=str(tmp_path), summary="", usage="", tags=["apt"], settings={}, command=""
     )
-    assert ModelCard.load(local).data.base_model is None
+    loaded = ModelCard.load(local)
+    assert loaded.data.to_dict() == {"library_name": "apt-diffusion", "tags": ["apt"]} and "<Gal" not in loaded.text
 
 
 def test_commands_and_metadata_hold_no_token():

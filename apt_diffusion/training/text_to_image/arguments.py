@@ -14,6 +14,7 @@ from torch import nn
 
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
+from ..model_card import LICENSE_HELP, license_id
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
@@ -254,6 +255,7 @@ def _output_flags(add) -> None:
         choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
         help="Tracker for losses and samples. tensorboard is skipped where it is not installed.",
     )
+    add("--license", type=license_id, help=LICENSE_HELP)
     add("--push_to_hub", action="store_true", help="Upload adapter, card and samples at the end.")
     add("--hub_token", help="Token for the hub; that of `hf auth login` if not set.")
     add("--hub_model_id", help="Repository on the hub; the name of --output_dir if not set.")

@@ -119,6 +119,15 @@ class StableDiffusionBase:
             raise ValueError(f"The base model's scheduler is {config['_class_name']}, which diffusers does not have.")
         return scheduler_class.from_config(config)
 
+    def architecture(self) -> str:
+        """The model's family as ModelSpec names it; `stable-diffusion` alone for one of other widths than 1 and 2."""
+        width = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision).get(
+            "cross_attention_dim"
+        )
+        predicts_velocity = self.scheduler().config.get("prediction_type") == "v_prediction"
+        second = "stable-diffusion-v2-768-v" if predicts_velocity else "stable-diffusion-v2-512"
+        return {768: "stable-diffusion-v1", 1024: second}.get(width, "stable-diffusion")
+
     def skeletons(self) -> dict[str, nn.Module]:
         """UNet and text encoders without weights, from their configurations: to see whether settings fit them."""
         unet = UNet2DConditionModel.load_config(self.path, subfolder="unet", revision=self.revision)

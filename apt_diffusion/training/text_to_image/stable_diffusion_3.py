@@ -57,6 +57,10 @@ class StableDiffusion3Base(StableDiffusionBase):
             raise ValueError(f"--resolution must be a multiple of {patch}, at most {most}, got {size}.")
         return size
 
+    def architecture(self) -> str:
+        """See `StableDiffusionBase`."""
+        return "stable-diffusion-3"
+
     def skeletons(self) -> dict[str, nn.Module]:
         """See `StableDiffusionBase`; without T5, which is never trained."""
         with torch.device("meta"):

@@ -37,6 +37,10 @@ class StableDiffusionXLBase(StableDiffusionBase):
                 f"its second text encoder gives {pooled.projection_dim}."
             )
 
+    def architecture(self) -> str:
+        """See `StableDiffusionBase`."""
+        return "stable-diffusion-xl-v1-base"
+
     def skeletons(self) -> dict[str, nn.Module]:
         """As for Stable Diffusion, with two text encoders."""
         second = self.text_config("text_encoder_2")

@@ -5,6 +5,7 @@ import importlib.util
 
 from ...baselines import get_method
 from ..methods import add_method_flags, settle_method_flags
+from ..model_card import LICENSE_HELP, license_id
 from .recipes import Recipe, recipe_help
 
 
@@ -180,6 +181,7 @@ def _output_flags(add) -> None:
         choices=["tensorboard", "wandb", "comet_ml", "all", "none"],
         help="Tracker for losses and metrics. tensorboard is skipped where it is not installed.",
     )
+    add("--license", type=license_id, help=LICENSE_HELP)
     add("--push_to_hub", action="store_true", help="Upload weights, results and card at the end.")
     add("--hub_token", help="Token for the hub; that of `hf auth login` if not set.")
     add("--hub_model_id", help="Repository on the hub; the name of --output_dir if not set.")

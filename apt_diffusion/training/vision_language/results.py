@@ -41,7 +41,13 @@ def write_results(session: Session, model: nn.Module, metrics: dict[str, float])
 
 
 def card(
-    session: Session, metrics: dict[str, float], plotted: list[str], summary: str, usage: str, tags: list[str]
+    session: Session,
+    metrics: dict[str, float],
+    plotted: list[str],
+    summary: str,
+    usage: str,
+    tags: list[str],
+    pipeline_tag: str | None = None,
 ) -> dict[str, Any]:
     """Arguments of the model card for `Session.finish`.
 
@@ -52,6 +58,7 @@ def card(
         summary: a sentence or two on what was trained.
         usage: Python that loads it, with `{base_model!r}` and `{place!r}`.
         tags: for the hub, in addition to the package's and the method's.
+        pipeline_tag: the hub's name of the task, if it has one.
     """
     args = session.args
     names = ("method", *get_method(args.method).defaults(), *CARD_SETTINGS)
@@ -62,6 +69,8 @@ def card(
         "usage": usage.format(base_model=base_in_code(args.model_name_or_path), place=session.place),
         "tags": [*tags, "apt-diffusion", args.method],
         "settings": chosen | {"seed": session.seed},
+        "license": args.license,
+        "pipeline_tag": pipeline_tag,
         "metrics": metrics,
         "metrics_plot": plot_metrics(session.output_dir, plotted) if session.is_main else None,
     }

@@ -50,6 +50,7 @@ from apt_diffusion.training.text_to_image.picture_sets import (
 from apt_diffusion.training.text_to_image.prompts import Prompts
 from apt_diffusion.training.text_to_image.rates import describe, parameter_groups
 from apt_diffusion.training.text_to_image.results import make_card, model_spec, trigger_prompts
+from apt_diffusion.training.text_to_image.sampling import choose_sampling
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
 from apt_diffusion.training.trackers import log_images
 
@@ -97,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
             args.pretrained_vae_model_name_or_path,
             args.max_sequence_length,
         )
+        choose_sampling(args, base, session.logger)
         args.resolution = base.check_resolution(args.resolution)
         framing = make_framing(args, base)
         if args.check_data:

@@ -241,8 +241,16 @@ def _sample_flags(add) -> None:
         "--keep_best", action="store_true", help="The adapter with the lowest loss on held-out pictures goes to best/."
     )
     add("--validation_images", nargs="+", help="Pictures to start the samples from (image to image).")
-    add("--num_inference_steps", type=positive_int, default=25, help="Denoising steps of all images drawn here.")
-    add("--guidance_scale", type=finite, default=7.5, help="Guidance of all images drawn here.")
+    add(
+        "--num_inference_steps",
+        type=positive_int,
+        help="Denoising steps of all images drawn here; 25 if not set, fewer for a distilled base (LCM, Turbo, ...).",
+    )
+    add(
+        "--guidance_scale",
+        type=finite,
+        help="Guidance of all images drawn here; 7.5 if not set, none for a distilled base.",
+    )
 
 
 def _output_flags(add) -> None:

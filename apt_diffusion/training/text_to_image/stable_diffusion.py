@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 from ... import StableDiffusionAPTImg2ImgPipeline, StableDiffusionAPTPipeline
 from ...miniature import resolve_model
 from .latents import LatentSpace
+from .sampling import GUIDANCE, guidance_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ class StableDiffusionBase:
     image_to_image_class: Any = StableDiffusionAPTImg2ImgPipeline
     tag = "stable-diffusion"
     ignored_by_pipeline: tuple[str, ...] = ("shift_factor", "latents_mean", "latents_std")  # settings of the VAE
+    guidance_width: int | None = None  # of the guidance as an input, which UNets of latent consistency models take
+    guidance: float = GUIDANCE  # that such a UNet is trained at
 
     def __init__(
         self, name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
@@ -82,6 +85,7 @@ class StableDiffusionBase:
         """The UNet's settings; `ValueError` where it is no text-to-image model of these latents."""
         unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
         self.native_resolution = unet["sample_size"] * self.stride
+        self.guidance_width = unet["time_cond_proj_dim"]
         self.has_class_embedding = unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None
         self.check_channels(name_or_path, "UNet", unet)
 
@@ -197,7 +201,11 @@ class StableDiffusionBase:
 
     def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """The UNet's other inputs next to latents and times; `time_ids` `(B, 6)` say how pictures were cut."""
-        return {"encoder_hidden_states": embeddings["prompt_embeds"].to(dtype)}
+        states = embeddings["prompt_embeds"].to(dtype)
+        if self.guidance_width is None:
+            return {"encoder_hidden_states": states}
+        guidance = guidance_embedding(self.guidance, self.guidance_width, states)
+        return {"encoder_hidden_states": states, "timestep_cond": guidance}
 
     def predict(
         self,

@@ -81,7 +81,7 @@ class Learner:
 def main(argv: list[str] | None = None) -> None:
     """Trains. After Ctrl-C or SIGTERM: `SystemExit` with 130 or 143, once a checkpoint is written."""
     args = parse_args(argv)
-    with Session.start(args, "train_apt_sd", argv) as session:
+    with Session.start(args, "train_apt_sd", argv, can_shard=True) as session:
         # 1. Whatever can be wrong shows before weights are loaded.
         sets = scan_picture_sets(args)
         if not args.check_data:
@@ -159,14 +159,14 @@ def main(argv: list[str] | None = None) -> None:
                 session.backward(training_loss(args, learner, batch))
             if session.checkpoint_due:
                 session.save_checkpoint(save)
-            if session.evaluation_due and session.is_main:
+            if session.evaluation_due and session.evaluates:
                 with session.averaged():
                     measure(session, learner, save)
                     if args.validation_prompt is not None:
                         draw_samples(session, learner)
 
         # 5. What the run leaves behind.
-        if session.is_main:
+        if session.evaluates:
             with session.averaged():
                 metrics = measure(session, learner, save)
                 samples = draw_samples(session, learner)
@@ -311,9 +311,10 @@ def measure(session: Session, learner: Learner, save: Callable[[Path], None]) ->
         return {}
     metrics = {VALIDATION_LOSS: validation_loss(session, learner)}
     session.log(metrics)
-    lowest = min(row[VALIDATION_LOSS] for row in read_log(session.output_dir / METRICS_NAME))
-    if session.args.keep_best and metrics[VALIDATION_LOSS] <= lowest:
-        save(session.output_dir / "best")
+    if session.args.keep_best and session.is_main:
+        lowest = min(row[VALIDATION_LOSS] for row in read_log(session.output_dir / METRICS_NAME))
+        if metrics[VALIDATION_LOSS] <= lowest:
+            save(session.output_dir / "best")
     return metrics
 
 
@@ -321,7 +322,7 @@ def measure(session: Session, learner: Learner, save: Callable[[Path], None]) ->
 def validation_loss(session: Session, learner: Learner) -> float:
     """The loss on held-out pictures, without dropout, always at the same timesteps and with the same noise."""
     args, held_out, size = session.args, learner.held_out, session.args.train_batch_size
-    # Only the main process measures, so the models must not look for the others.
+    # As a rule only the main process measures, so the models must not look for the others.
     unwrap = session.accelerator.unwrap_model
     text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
     alone = dataclasses.replace(learner, denoiser=unwrap(learner.denoiser), text_encoders=text_encoders)
@@ -351,7 +352,7 @@ def draw_samples(session: Session, learner: Learner) -> dict[Path, str]:
     start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
     seeds = [session.seed + index for index in range(len(start_images or range(args.num_validation_images)))]
     learner.train(False)
-    # Only the main process draws, so the models must not look for the others.
+    # As a rule only the main process draws, so the models must not look for the others.
     unwrap = session.accelerator.unwrap_model
     text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
     with torch.no_grad():
@@ -366,6 +367,8 @@ def draw_samples(session: Session, learner: Learner) -> dict[Path, str]:
         guidance_scale=args.guidance_scale,
     )
     learner.train()
+    if not session.is_main:
+        return []
     log_images(session.accelerator.trackers, "validation", images, prompt, step)
     labels = [f"seed {seed}" for seed in seeds]
     path = session.output_dir / "samples" / f"step-{step:06d}.png"

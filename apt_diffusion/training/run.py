@@ -1,15 +1,14 @@
-"""How every training run starts: its processes, its checkpoint, its seed."""
+"""How every training run starts: its processes and its checkpoint."""
 
 import argparse
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, is_tensorboard_available
+from accelerate.utils import ProjectConfiguration, is_tensorboard_available
 
 from .checkpoints import Checkpoint, find_checkpoint
 
@@ -52,16 +51,6 @@ def find_resumed(args: argparse.Namespace) -> Checkpoint | None:
     resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     logger.info("Resuming from %s.", resumed.folder if resumed else "nothing, as there is no checkpoint yet")
     return resumed
-
-
-def agree_on_seed(given: int | None, resumed: Checkpoint | None) -> int:
-    """The seed of all processes: the checkpoint's, else the one given, else a new one."""
-    if resumed:
-        seed = resumed.state["seed"]
-        if given not in (None, seed):
-            logger.warning("--seed %d is ignored: the run that is resumed has seed %d.", given, seed)
-        return seed
-    return broadcast_object_list([secrets.randbelow(2**32) if given is None else given])[0]
 
 
 def report_changes(args: argparse.Namespace, before: dict[str, Any]) -> None:

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.order import Purpose, micro_batches, random_at
+from ..data.order import micro_batches
 from ..io.public_names import placeholder
-from . import checkpoints, hub, provenance
+from . import checkpoints, hub, provenance, sharding
 from .average import Average, load_trained
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
@@ -45,7 +45,8 @@ from .loss_log import LOG_NAME, METRICS_NAME, LossLog, plot_losses, read_log
 from .model_card import write_model_card
 from .optimizer import Schedule, set_learning_rates, without_gradient
 from .progress import Progress
-from .run import agree_on_seed, find_resumed, make_accelerator, report_changes
+from .run import find_resumed, make_accelerator, report_changes
+from .seeds import agree_on_seed, seed_dropout
 
 SHOWN = 3  # names in a message
 
@@ -60,6 +61,7 @@ class Session:
         command: the command line, without secrets and paths of this machine.
         resumed: the checkpoint that the run continues, or `None`.
         seed: every random choice follows from it.
+        is_sharded: whether each process has a shard of the first model only.
         repo_id: where the results will be uploaded, or `None`.
         steps_done: optimizer steps so far, those before a resume included.
         steps_per_epoch: known after `plan`.
@@ -75,6 +77,7 @@ class Session:
         command: str,
         resumed: Checkpoint | None,
         seed: int,
+        is_sharded: bool = False,
     ) -> None:
         self.args = args
         self.script = script
@@ -83,6 +86,7 @@ class Session:
         self.command = command
         self.resumed = resumed
         self.seed = seed
+        self.is_sharded = is_sharded
         self.repo_id: str | None = None
         self.data: dict[str, Any] = {}
         self.first_step = resumed.step if resumed else 0
@@ -101,21 +105,25 @@ class Session:
         self._metrics_log: LossLog | None = None
 
     @classmethod
-    def start(cls, args: argparse.Namespace, script: str, argv: list[str] | None = None) -> "Session":
+    def start(
+        cls, args: argparse.Namespace, script: str, argv: list[str] | None = None, can_shard: bool = False
+    ) -> "Session":
         """Processes, logging, the checkpoint to resume from and the seed; nothing is written yet.
 
         Args:
             args: the script's flags.
             script: its name, as `train_apt_sd`.
             argv: its command line; `sys.argv` if `None`.
+            can_shard: whether all processes run the script's evaluations where `evaluates` says so.
 
         Raises:
-            ValueError: for a checkpoint that is not there, or not whole.
+            ValueError: for a checkpoint that is not there, or not whole; for shards that the script cannot have.
         """
         accelerator = make_accelerator(args, script)
+        is_sharded = sharding.configure(accelerator, script, can_shard)
         resumed = find_resumed(args)
         command = provenance.command_line(f"train/{script}.py", argv)
-        return cls(args, script, accelerator, command, resumed, agree_on_seed(args.seed, resumed))
+        return cls(args, script, accelerator, command, resumed, agree_on_seed(args.seed, resumed), is_sharded)
 
     @property
     def output_dir(self) -> Path:
@@ -136,6 +144,11 @@ class Session:
     def is_main(self) -> bool:
         """Whether this is the process that writes files."""
         return self.accelerator.is_main_process
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this process runs evaluations: the main one, or all, as each has a shard of the model."""
+        return self.is_main or self.is_sharded
 
     @property
     def examples_per_step(self) -> int:
@@ -210,7 +223,7 @@ class Session:
         """Makes all ready for the first step: the processes' wrappers, the checkpoint's state, logs, progress bar.
 
         Args:
-            models: all that a step runs, by a name of the script's choice.
+            models: all that a step runs, by a name of the script's choice. The first may be sharded.
             parameters: those that are trained, by name.
             optimizer: over them.
             schedule: the factor on all learning rates, from the number of steps done.
@@ -224,9 +237,14 @@ class Session:
             ValueError: where the checkpoint's optimizer had other parameters.
         """
         accelerator = self.accelerator
-        *prepared, self._optimizer = accelerator.prepare(*models.values(), optimizer)
-        wrapped = dict(zip(models, prepared, strict=True))
-        self._trained = [model for model in wrapped.values() if any(p.requires_grad for p in model.parameters())]
+        if self.is_sharded:
+            first, *others = models.values()
+            first, self._optimizer = sharding.shard(accelerator, first, optimizer)
+            wrapped, self._trained = dict(zip(models, (first, *others), strict=True)), [first]
+        else:
+            *prepared, self._optimizer = accelerator.prepare(*models.values(), optimizer)
+            wrapped = dict(zip(models, prepared, strict=True))
+            self._trained = [model for model in wrapped.values() if any(p.requires_grad for p in model.parameters())]
         self._parameters, self._schedule = parameters, schedule
         self._rates = {"lr": self.args.learning_rate} if rates is None else rates
         self._group_settings = copy.deepcopy(checkpoints.group_settings(optimizer))
@@ -291,6 +309,8 @@ class Session:
         with accelerator.accumulate(*self._trained):
             yield
             if accelerator.sync_gradients:
+                if self.is_sharded:
+                    sharding.average_gradients(self._parameters)
                 if self.steps_done == self.first_step:
                     self._warn_of_untrained()
                 if self.args.max_grad_norm is not None:
@@ -427,15 +447,3 @@ class Session:
         elif self._reading:
             # The other processes may wait for this one: it must not wait for them.
             self.logger.error("The run failed after step %d. Examples read last: %s.", self.steps_done, self._reading)
-
-
-def seed_dropout(accelerator: Accelerator, seed: int, micro_step: int) -> None:
-    """Torch's own generator serves dropout only; seeded by place, it needs no state in checkpoints.
-
-    Args:
-        accelerator: the run's; each process has a place of its own.
-        seed: the run's.
-        micro_step: batches that this process has seen.
-    """
-    place = micro_step * accelerator.num_processes + accelerator.process_index
-    torch.manual_seed(int(random_at(seed, place, Purpose.STEP).integers(2**63)))

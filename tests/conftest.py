@@ -190,13 +190,14 @@ def tiny_transformer_path(tmp_path_factory):
 @pytest.fixture
 def no_models(monkeypatch):
     """Loading any weights fails the test."""
+    from apt_diffusion.training.text_to_image.flow_transformer import FlowTransformerBase
     from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
     from apt_diffusion.training.text_to_image.stable_diffusion_3 import StableDiffusion3Base
 
     def fail(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    for base in (StableDiffusionBase, StableDiffusion3Base):
+    for base in (StableDiffusionBase, StableDiffusion3Base, FlowTransformerBase):
         for part in ("denoiser", "vae", "text_encoders", "text_encoder", "pipeline"):
             monkeypatch.setattr(base, part, fail)
 

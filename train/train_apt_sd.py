@@ -36,6 +36,7 @@ from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
 from apt_diffusion.training.text_to_image.data_record import record_data
+from apt_diffusion.training.text_to_image.kept_prompts import KeptPrompts
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
@@ -47,7 +48,7 @@ from apt_diffusion.training.text_to_image.picture_sets import (
     scan_picture_sets,
     used_class_pictures,
 )
-from apt_diffusion.training.text_to_image.prompts import Prompts
+from apt_diffusion.training.text_to_image.prompts import Prompts, make_prompts
 from apt_diffusion.training.text_to_image.rates import describe, parameter_groups
 from apt_diffusion.training.text_to_image.results import make_card, model_spec, trigger_prompts
 from apt_diffusion.training.text_to_image.sampling import choose_sampling
@@ -63,7 +64,7 @@ class Learner:
 
     base: StableDiffusionBase
     objective: Objective
-    prompts: Prompts
+    prompts: Prompts | KeptPrompts
     denoiser: nn.Module  # the UNet, or the transformer
     text_encoders: dict[str, nn.Module]  # none where their embeddings are kept
     vae: nn.Module | None  # `None` where its latents are kept
@@ -100,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         choose_sampling(args, base, session.logger)
         args.resolution = base.check_resolution(args.resolution)
+        base.configure(args)
         framing = make_framing(args, base)
         if args.check_data:
             return end_with_report(session, sets, framing, base)
@@ -175,14 +177,13 @@ def main(argv: list[str] | None = None) -> None:
             session.upload()
 
 
-def read_prompts(args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture]) -> Prompts:
+def read_prompts(
+    args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture]
+) -> Prompts | KeptPrompts:
     """All texts of the run as tokens; warns of those that are too long."""
     named = [(picture.path.name, picture.prompt) for picture in dict.fromkeys(pictures)]
     named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
-    return Prompts(
-        [*named, ("the samples' prompt", sample_prompt(args)), ("", "")],
-        base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
-    )  # fmt: skip
+    return make_prompts([*named, ("the samples' prompt", sample_prompt(args)), ("", "")], base, args)
 
 
 def end_with_report(session: Session, sets: PictureSets, framing: Framing, base: StableDiffusionBase) -> None:
@@ -206,7 +207,7 @@ def load(
     session: Session,
     base: StableDiffusionBase,
     objective: Objective,
-    prompts: Prompts,
+    prompts: Prompts | KeptPrompts,
     data: DreamBoothData,
     held_out: HeldOutData,
 ) -> Learner:
@@ -216,9 +217,8 @@ def load(
 
     text_encoders = {part: model.to(device) for part, model in base.text_encoders(dtype).items()}
     prompts.to(device)
-    if args.cache_text_embeddings:
-        prompts.keep_embeddings(text_encoders)
-        text_encoders = {}
+    if args.cache_text_embeddings or base.keeps_embeddings:
+        text_encoders = prompts.keep_embeddings(text_encoders, trained_parts(args, base))
 
     vae = base.vae().to(device)
     encode = functools.partial(base.latent_distribution, vae)
@@ -363,8 +363,7 @@ def draw_samples(session: Session, learner: Learner) -> dict[Path, str]:
         seeds,
         args.resolution,
         start_images,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
+        **learner.base.drawing_settings(args),
     )
     learner.train()
     if not session.is_main:

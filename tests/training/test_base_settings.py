@@ -256,11 +256,11 @@ def test_a_model_of_another_kind_is_refused_by_its_name(instance_dir, tmp_path, 
 
 
 def test_a_diffusion_transformer_is_refused_by_its_name(instance_dir, tmp_path, no_models):
-    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"flux is a FluxPipeline, whose denoiser is a diffusion transformer"):
-        train(tmp_path / "flux", instance_dir, tmp_path / "out")
+    index = {"_class_name": "ChromaPipeline", "transformer": ["diffusers", "ChromaTransformer2DModel"]}
+    (tmp_path / "chroma").mkdir()
+    (tmp_path / "chroma" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"chroma is a ChromaPipeline, whose denoiser is a diffusion transformer"):
+        train(tmp_path / "chroma", instance_dir, tmp_path / "out")
 
 
 def test_a_vae_that_does_not_say_its_scale_has_its_classs(altered):

@@ -213,6 +213,19 @@ def test_samples_are_what_the_pipeline_draws_with_the_adapter(go, tmp_path):
     assert min(np.abs(grid[y : y + 192 : 6, x : x + 192 : 6] - expected).max() for y, x in places) <= 1
 
 
+def test_samples_that_start_from_a_picture_are_as_large_as_the_training_squares():
+    base = open_base(MODEL, max_sequence_length=24)
+    config = base.transformer
+    texts = {
+        "prompt_embeds": torch.zeros(1, 101, config["joint_attention_dim"]),
+        "pooled_prompt_embeds": torch.zeros(1, config["pooled_projection_dim"]),
+    }
+    start = [Image.new("RGB", (40, 40), "red")]
+    settings = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    (image,) = base.draw(base.denoiser(torch.float32), (texts, texts), [0], 32, start, **settings)
+    assert image.size == (32, 32)
+
+
 def test_pictures_of_the_class_are_drawn_by_the_base(go, tmp_path):
     go(
         "out", with_prior_preservation=True, class_data_dir=tmp_path / "class", class_prompt="a circle",
@@ -239,8 +252,8 @@ def test_bases_that_cannot_be_trained_are_told_before_weights_load(go, altered_s
 
 
 def test_a_transformer_of_another_family_is_named(go, altered_sd3, no_models):
-    model = altered_sd3(lambda index, _: index.update(_class_name="FluxPipeline"))
-    with pytest.raises(ValueError, match=r"is a FluxPipeline, .* takes Stable Diffusion 1, 2, XL, 3"):
+    model = altered_sd3(lambda index, _: index.update(_class_name="AuraFlowPipeline"))
+    with pytest.raises(ValueError, match=r"is a AuraFlowPipeline, .* takes Stable Diffusion 1, 2, XL, 3"):
         go("out", model=model)
 
 

@@ -50,7 +50,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the trainer."""
     parser = argparse.ArgumentParser(
-        description="Teach a Stable Diffusion a subject from a few pictures, as an APT adapter.",
+        description="Teach Stable Diffusion or Flux a subject from a few pictures, as an APT adapter.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -79,8 +79,14 @@ def _model_flags(add) -> None:
     add(
         "--max_sequence_length",
         type=positive_int,
-        default=256,
-        help="Tokens that T5 reads (SD3); the default is that of the pipeline, 77 that of diffusers' trainer.",
+        help="Tokens that T5 or a language model reads; as its pipeline if not set: 256 for SD3, 512 for the others.",
+    )
+    add(
+        "--guidance_embedding",
+        type=not_negative,
+        default=3.5,
+        help="The guidance that a transformer is given in training, where it was distilled to take one (Flux). It is "
+        "--guidance_scale of diffusers' trainers; here that is the guidance of images that are drawn.",
     )
     add("--text_encoder_use_attention_mask", action="store_true", help="Hide padding from the text encoder.")
     add(
@@ -183,7 +189,7 @@ def _optimizer_flags(add) -> None:
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
         default=Weighting.scheme,
-        help="Of flow matching (SD3): which noise levels are drawn more often, or count more.",
+        help="Of flow matching (SD3, Flux): which noise levels are drawn more often, or count more.",
     )
     add("--logit_mean", type=finite, default=Weighting.logit_mean, help="Mean of logit_normal.")
     add("--logit_std", type=positive, default=Weighting.logit_std, help="Deviation of logit_normal.")
@@ -249,7 +255,8 @@ def _sample_flags(add) -> None:
     add(
         "--guidance_scale",
         type=finite,
-        help="Guidance of all images drawn here; 7.5 if not set, none for a distilled base.",
+        help="Guidance of all images drawn here. If not set: none for a distilled base, else 7.5, or what the "
+        "pipeline of Flux has.",
     )
 
 

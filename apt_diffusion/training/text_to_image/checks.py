@@ -12,6 +12,10 @@ from .stable_diffusion import StableDiffusionBase
 
 def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
     """The adapter must fit the model: `ValueError` where it does not, seen on configurations, without weights."""
+    if base.keeps_embeddings:
+        _check_kept_texts(args, base)
+    if args.validation_images and base.image_to_image_class is None:
+        raise ValueError(f"--validation_images: {base.family} starts from no picture in diffusers: leave it out.")
     if args.tokenizer_name is not None and len(base.text_parts) > 1:
         raise ValueError("--tokenizer_name names one tokenizer, but this model has several, which differ.")
     if base.has_class_embedding and args.class_labels_conditioning is None:
@@ -21,9 +25,35 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 
+def _check_kept_texts(args: argparse.Namespace, base: StableDiffusionBase) -> None:
+    """`ValueError` for flags that contradict texts which a language model reads once, before the first step."""
+    for flag in ("tokenizer_name", "tokenizer_max_length", "text_encoder_use_attention_mask"):
+        if getattr(args, flag):
+            raise ValueError(
+                f"--{flag}: texts of {base.family} are read as its pipeline reads them. Leave it out; "
+                "--max_sequence_length says how many tokens are read."
+            )
+    if args.train_text_encoder and not base.trained_text_parts:
+        raise ValueError(
+            f"--train_text_encoder: {base.family} has a language model in place of CLIP, and language models are not "
+            "trained here. Leave it out."
+        )
+    if changing_captions(args):
+        raise ValueError(
+            f"The language model of {base.family} reads each caption once, before its transformer is loaded, but with "
+            "shuffle_caption, caption_tag_dropout_rate or enable_wildcard each sample has a text of its own: leave "
+            "them out."
+        )
+    if not (args.cache_text_embeddings or args.train_text_encoder):
+        raise ValueError(
+            f"--no-cache_text_embeddings: the language model of {base.family} is freed before its transformer is "
+            "loaded. Leave it out."
+        )
+
+
 def trained_parts(args: argparse.Namespace, base: StableDiffusionBase) -> list[str]:
     """The parts that get an adapter, by the pipeline's names."""
-    of_text = base.trained_text_parts or base.text_parts
+    of_text = base.text_parts if base.trained_text_parts is None else base.trained_text_parts
     return [*([] if args.no_train_unet else [base.denoiser_part]), *(of_text if args.train_text_encoder else ())]
 
 
@@ -81,6 +111,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("logit_mean", scheme != "logit_normal", "needs --weighting_scheme logit_normal"),
         ("logit_std", scheme != "logit_normal", "needs --weighting_scheme logit_normal"),
         ("mode_scale", scheme != "mode", "needs --weighting_scheme mode"),
-        ("max_sequence_length", "text_encoder_3" not in base.text_parts, "is for the T5 of Stable Diffusion 3"),
+        ("max_sequence_length", base.max_sequence_length is None, "is for text encoders other than CLIP"),
+        ("guidance_embedding", not base.takes_guidance, "is for transformers that were distilled to take a guidance"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

@@ -47,10 +47,9 @@ def complete_class_pictures(
         for numbers in bar:
             images = base.pictures(
                 pipeline,
-                [args.class_prompt] * len(numbers),
+                prompt=[args.class_prompt] * len(numbers),
                 generator=[torch.Generator().manual_seed(seed * 2**20 + number) for number in numbers],
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
+                **base.class_picture_settings(args),
             )
             for number, image in zip(numbers, images, strict=True):
                 name = f"{number}-{hashlib.sha1(image.tobytes()).hexdigest()}.png"

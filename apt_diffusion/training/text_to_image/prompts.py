@@ -1,10 +1,30 @@
 """The prompts of a run as embeddings: computed once and kept, or anew in every step where text encoders learn."""
 
+import argparse
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ...data.text_length import warn_of_cut_texts
+from .flow_transformer import FlowTransformerBase
+from .kept_prompts import KeptPrompts
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
+
+
+def make_prompts(
+    prompts: list[tuple[str, str]], base: StableDiffusionBase, args: argparse.Namespace
+) -> "Prompts | KeptPrompts":
+    """The prompts of a run.
+
+    Args:
+        prompts: as for `Prompts`.
+        base: the base model.
+        args: the script's flags.
+    """
+    if isinstance(base, FlowTransformerBase):
+        return KeptPrompts(prompts, base)
+    return Prompts(prompts, base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
 
 
 class Prompts:
@@ -75,12 +95,15 @@ class Prompts:
         return self
 
     @torch.no_grad()
-    def keep_embeddings(self, text_encoders: dict[str, nn.Module]) -> None:
-        """Encodes all prompts, one by one so that none depends on the others: the text encoders can go."""
+    def keep_embeddings(
+        self, text_encoders: dict[str, nn.Module], trained: Sequence[str] = ()
+    ) -> dict[str, nn.Module]:
+        """Encodes all prompts, one by one so that none depends on the others; returns text encoders to keep: none."""
         for text_encoder in text_encoders.values():
             text_encoder.eval()
         each = [self._encode(torch.tensor([row]), text_encoders) for row in range(len(self.rows))]
         self.embeddings = {name: torch.cat([one[name] for one in each]) for name in each[0]}
+        return {}
 
     def __call__(self, prompts: list[str], text_encoders: dict[str, nn.Module]) -> Embeddings:
         """The kept embeddings, or those of `text_encoders`, which read each distinct prompt once."""

@@ -48,7 +48,7 @@ def make_card(
     chosen = {key: value for key, value in vars(args).items() if value != default(key)}
     return {
         "base_model": args.pretrained_model_name_or_path,
-        "summary": "An adapter for Stable Diffusion, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
+        "summary": f"An adapter for {base.family}, trained with Approximated Prompt Tuning (arXiv 2306.15706) on "
         f"{num_pictures} pictures for {session.steps_done} steps. Adapted: {' and '.join(adapted)}.",
         "usage": USAGE.format(
             pipeline=base.pipeline_class.__name__,

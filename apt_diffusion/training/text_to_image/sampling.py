@@ -36,7 +36,9 @@ class Sampling:
     distilled: str | None = None
 
 
-def sampling_of(name_or_path: str, scheduler: Any, guidance_width: int | None = None) -> Sampling:
+def sampling_of(
+    name_or_path: str, scheduler: Any, guidance_width: int | None = None, usual: float = GUIDANCE
+) -> Sampling:
     """What can be told from the scheduler, the UNet and the name of a base.
 
     Args:
@@ -44,6 +46,7 @@ def sampling_of(name_or_path: str, scheduler: Any, guidance_width: int | None = 
         scheduler: the base's own.
         guidance_width: `time_cond_proj_dim` of a UNet that takes the guidance as an input, as latent consistency
             models do (arXiv 2310.04378).
+        usual: guidance of the family's models that are not distilled.
     """
     kind = type(scheduler).__name__
     if guidance_width is not None:
@@ -51,7 +54,7 @@ def sampling_of(name_or_path: str, scheduler: Any, guidance_width: int | None = 
     if kind in ("LCMScheduler", "TCDScheduler"):
         return Sampling(4, 1.0, kind)
     if not NAMES.search(PurePath(name_or_path).name):
-        return Sampling()
+        return Sampling(guidance=usual)
     if kind.startswith("FlowMatch"):
         return Sampling(8, 1.0, "by its name")
     if kind.startswith("Euler") and scheduler.config.timestep_spacing == "trailing":
@@ -67,7 +70,9 @@ def choose_sampling(args: argparse.Namespace, base: Any, logger: logging.Logger)
         base: a `StableDiffusionBase`; it is told the guidance that its UNet is trained at.
         logger: of the run.
     """
-    chosen = sampling_of(args.pretrained_model_name_or_path, base.scheduler(), base.guidance_width)
+    chosen = sampling_of(
+        args.pretrained_model_name_or_path, base.scheduler(), base.guidance_width, base.default_guidance
+    )
     if args.num_inference_steps is None:
         args.num_inference_steps = chosen.steps
     if args.guidance_scale is None:

@@ -1,5 +1,6 @@
 """Stable Diffusion in the trainer: loading its components, encoding latents, and conditioning the UNet on prompts."""
 
+import argparse
 import logging
 from typing import Any
 
@@ -49,6 +50,8 @@ class StableDiffusionBase:
         vae: hub id or folder of another VAE, for the same latents.
     """
 
+    family = "Stable Diffusion"  # as people call it
+    vae_class: Any = AutoencoderKL
     denoiser_part = "unet"
     denoiser_class: Any = UNet2DConditionModel
     text_parts: tuple[str, ...] = ("text_encoder",)
@@ -60,6 +63,12 @@ class StableDiffusionBase:
     ignored_by_pipeline: tuple[str, ...] = ("shift_factor", "latents_mean", "latents_std")  # settings of the VAE
     guidance_width: int | None = None  # of the guidance as an input, which UNets of latent consistency models take
     guidance: float = GUIDANCE  # that such a UNet is trained at
+    max_sequence_length: int | None = None  # tokens that a text encoder beside CLIP reads; `None` where there is none
+    longest_sequence: int | None = None  # what its pipeline allows
+    keeps_embeddings = False  # whether prompts are encoded before the denoiser is loaded, whatever the flags say
+    takes_guidance = False  # whether the denoiser was distilled to be given the guidance
+    default_guidance = GUIDANCE  # of samples of a base that is not distilled
+    image_to_image_has_size = False  # whether that pipeline takes height and width, and else the model's own size
 
     def __init__(
         self, name_or_path: str, revision: str | None = None, variant: str | None = None, vae: str | None = None
@@ -69,10 +78,8 @@ class StableDiffusionBase:
         self.files = {"revision": revision, "variant": variant}
         self.other_vae = vae
         config_of = {"subfolder": "vae", "revision": revision} if vae is None else {}
-        vae_config = full_config(AutoencoderKL, vae or self.path, **config_of)
-        self.latent_channels = vae_config["latent_channels"]
-        self.latent_space = LatentSpace(vae_config)
-        self.stride = 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels per latent cell
+        vae_config = full_config(self.vae_class, vae or self.path, **config_of)
+        self.read_vae(vae_config)
         self.read_denoiser(name_or_path)
         self.unapplied = [name for name in self.ignored_by_pipeline if vae_config.get(name)]
         if self.unapplied:
@@ -80,6 +87,12 @@ class StableDiffusionBase:
                 "The VAE has %s. Training and its samples apply it; diffusers' %s ignores it, so pictures drawn with "
                 "that pipeline will differ.", " and ".join(self.unapplied), self.pipeline_class.__name__,
             )  # fmt: skip
+
+    def read_vae(self, config: dict[str, Any]) -> None:
+        """Channels, scale and size of the latents, from the VAE's settings."""
+        self.latent_channels = config["latent_channels"]
+        self.latent_space = LatentSpace(config)
+        self.stride = 2 ** (len(config["block_out_channels"]) - 1)  # pixels per latent cell
 
     def read_denoiser(self, name_or_path: str) -> None:
         """The UNet's settings; `ValueError` where it is no text-to-image model of these latents."""
@@ -97,6 +110,17 @@ class StableDiffusionBase:
                 f"{self.other_vae or 'its VAE'} makes: its {kind} has {config['in_channels']} input and "
                 f"{config['out_channels']} output channels."
             )
+
+    def configure(self, args: argparse.Namespace) -> None:
+        """Takes over the script's flags that only some families know; `ValueError` for a value that it cannot take."""
+
+    def drawing_settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Steps and guidance of images that the trainer draws, by the names that the pipeline gives them."""
+        return {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+
+    def class_picture_settings(self, args: argparse.Namespace) -> dict[str, Any]:
+        """What the stock pipeline is told beside the prompt when it draws pictures of the class."""
+        return self.drawing_settings(args)
 
     def check_resolution(self, resolution: int | None) -> int:
         """The size of the training squares; `ValueError` where the VAE cannot encode it whole."""
@@ -177,10 +201,10 @@ class StableDiffusionBase:
         model = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder", dtype=dtype, **self.files)
         return model.requires_grad_(False)
 
-    def vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    def vae(self, dtype: torch.dtype = torch.float32) -> Any:
         """The frozen VAE, or the other one."""
         place = {"subfolder": "vae", **self.files} if self.other_vae is None else {}
-        model = AutoencoderKL.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
+        model = self.vae_class.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
         return model.requires_grad_(False)
 
     def denoiser(self, dtype: torch.dtype) -> Any:
@@ -249,7 +273,7 @@ class StableDiffusionBase:
         return False
 
     @torch.no_grad()
-    def latent_distribution(self, vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    def latent_distribution(self, vae: Any, pixels: Tensor) -> Tensor:
         """Mean and standard deviation of the latents: `(B, 3, H, W) -> (B, 2, c, h, w)`."""
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         return self.latent_space.from_vae(posterior.mean, posterior.std)
@@ -269,6 +293,10 @@ class StableDiffusionBase:
         pixels = vae.decode(self.latent_space.to_vae(latents.float()), return_dict=False)[0]
         return pipeline.image_processor.postprocess(pixels)
 
+    def drawing_inputs(self, prompt: Embeddings, negative: Embeddings) -> dict[str, Any]:
+        """Embeddings of prompt and negative prompt, by the names that the pipeline gives them."""
+        return prompt | {f"negative_{name}": embedding for name, embedding in negative.items()}
+
     @torch.no_grad()
     def draw(
         self,
@@ -287,14 +315,20 @@ class StableDiffusionBase:
             seeds: of the starting noise, on the CPU.
             resolution: height and width.
             start_images: image to image instead, one image per seed.
-            settings: `num_inference_steps`, `guidance_scale`.
+            settings: of `drawing_settings`.
         """
         pipeline = self.drawing_pipeline(denoiser, start_images is not None)
         pipeline.set_progress_bar_config(disable=True)
-        prompt, negative = conditioning
-        embeddings = prompt | {f"negative_{name}": embedding for name, embedding in negative.items()}
-        embeddings = {name: embedding.to(denoiser.device, denoiser.dtype) for name, embedding in embeddings.items()}
-        size = {"height": resolution, "width": resolution} if start_images is None else {}
+        moved = [
+            {
+                name: tensor.to(denoiser.device, denoiser.dtype if tensor.is_floating_point() else None)
+                for name, tensor in embeddings.items()
+            }
+            for embeddings in conditioning
+        ]
+        embeddings = self.drawing_inputs(*moved)
+        takes_size = start_images is None or self.image_to_image_has_size
+        size = {"height": resolution, "width": resolution} if takes_size else {}
         images = []
         # Accelerate's wrapper answers in float32 whatever the weights are; the VAE takes that under autocast only.
         with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):

@@ -22,6 +22,7 @@ class StableDiffusion3Base(StableDiffusionBase):
         max_sequence_length: tokens that T5 reads.
     """
 
+    family = "Stable Diffusion 3"
     denoiser_part = "transformer"
     denoiser_class = SD3Transformer2DModel
     largest_default_resolution = 1024
@@ -30,7 +31,9 @@ class StableDiffusion3Base(StableDiffusionBase):
     tag = "stable-diffusion-3"
     ignored_by_pipeline = ("latents_mean", "latents_std")
     trained_text_parts = CLIPS
-    max_sequence_length = 256
+    max_sequence_length: int = 256
+    longest_sequence = 512
+    image_to_image_has_size = True
 
     def read_denoiser(self, name_or_path: str) -> None:
         """The transformer's and the text encoders' settings."""

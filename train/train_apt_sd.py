@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from apt_diffusion import save_apt_weights
+from apt_diffusion.convert.single_file import base_folder
 from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collate
 from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
@@ -92,8 +93,10 @@ def main(argv: list[str] | None = None) -> None:
             record_data(session, "subject", [*instance, *split], [scan.folder for scan in sets.subject])
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
+        with session.accelerator.local_main_process_first():  # a base in one file is converted once
+            path = base_folder(args.pretrained_model_name_or_path, args.base_config)
         base = open_base(
-            args.pretrained_model_name_or_path,
+            path,
             args.revision,
             args.variant,
             args.pretrained_vae_model_name_or_path,

@@ -48,7 +48,12 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("prompts", nargs="+", metavar="PROMPT", help="what to draw; each prompt has its own pictures")
-    add("--model", default="miniature", help="hub id or folder of a diffusers pipeline (default: the embedded model)")
+    add(
+        "--model",
+        default="miniature",
+        help="hub id or folder of a diffusers pipeline, or one file of a base (default: the embedded model)",
+    )
+    add("--base_config", metavar="PLACE", help="hub id or folder with the configuration of a base in one file")
     add("--revision", help="of a hub model")
     add("--variant", help="of the model's files, such as fp16")
     add(
@@ -138,13 +143,14 @@ def load_pipeline(args: argparse.Namespace, adapters: list[tuple[str, float]]) -
     import torch
 
     from .. import load_apt_weights, set_apt_adapters
+    from ..convert.single_file import base_folder
     from ..io.files import resolve_adapter_file
     from ..miniature import resolve_model
 
     files = [resolve_adapter_file(place) for place, _ in adapters]
     device = args.device or default_device()
     dtype = getattr(torch, args.dtype or ("float16" if device.startswith("cuda") else "float32"))
-    place = resolve_model(args.model)
+    place = resolve_model(base_folder(args.model, args.base_config))
     if args.negative_prompt is not None:
         index = diffusers.DiffusionPipeline.load_config(place, revision=args.revision)
         check_negative_prompt(getattr(diffusers, index["_class_name"], None))

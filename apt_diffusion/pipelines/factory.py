@@ -6,6 +6,7 @@ from typing import Any
 
 from .mixin import APTLoaderMixin
 from .modular import APTModularMixin
+from .single_file import SingleFileMixin
 
 # Words of diffusers' class names that say what a pipeline of a family does. "APT" stands between family and task:
 # diffusers still finds the family when it puts "ControlNet" or "PAG" into a name.
@@ -42,7 +43,10 @@ def _make(stock: type) -> type:
     members = {"__doc__": f"[`diffusers.{stock.__name__}`] with APT adapters; see [`APTLoaderMixin`]."}
     if stock.__module__.startswith("diffusers."):
         members["__module__"] = "apt_diffusion.pipelines"  # where the name is found again, also by pickle
-    return type(name, (APTModularMixin if _is_modular(stock) else _AutoPipelineFriend, stock), members)
+    mixins: tuple[type, ...] = (APTModularMixin if _is_modular(stock) else _AutoPipelineFriend,)
+    if hasattr(stock, "from_single_file"):
+        mixins = (SingleFileMixin, *mixins)
+    return type(name, (*mixins, stock), members)
 
 
 def _is_modular(pipeline_class: type) -> bool:

@@ -39,7 +39,12 @@ def build_parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     defaults = ServerSettings()
-    add("--model", default=defaults.model, help="an embedded model, a folder or a hub id (default: %(default)s)")
+    add(
+        "--model",
+        default=defaults.model,
+        help="an embedded model, a folder, a hub id or a file (default: %(default)s)",
+    )
+    add("--base_config", metavar="PLACE", help="hub id or folder with the configuration of a base in one file")
     add("--adapters", default=defaults.adapters, metavar="DIR", help="folder of adapters (default: %(default)s)")
     add("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
     add("--port", type=int, default=8000, help="default: %(default)s")
@@ -80,7 +85,7 @@ def settings_of(args: argparse.Namespace) -> ServerSettings:
         raise ValueError(f"--replicas must be at least 1, got {args.replicas}.")
     if not values["keys"] and not _is_loopback(args.host):
         raise ValueError(f"--host {args.host} lets other computers in: make keys for them and give --keys FILE.")
-    if Path(args.model).expanduser().is_dir():
+    if Path(args.model).expanduser().exists():
         values["model"] = str(Path(args.model).expanduser().resolve())
     return ServerSettings(**values)
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..convert.single_file import base_folder
 from ..miniature import TEXT_TO_IMAGE, resolve_model
 from ..serving.engine import Engine
 from ..serving.store import AdapterStore
@@ -46,7 +47,8 @@ def open_engine(settings: ServerSettings) -> Engine:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"There is no dtype {name!r}: take float32, float16 or bfloat16.")
-    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(resolve_model(settings.model), dtype=dtype)
+    place = resolve_model(base_folder(settings.model, settings.base_config))
+    pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(place, dtype=dtype)
     return Engine(
         pipeline.to(device),
         open_store(settings),

@@ -8,7 +8,8 @@ class ServerSettings:
     """Plain values only, so that a file for a cluster can hold them.
 
     Args:
-        model: an embedded model's name, a folder or a hub id.
+        model: an embedded model's name, a folder, a hub id, or one file of a base.
+        base_config: hub id or folder with the configuration of a base in one file.
         adapters: the folder of adapters.
         keys: file of API keys (`keys.py`); without one, everybody who reaches the port may do everything.
         device, dtype: of the model; `None`: cuda in half precision where there is one, else the CPU.
@@ -25,6 +26,7 @@ class ServerSettings:
     """
 
     model: str = "miniature-emoji"
+    base_config: str | None = None
     adapters: str = "adapters"
     keys: str | None = None
     device: str | None = None

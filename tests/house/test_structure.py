@@ -11,8 +11,9 @@ PACKAGE = ROOT / "apt_diffusion"
 METHOD = [
     "version", "config", "equation", "memo", "offloading", "adapter_names", "wrappers", "processor", "architectures",
     "hooks", "places", "heads", "block_weights", "model", "components", "calls", "api", "io.atomic",
-    "io.former", "io.names", "io.public_names", "io.files", "io.save", "io.hotswap", "io.load", "serving.store",
-    "pipelines.prompt_tags", "pipelines.mixin", "pipelines.modular", "pipelines.factory",
+    "io.former", "io.names", "io.public_names", "io.files", "io.save", "io.hotswap", "io.load", "io.single_file",
+    "convert.single_file", "serving.store", "pipelines.prompt_tags", "pipelines.mixin", "pipelines.modular",
+    "pipelines.single_file", "pipelines.factory",
 ]  # fmt: skip
 OUTSIDE = {"train", "app", "benchmarks", "tests", "examples", "tools"}
 

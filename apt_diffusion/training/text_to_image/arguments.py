@@ -14,6 +14,7 @@ from torch import nn
 
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
+from ...io.single_file import is_single_file
 from ..model_card import LICENSE_HELP, license_id
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
 from .data_arguments import check_data_flags, data_flags
@@ -67,7 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model_flags(add) -> None:
-    add("--pretrained_model_name_or_path", required=True, help="Hub id or folder of a base model, or 'miniature'.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Hub id or folder of a base model, a .safetensors or .ckpt file of a whole one, or 'miniature'.",
+    )
+    add(
+        "--base_config",
+        help="Hub id or folder in diffusers' layout with configuration and tokenizers for a base in one file; that of "
+        "the hub's usual model if not set.",
+    )
     add("--revision", help="Revision of the base model on the hub.")
     add("--variant", help="Variant of the base model's files, for example fp16.")
     add(
@@ -293,6 +303,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = build_parser().parse_args(argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     check_data_flags(args)
+    if args.variant is not None and is_single_file(args.pretrained_model_name_or_path):
+        raise ValueError("--variant is for folders and models of the hub; this base is one file: leave it out.")
     _check_prior(args)
     _check_text_encoder(args)
     _check_output(args)

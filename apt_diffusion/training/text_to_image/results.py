@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.captions import TRIGGER
+from ...io.single_file import is_single_file
 from ...version import __version__
 from ..model_card import base_in_code
 from ..session import Session
@@ -17,7 +18,7 @@ CARD_SETTINGS = ("num_prompts", "rank", "resolution", "train_batch_size", "max_t
 USAGE = """
 from apt_diffusion import {pipeline}
 
-pipe = {pipeline}.from_pretrained({base_model!r})
+pipe = {pipeline}.{load}({base_model!r})
 pipe.load_apt_weights({place!r})
 image = pipe({prompt!r}).images[0]
 """
@@ -52,6 +53,7 @@ def make_card(
         f"{num_pictures} pictures for {session.steps_done} steps. Adapted: {' and '.join(adapted)}.",
         "usage": USAGE.format(
             pipeline=base.pipeline_class.__name__,
+            load="from_single_file" if is_single_file(args.pretrained_model_name_or_path) else "from_pretrained",
             base_model=base_in_code(args.pretrained_model_name_or_path),
             place=session.place,
             prompt=args.validation_prompt or triggers[0],

@@ -33,6 +33,7 @@ from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args, weighting_of
+from apt_diffusion.training.text_to_image.base_precision import load_quantised
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
@@ -232,7 +233,10 @@ def load(
         vae = None
     del encode  # it holds the VAE
 
-    denoiser = base.denoiser(dtype).to(device)
+    if args.base_precision is None:
+        denoiser = base.denoiser(dtype).to(device)
+    else:
+        denoiser = load_quantised(base, args.base_precision, dtype).to(device)
     models = {base.denoiser_part: denoiser} | text_encoders
     adapted = {part: models[part] for part in trained_parts(args, base)}
     torch.manual_seed(session.seed)

@@ -8,8 +8,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from support.quantised import need, write_gguf
 from support.training_helpers import assert_same_adapter, losses
+
+from apt_diffusion.training.text_to_image.bases import open_base
 
 pytestmark = pytest.mark.slow
 
@@ -26,6 +30,7 @@ OPTIONS = {
     "rates": {"keys_lr_ratio": 0.3, "log_scale_lr_ratio": 3.0, "gate_lr_ratio": 2.0},
     "average": {"use_ema": True},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
+    "quantised base": {"base_precision": "unet.gguf"},
 }  # fmt: skip
 STEPS = 4
 
@@ -50,6 +55,14 @@ ROWS = covering(list(OPTIONS))
 
 
 @pytest.fixture(scope="module")
+def quantised_unet(tiny_sd_path, tmp_path_factory):
+    """The tiny base's UNet as a GGUF file, in the format that needs no library beyond the tests' own."""
+    need("gguf")
+    model = open_base(str(tiny_sd_path)).denoiser(torch.float32)
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "unet.gguf", model)
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Five pictures of several shapes with tags, three of them with masks."""
     folder = tmp_path_factory.mktemp("pictures")
@@ -71,12 +84,14 @@ def test_every_pair_of_options_occurs_in_all_ways():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join(row) or "none")
-def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, row, monkeypatch):
+def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quantised_unet, row, monkeypatch):
     import train_apt_sd
 
     flags = {"instance_data_dir": pictures, "max_train_steps": STEPS, "checkpointing_steps": 1, "train_batch_size": 2}
     for name in row:
         flags |= OPTIONS[name]
+    if "quantised base" in row:
+        flags["base_precision"] = quantised_unet
     if "class" in row:
         flags["class_data_dir"] = instance_dir
     straight = go("straight", **flags)

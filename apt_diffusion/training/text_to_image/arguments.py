@@ -17,6 +17,7 @@ from ...config import INITS, QUERY_SOURCES, STREAMS
 from ...io.single_file import is_single_file
 from ..model_card import LICENSE_HELP, license_id
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
+from .base_precision import base_precision, check_precision
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
 from .losses import LOSS_TYPES
@@ -292,6 +293,12 @@ def _hardware_flags(add) -> None:
         choices=["no", "fp16", "bf16"],
         help="Precision of the frozen weights and of the computation; accelerate's setting if not set.",
     )
+    add(
+        "--base_precision",
+        type=base_precision,
+        help="The frozen denoiser in 4 or 8 bits: nf4 (bitsandbytes), int8 or fp8 (torchao), or the path of a GGUF "
+        "file with its weights.",
+    )
     add("--gradient_checkpointing", action="store_true", help="Less memory, slower steps.")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on GPUs that have them.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention in the UNet.")
@@ -396,6 +403,8 @@ def _check_installed(args: argparse.Namespace) -> None:
     def missing(package: str) -> bool:
         return importlib.util.find_spec(package) is None
 
+    if args.base_precision is not None:
+        check_precision(args.base_precision)
     if args.enable_xformers_memory_efficient_attention and missing("xformers"):
         raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: `pip install xformers`.")
     if args.use_8bit_adam and missing("bitsandbytes"):

@@ -6,6 +6,7 @@ from ... import add_apt
 from ..idle_flags import Rule, shared_rules
 from ..optimizer_choice import takes
 from .arguments import apt_config
+from .base_precision import GGUF_SUFFIX, check_gguf
 from .data_arguments import changing_captions
 from .stable_diffusion import StableDiffusionBase
 
@@ -22,6 +23,8 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
         raise ValueError("The base's UNet takes class labels: give --class_labels_conditioning timesteps.")
     skeletons = base.skeletons()
     base.check_widths(skeletons)
+    if args.base_precision is not None and args.base_precision.endswith(GGUF_SUFFIX):
+        check_gguf(args.base_precision, skeletons[base.denoiser_part], args.pretrained_model_name_or_path)
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
 
 

@@ -207,9 +207,9 @@ class StableDiffusionBase:
         model = self.vae_class.from_pretrained(self.other_vae or self.path, dtype=dtype, **place)
         return model.requires_grad_(False)
 
-    def denoiser(self, dtype: torch.dtype) -> Any:
-        """The frozen UNet or transformer."""
-        place = {"subfolder": self.denoiser_part, **self.files}
+    def denoiser(self, dtype: torch.dtype, **settings: Any) -> Any:
+        """The frozen UNet or transformer; `settings` are more arguments of `from_pretrained`."""
+        place = {"subfolder": self.denoiser_part, **self.files, **settings}
         return self.denoiser_class.from_pretrained(self.path, dtype=dtype, **place).requires_grad_(False)
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusionPipeline:

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from PIL import Image
 from support.training_helpers import assert_same_adapter, losses, tensors, train
 from torch.nn.functional import unfold
@@ -54,8 +54,37 @@ def flux_texts(pipe, texts, **settings):
     return {"prompt_embeds": states, "pooled_prompt_embeds": pooled}
 
 
+def qwen_texts(pipe, texts, **settings):
+    states, mask = pipe.encode_prompt(texts, device="cpu", **settings)
+    return {"prompt_embeds": states, "prompt_embeds_mask": mask}
+
+
+def z_image_texts(pipe, texts, max_sequence_length):
+    """Padded as the trainer has them; the pipeline has lists."""
+    listed, _ = pipe.encode_prompt(texts, device="cpu", max_sequence_length=max_sequence_length)
+    mask = [torch.ones(len(states), dtype=torch.long) for states in listed]
+    together = {"prompt_embeds": listed, "prompt_embeds_mask": mask}
+    return {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in together.items()}
+
+
+def as_they_are(latents):
+    return latents
+
+
 FAMILIES = {
     "flux": Family("FluxAPTPipeline", flux_texts, squares, squares, {"guidance_scale": 3.5}, {"guidance_scale": 3.5}),
+    "z-image": Family(
+        "ZImageAPTPipeline", z_image_texts, as_they_are, as_they_are, {"guidance_scale": 0.0}, {"guidance_scale": 5.0}
+    ),
+    "qwen-image": Family(
+        "QwenImageAPTPipeline",
+        qwen_texts,
+        squares,
+        squares,
+        {"true_cfg_scale": 1.0},
+        {"true_cfg_scale": 4.0, "negative_prompt": ""},
+        length=256,
+    ),
 }
 each_family = pytest.mark.parametrize("kind", list(FAMILIES))
 
@@ -161,6 +190,19 @@ def test_predictions_are_those_of_the_pipeline(opened, kind):
     torch.testing.assert_close(family.stepped(found), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_the_guidance_of_training_is_that_of_the_flag(go, monkeypatch):
+    seen, forward = [], FluxTransformer2DModel.forward
+
+    def record(self, **inputs):
+        seen.append(inputs["guidance"].tolist())
+        return forward(self, **inputs)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", record)
+    go("flux", "given", max_train_steps=1, guidance_embedding=1.0)
+    go("flux", "default", max_train_steps=1)
+    assert seen == [[1.0, 1.0], [3.5, 3.5]]
+
+
 # Runs
 
 
@@ -236,6 +278,7 @@ def test_samples_may_start_from_a_picture(opened, kind):
     texts, nothing = embedded(base, ["a"]), embedded(base, [""])
     start = [Image.new("RGB", (40, 40), "red")]
     settings = {"num_inference_steps": 2} | FAMILIES[kind].guided
+    settings.pop("negative_prompt", None)  # whose embeddings are given
     (image,) = base.draw(pipe.transformer, (texts, nothing), [0], 16, start, **settings)
     assert image.size == (16, 16)
 
@@ -277,6 +320,21 @@ def test_text_encoders_of_another_model_are_told(go, changed, no_models, kind):
     setting = {"z-image": "cap_feat_dim"}.get(kind, "joint_attention_dim")
     with pytest.raises(ValueError, match=f"do not belong together: its transformer takes .*{setting}"):
         go(kind, "out", model=changed(kind, "transformer", **{setting: 64}))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "flux"])
+def test_language_models_are_never_trained(go, no_models, kind):
+    with pytest.raises(ValueError, match=r"--train_text_encoder: .* has a language model in place of CLIP"):
+        go(kind, "out", train_text_encoder=True)
+
+
+def test_texts_are_cut_where_the_template_leaves_no_room(go, no_models, opened, caplog):
+    with pytest.raises(ValueError, match=r"--max_sequence_length 8 has no room for prompts: Z-Image puts 8 tokens"):
+        go("z-image", "out", max_sequence_length=8)
+    base, _ = opened("z-image")
+    base.max_sequence_length = 8 + 10
+    KeptPrompts([("--instance_prompt", "a sks glyph")], base)
+    assert "--instance_prompt loses 'h'" in caplog.text and "than the 10 tokens that the model reads" in caplog.text
 
 
 def test_too_many_tokens_are_told(go, no_models):

@@ -52,7 +52,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def build_parser() -> argparse.ArgumentParser:
     """The flags of the trainer."""
     parser = argparse.ArgumentParser(
-        description="Teach Stable Diffusion or Flux a subject from a few pictures, as an APT adapter.",
+        description="Teach a text-to-image model a subject from a few pictures, as an APT adapter.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -200,7 +200,7 @@ def _optimizer_flags(add) -> None:
         "--weighting_scheme",
         choices=WEIGHTING_SCHEMES,
         default=Weighting.scheme,
-        help="Of flow matching (SD3, Flux): which noise levels are drawn more often, or count more.",
+        help="Of flow matching (all transformers): which noise levels are drawn more often, or count more.",
     )
     add("--logit_mean", type=finite, default=Weighting.logit_mean, help="Mean of logit_normal.")
     add("--logit_std", type=positive, default=Weighting.logit_std, help="Deviation of logit_normal.")
@@ -266,8 +266,8 @@ def _sample_flags(add) -> None:
     add(
         "--guidance_scale",
         type=finite,
-        help="Guidance of all images drawn here. If not set: none for a distilled base, else 7.5, or what the "
-        "pipeline of Flux has.",
+        help="Guidance of all images drawn here. If not set: none for a distilled base, else 7.5, or what "
+        "the pipelines of Flux, Qwen-Image and Z-Image have.",
     )
 
 

@@ -8,12 +8,18 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from ...miniature import resolve_model
 from .flow_transformer import FlowTransformerBase
 from .flux import FluxBase
+from .qwen_image import QwenImageBase
 from .stable_diffusion import StableDiffusionBase, load_config
 from .stable_diffusion_3 import StableDiffusion3Base
 from .stable_diffusion_xl import StableDiffusionXLBase
+from .z_image import ZImageBase
 
 # What stands before "Pipeline" in the names of text-to-image pipelines and of those that share their modules.
-FAMILIES: dict[str, type[FlowTransformerBase]] = {"Flux": FluxBase}
+FAMILIES: dict[str, type[FlowTransformerBase]] = {
+    "Flux": FluxBase,
+    "QwenImage": QwenImageBase,
+    "ZImage": ZImageBase,
+}
 SIBLINGS = re.compile(r"(APT)?(Img2Img|Inpaint)?Pipeline$")
 
 
@@ -51,7 +57,7 @@ def open_base(
     if "transformer" in pipeline and "unet" not in pipeline:
         raise ValueError(
             f"{name_or_path} is a {pipeline['_class_name']}, whose denoiser is a diffusion transformer: this trainer "
-            "takes Stable Diffusion 1, 2, XL, 3, 3.5 and Flux.1."
+            "takes Stable Diffusion 1, 2, XL, 3 and 3.5, Flux.1, Qwen-Image and Z-Image."
         )
     unet = load_config(UNet2DConditionModel, path, subfolder="unet", revision=revision)
     added = unet.get("addition_embed_type")

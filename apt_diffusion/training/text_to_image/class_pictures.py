@@ -49,7 +49,7 @@ def complete_class_pictures(
                 pipeline,
                 prompt=[args.class_prompt] * len(numbers),
                 generator=[torch.Generator().manual_seed(seed * 2**20 + number) for number in numbers],
-                **base.class_picture_settings(args),
+                **base.class_picture_settings(args, len(numbers)),
             )
             for number, image in zip(numbers, images, strict=True):
                 name = f"{number}-{hashlib.sha1(image.tobytes()).hexdigest()}.png"

@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from .stable_diffusion import Embeddings, StableDiffusionBase, full_config
 
+MASK = "prompt_embeds_mask"  # 1 where a text of several has a token
 SAMPLE_CELLS = 128  # sides of the latents that the pipelines draw by default
 
 
@@ -35,7 +36,7 @@ class FlowTransformerBase(StableDiffusionBase):
     image_to_image_class: Any = None
     image_to_image_has_size = True
     keeps_embeddings = True
-    ignored_by_pipeline = ("latents_mean", "latents_std")
+    ignored_by_pipeline: tuple[str, ...] = ("latents_mean", "latents_std")
     max_sequence_length: int = 512
     longest_sequence: int | None = 512
     sides = 2
@@ -151,10 +152,10 @@ class FlowTransformerBase(StableDiffusionBase):
         parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
         return self.stock_class.from_pretrained(self.path, dtype=dtype, **parts, **self.files)
 
-    def class_picture_settings(self, args: Any) -> dict[str, Any]:
+    def class_picture_settings(self, args: Any, count: int) -> dict[str, Any]:
         """As large as pictures are trained: the pipelines' own size is not read from the model."""
         size = {"height": args.resolution, "width": args.resolution, "max_sequence_length": self.max_sequence_length}
-        return super().class_picture_settings(args) | size
+        return super().class_picture_settings(args, count) | size
 
     @torch.no_grad()
     def latent_distribution(self, vae: Any, pixels: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...data.text_length import warn_of_cut_texts
-from .flow_transformer import FlowTransformerBase
+from .flow_transformer import MASK, FlowTransformerBase
 from .stable_diffusion import Embeddings
-
-MASK = "prompt_embeds_mask"
 
 
 class KeptPrompts:

@@ -118,8 +118,8 @@ class StableDiffusionBase:
         """Steps and guidance of images that the trainer draws, by the names that the pipeline gives them."""
         return {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
 
-    def class_picture_settings(self, args: argparse.Namespace) -> dict[str, Any]:
-        """What the stock pipeline is told beside the prompt when it draws pictures of the class."""
+    def class_picture_settings(self, args: argparse.Namespace, count: int) -> dict[str, Any]:
+        """What the stock pipeline is told beside the prompts when it draws so many pictures of the class."""
         return self.drawing_settings(args)
 
     def check_resolution(self, resolution: int | None) -> int:

@@ -39,6 +39,7 @@ from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_clas
 from apt_diffusion.training.checkpoints import find_checkpoint
 from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
+from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.clip_arguments import RECIPES, parse_args
 from apt_diffusion.training.vision_language.method import attach, set_training_mode, trained_source
@@ -71,10 +72,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     check_sources(args)
     data = load(args)
     if len(args.seeds) == 1:
-        return run_seed(args, argv, data, args.seeds[0])
+        return run_seed(args, data, args.seeds[0])
     metrics = {}
     for seed in args.seeds:
-        metrics[seed] = run_seed(args, argv, data, seed)
+        metrics[seed] = run_seed(args, data, seed)
         AcceleratorState._reset_state(reset_partial_state=True)  # the end of a run closed the process group
     return summarise(args, metrics)
 
@@ -97,7 +98,7 @@ def check_sources(args: argparse.Namespace) -> None:
             find_checkpoint(own.output_dir, own.resume_from_checkpoint)
 
 
-def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
+def of_seed(args: RunArguments, seed: int) -> RunArguments:
     """The flags of one seed: of several, each has a folder of its own, in --output_dir and in --adapter."""
     own = copy.copy(args)
     own.seed = seed
@@ -105,13 +106,14 @@ def of_seed(args: argparse.Namespace, seed: int) -> argparse.Namespace:
         own.output_dir = str(Path(args.output_dir, f"seed-{seed}"))
     if args.adapter is not None and Path(args.adapter, f"seed-{seed}").is_dir():
         own.adapter = str(Path(args.adapter, f"seed-{seed}"))
+        own.given = args.given | {"adapter": own.adapter}
     return own
 
 
-def run_seed(all_args: argparse.Namespace, argv: list[str] | None, data: Labelled, seed: int) -> dict[str, float]:
+def run_seed(all_args: RunArguments, data: Labelled, seed: int) -> dict[str, float]:
     """Trains and evaluates, or only evaluates, with one seed."""
     args = of_seed(all_args, seed)
-    with Session.start(args, "train_apt_clip", argv) as session:
+    with Session.start(args, "train_apt_clip") as session:
         base = find_base(args, {"clip": RECIPES[args.protocol]}, session.accelerator.num_processes)
         shots = few_shot(data, args.num_shots, session.seed)
         groups = {name: class_group(shots, name) for name in GROUPS[args.protocol]}

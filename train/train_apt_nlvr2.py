@@ -27,7 +27,9 @@ from apt_diffusion.data.nlvr2 import (
     nlvr2_accuracy,
 )
 from apt_diffusion.models.meter import MeterForImagesAndTextClassification
+from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import trained_parameters
+from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import HelpFormatter, add_shared_flags, check_shared
 from apt_diffusion.training.vision_language.inputs import make_inputs
@@ -73,7 +75,7 @@ print("true" if model(**inputs, **pictures).logits.argmax() else "false")
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> RunArguments:
     """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
@@ -89,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"Put {OFFICIAL_PROMPT!r} before every sentence, as APT's released code for ViLT does. It costs 7 of 40 "
         "tokens; ViLT's and METER's own code do not have it.",
     )
-    args = parser.parse_args(argv)
+    args = run_config.parse_args(parser, argv)
     if (args.data_dir is None) == (args.dataset_name is None):
         parser.error("give --data_dir or --dataset_name")
     check_shared(args)
@@ -99,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and evaluates, or only evaluates. Returns the metrics."""
     args = parse_args(argv)
-    with Session.start(args, "train_apt_nlvr2", argv) as session:
+    with Session.start(args, "train_apt_nlvr2") as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
 
         prompt = OFFICIAL_PROMPT if args.official_prompt else ""

@@ -42,7 +42,9 @@ from apt_diffusion.models.retrieval import (
     load_matching_head,
     recall,
 )
+from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import trained_parameters
+from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
     HelpFormatter,
@@ -89,7 +91,7 @@ print(model(**inputs).logits)  # how well they fit: to be compared with other pi
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> RunArguments:
     """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
@@ -146,7 +148,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"As the released code for ViLT does: put {OFFICIAL_PROMPT!r} before every caption but the false ones of "
         "training. The true one can then be told by it: training looks better than it is.",
     )
-    args = parser.parse_args(argv)
+    args = run_config.parse_args(parser, argv)
     if (args.data_dir is None) == (args.dataset_name is None):
         parser.error("give --data_dir or --dataset_name")
     if args.official_matching_loss:
@@ -162,7 +164,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and evaluates, or only evaluates. Returns the metrics."""
     args = parse_args(argv)
-    with Session.start(args, "train_apt_retrieval", argv) as session:
+    with Session.start(args, "train_apt_retrieval") as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
         matching_head = find_matching_head(args, base)
 

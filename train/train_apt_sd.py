@@ -84,7 +84,7 @@ class Learner:
 def main(argv: list[str] | None = None) -> None:
     """Trains. After Ctrl-C or SIGTERM: `SystemExit` with 130 or 143, once a checkpoint is written."""
     args = parse_args(argv)
-    with Session.start(args, "train_apt_sd", argv, can_shard=True) as session:
+    with Session.start(args, "train_apt_sd", can_shard=True) as session:
         # 1. Whatever can be wrong shows before weights are loaded.
         sets = scan_picture_sets(args)
         if not args.check_data:

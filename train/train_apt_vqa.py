@@ -31,8 +31,10 @@ from apt_diffusion.data.vqa_answers import (
     vqa_accuracy,
 )
 from apt_diffusion.models.meter import MeterForQuestionAnswering
+from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import answers_of, tensor_shapes, trained_parameters
 from apt_diffusion.training.metrics import write_json
+from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
     HelpFormatter,
@@ -81,7 +83,7 @@ print(answers[model(**inputs).logits.argmax()])
 """
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> RunArguments:
     """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpFormatter)
     add_shared_flags(parser, RECIPES)
@@ -109,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"Put {OFFICIAL_PROMPT!r} before every question, as APT's released code for ViLT does. It costs 7 of 40 "
         "tokens; ViLT's and METER's own code do not have it.",
     )
-    args = parser.parse_args(argv)
+    args = run_config.parse_args(parser, argv)
     if (args.data_dir is None) == (args.dataset_name is None):
         parser.error("give --data_dir or --dataset_name")
     if args.new_vocabulary and (args.adapter or args.eval_only):
@@ -121,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Trains and evaluates, or only evaluates. Returns the metrics."""
     args = parse_args(argv)
-    with Session.start(args, "train_apt_vqa", argv) as session:
+    with Session.start(args, "train_apt_vqa") as session:
         base = find_base(args, RECIPES, session.accelerator.num_processes)
 
         evaluated = ["val", *args.predict_splits]

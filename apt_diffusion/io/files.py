@@ -167,6 +167,19 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return f"0x{hashlib.sha256(memoryview(content)[8 + int.from_bytes(content[:8], 'little') :]).hexdigest()}"
 
 
+def _sort_header(file: Path) -> None:
+    """Puts the header's strings in order: safetensors' own changes from file to file, and no two would be equal."""
+    with file.open("r+b") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = json.loads(content.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        # As safetensors writes it, so that it is as long as before.
+        written = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(written) <= length:
+            content.seek(8)
+            content.write(written.ljust(length))
+
+
 def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> Path:
     """Writes to a temporary name in the same folder and renames: the file is whole or not there."""
     from safetensors import SafetensorError
@@ -183,6 +196,7 @@ def write_safetensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str
     try:
         with replacing(file) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            _sort_header(temporary)
     except SafetensorError as error:
         raise OSError(f"{file} could not be written: {error}") from error
     return file

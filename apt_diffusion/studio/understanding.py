@@ -18,6 +18,7 @@ from ..api import remove_apt, set_apt_scale
 from ..data.text_length import kept_and_lost
 from ..io.load import load_apt_weights
 from ..miniature import resolve_model
+from ..training.run_config import local_path
 from .gates import Record, mean_map, overlay, recorded_gates, stretched
 from .library import Adapter
 from .turns import Turns, Who
@@ -105,7 +106,7 @@ class Reader:
         if adapter is not None and adapter.kind != "clip":
             raise ValueError(f"{adapter.name} is not for CLIP.")
         with self.turns.turn(who, COST), torch.no_grad():
-            base = EMBEDDED_CLIP if adapter is None else adapter.metadata.get("base_model", EMBEDDED_CLIP)
+            base = EMBEDDED_CLIP if adapter is None else _base_of(adapter, EMBEDDED_CLIP)
             model, processor = self._clip(base)
             without = self._class_probabilities(model, processor, picture, labels, shots)
             if adapter is None:
@@ -127,7 +128,7 @@ class Reader:
         """Attaches an adapter and takes it off again; `ValueError` where it does not fit its model."""
         with self.turns.turn(who, COST):
             if adapter.kind == "clip":
-                model, _ = self._clip(adapter.metadata.get("base_model", EMBEDDED_CLIP))
+                model, _ = self._clip(_base_of(adapter, EMBEDDED_CLIP))
             else:
                 model, _ = self._question_answerer(adapter, len(_answers(adapter)))
             try:
@@ -160,7 +161,7 @@ class Reader:
         return dict(zip(labels, logits[0].softmax(-1).tolist(), strict=True))
 
     def _question_answerer(self, adapter: Adapter, num_answers: int) -> tuple[nn.Module, Any]:
-        base = resolve_model(adapter.metadata.get("base_model", f"miniature-{adapter.kind}"))
+        base = resolve_model(_base_of(adapter, f"miniature-{adapter.kind}"))
 
         def load() -> nn.Module:
             from transformers import ViltForQuestionAnswering
@@ -211,6 +212,11 @@ def _said_of(base: str) -> Iterator[None]:
             f"The base model of this adapter, “{name}”, cannot be loaded: it is not on the server, or the hub cannot "
             "be reached. Choose another adapter, or ask whoever runs this studio."
         ) from error
+
+
+def _base_of(adapter: Adapter, default: str) -> str:
+    """The base model that the file names; its folder where the adapter was trained on this machine."""
+    return local_path(adapter.file.parent, adapter.metadata.get("base_model", default))
 
 
 def _answers(adapter: Adapter) -> list[str]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-UPLOADED = ["*.safetensors", "README.md", "samples/*.png", "loss.png", "losses.jsonl"]
+UPLOADED = ["*.safetensors", "README.md", "samples/*.png", "loss.png", "losses.jsonl", "config.toml"]
 UPLOADED += ["results.json", "answers.json", "metrics.png", "metrics.jsonl"]
 
 

@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import platform
 import shlex
-import sys
 from typing import Any
 
 from ..io.public_names import public_name, public_value
@@ -14,30 +13,9 @@ SECRETS = ("hub_token",)
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "pillow")
 
 
-def command_line(script: str, argv: list[str] | None) -> str:
-    """The command as a shell takes it, to be shared.
-
-    The value of a secret becomes `***`, a local path the name at its end, the script's path that of a checkout.
-    """
-    words = sys.argv[1:] if argv is None else argv
-    public = []
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        # argparse takes any unambiguous beginning of a flag's name.
-        if equals and _is_secret(flag):
-            word = f"{flag}=***"
-        elif equals and flag.startswith("--"):
-            word = f"{flag}={public_name(value)}"
-        elif index and "=" not in words[index - 1] and _is_secret(words[index - 1]):
-            word = "***"
-        else:
-            word = public_name(word)
-        public.append(word)
-    return shlex.join([*shown(script), *public]).replace("'***'", "***")
-
-
-def _is_secret(flag: str) -> bool:
-    return len(flag) > 6 and any(f"--{name}".startswith(flag) for name in SECRETS)
+def command_line(script: str, words: list[str]) -> str:
+    """The command as a shell takes it, to be shared; the script's path is that of a checkout."""
+    return shlex.join([*shown(script), *words])
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """One training run: what is the same for every trainer, so that a script holds nothing but its own story.
 
-    with Session.start(args, "train_apt_x", argv) as session:
+    with Session.start(args, "train_apt_x") as session:
         ...                                            # checks, models, data: all in the script
         session.plan(epoch_length=len(examples))
         network = session.prepare(network, parameters, optimizer, schedule)
@@ -17,7 +17,6 @@ The session owns seeds, accumulation, clipping, learning rates, logs, progress, 
 the agreement of several processes.
 """
 
-import argparse
 import contextlib
 import copy
 import logging
@@ -46,6 +45,7 @@ from .model_card import write_model_card
 from .optimizer import Schedule, set_learning_rates, without_gradient
 from .progress import Progress
 from .run import find_resumed, make_accelerator, report_changes
+from .run_config import RunArguments, command_words, write_config
 from .seeds import agree_on_seed, seed_dropout
 
 SHOWN = 3  # names in a message
@@ -58,7 +58,7 @@ class Session:
         args: the script's flags. `max_train_steps` is filled in by `plan`.
         accelerator: accelerate's.
         logger: of the script's name.
-        command: the command line, without secrets and paths of this machine.
+        command: a command line that makes the same run, without secrets and paths of this machine.
         resumed: the checkpoint that the run continues, or `None`.
         seed: every random choice follows from it.
         is_sharded: whether each process has a shard of the first model only.
@@ -71,10 +71,9 @@ class Session:
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        args: RunArguments,
         script: str,
         accelerator: Accelerator,
-        command: str,
         resumed: Checkpoint | None,
         seed: int,
         is_sharded: bool = False,
@@ -83,7 +82,7 @@ class Session:
         self.script = script
         self.accelerator = accelerator
         self.logger = logging.getLogger(script)
-        self.command = command
+        self.command = provenance.command_line(f"train/{script}.py", command_words(args, seed))
         self.resumed = resumed
         self.seed = seed
         self.is_sharded = is_sharded
@@ -105,15 +104,12 @@ class Session:
         self._metrics_log: LossLog | None = None
 
     @classmethod
-    def start(
-        cls, args: argparse.Namespace, script: str, argv: list[str] | None = None, can_shard: bool = False
-    ) -> "Session":
+    def start(cls, args: RunArguments, script: str, can_shard: bool = False) -> "Session":
         """Processes, logging, the checkpoint to resume from and the seed; nothing is written yet.
 
         Args:
-            args: the script's flags.
+            args: the script's flags, of `run_config.parse_args`; their seed is filled in.
             script: its name, as `train_apt_sd`.
-            argv: its command line; `sys.argv` if `None`.
             can_shard: whether all processes run the script's evaluations where `evaluates` says so.
 
         Raises:
@@ -122,8 +118,8 @@ class Session:
         accelerator = make_accelerator(args, script)
         is_sharded = sharding.configure(accelerator, script, can_shard)
         resumed = find_resumed(args)
-        command = provenance.command_line(f"train/{script}.py", argv)
-        return cls(args, script, accelerator, command, resumed, agree_on_seed(args.seed, resumed), is_sharded)
+        args.seed = agree_on_seed(args.seed, resumed)
+        return cls(args, script, accelerator, resumed, args.seed, is_sharded)
 
     @property
     def output_dir(self) -> Path:
@@ -157,12 +153,13 @@ class Session:
         return args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
 
     def open_output(self) -> None:
-        """Makes the output folder, and the hub's repository: call it after all cheap checks, before expensive work."""
+        """Makes the output folder with its `config.toml`, and the hub's repository: after all cheap checks."""
         if self.resumed:
             report_changes(self.args, self.resumed.state["settings"])
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_unfinished(self.output_dir)
+            write_config(self.args, self.seed, self.command)
             if self.args.push_to_hub:
                 name = self.args.hub_model_id or self.output_dir.resolve().name
                 self.repo_id = hub.create_repository(name, self.args.hub_token)

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from apt_diffusion import APTConfig, add_apt, load_apt_weights, save_apt_weights, set_apt_adapters
 from apt_diffusion.data.processors import load_processor
-from apt_diffusion.io.files import read_adapter_file, write_safetensors
+from apt_diffusion.io.files import WEIGHTS_NAME, read_adapter_file, write_safetensors
 from apt_diffusion.miniature import vision_language
 from apt_diffusion.studio.gates import mean_map, overlay, recorded_gates
 from apt_diffusion.studio.generation import Order, Painter
@@ -207,6 +207,16 @@ def test_a_base_model_that_is_not_there_is_said_in_words(library, photo, tmp_pat
     with pytest.raises(ValueError, match="“my-model”, cannot be loaded") as error:
         Reader().ask(photo, "red?", adapter) if kind == "vilt" else Reader().classify(photo, LABELS, adapter=adapter)
     assert str(tmp_path) not in str(error.value)
+
+
+def test_a_base_in_a_folder_is_found_where_the_adapter_was_trained(library, models, photo, tmp_path):
+    other = Library(tmp_path / "adapters")
+    file = read_adapter_file(library.get(ANNA, "public/clip", "clip").file)
+    write_safetensors(file.tensors, other.folder / "own" / WEIGHTS_NAME, file.metadata | {"base_model": "clip"})
+    (other.folder / "own" / "config.local.toml").write_text(f"model_name_or_path = '{models / 'clip'}'\n")
+    found = Reader().classify(photo, LABELS, adapter=other.get(ANNA, "public/own", "clip"))
+    expected = Reader().classify(photo, LABELS, adapter=library.get(ANNA, "public/clip", "clip"))
+    assert found.with_adapter == expected.with_adapter
 
 
 # Classes

@@ -74,7 +74,8 @@ def test_the_card_log_and_header_explain_the_adapter(go, tiny_sd_path):
 
     out = go(num_validation_images=1, num_inference_steps=1, rank=2)
     assert sorted(path.name for path in out.iterdir()) == [
-        "README.md", "checkpoint-2", "loss.png", "losses.jsonl", WEIGHTS, "samples",
+        "README.md", "checkpoint-2", "config.local.toml", "config.toml", "loss.png", "losses.jsonl", WEIGHTS,
+        "samples",
     ]  # fmt: skip
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict()["instance_prompt"] == "a sks glyph" and card.data.license is None

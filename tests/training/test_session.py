@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from apt_diffusion.training.loss_log import LOG_NAME, METRICS_NAME, read_log
+from apt_diffusion.training.run_config import parse_args
 from apt_diffusion.training.session import Session
 
 
@@ -45,13 +46,17 @@ def flags(folder, **changes):
         "hub_token": None, "dataloader_num_workers": 0, "checkpointing_steps": 100, "checkpoints_total_limit": None,
         "learning_rate": 0.1, "max_grad_norm": None,
     }  # fmt: skip
-    return argparse.Namespace(**(values | changes))
+    parser = argparse.ArgumentParser()
+    for name, value in (values | changes).items():
+        parser.add_argument(f"--{name}", default=value)
+    parser.add_argument("--config")
+    return parse_args(parser, [])
 
 
 def begin(folder, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return Session.start(flags(folder, **changes), "train_apt_line", [])
+    return Session.start(flags(folder, **changes), "train_apt_line")
 
 
 def prepare(session, model, optimizer_class=torch.optim.SGD):

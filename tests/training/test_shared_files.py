@@ -11,7 +11,6 @@ from support.vl_helpers import train as train_vl
 
 from apt_diffusion import StableDiffusionAPTPipeline, add_apt, save_apt_weights
 from apt_diffusion.io.public_names import is_local, placeholder, public_name, public_value
-from apt_diffusion.training import provenance
 
 
 @pytest.fixture
@@ -70,9 +69,11 @@ def test_a_run_of_stable_diffusion(tiny_sd_path, instance_dir, home, uploaded, p
         pretrained_vae_model_name_or_path=base / "vae", max_train_steps=1,
     )  # fmt: skip
     assert not push or len({path.suffix for path in uploaded}) >= 4
-    kept_here = ("training_state.json", ".local.toml")  # of checkpoints, which stay; and paths to run it again
+    kept_here = ("training_state.json", ".local.toml")  # of checkpoints; and to make the run again on this machine
     files = uploaded or [path for path in out.rglob("*") if path.is_file() and not path.name.endswith(kept_here)]
-    assert {"README.md", "pytorch_apt_weights.safetensors", "losses.jsonl"} <= {path.name for path in files}
+    names = {path.name for path in files}
+    assert {"README.md", "pytorch_apt_weights.safetensors", "losses.jsonl", "config.toml"} <= names
+    assert "config.local.toml" not in names
     assert_says_nothing_of(machine(home, tiny_sd_path, instance_dir), files)
     said = header(out)
     assert said["base_model"] == "tiny"
@@ -92,7 +93,7 @@ def test_a_run_of_a_vision_language_model(tiny_vl, vqa_dir, home, uploaded, meth
         "vqa", tiny_vl["vilt"], vqa_dir, home / "runs" / "vqa", min_answer_count=3, method=method, push_to_hub=True
     )
     names = {path.name for path in uploaded}
-    assert {"README.md", "results.json", "answers.json", "losses.jsonl", "metrics.jsonl"} <= names
+    assert {"README.md", "results.json", "answers.json", "losses.jsonl", "metrics.jsonl", "config.toml"} <= names
     assert_says_nothing_of(machine(home, tiny_vl["vilt"], vqa_dir), uploaded)
     found = json.loads((out / "results.json").read_text())
     assert found["base_model"] == tiny_vl["vilt"].name and found["settings"]["data_dir"] == vqa_dir.name
@@ -129,9 +130,3 @@ def test_names_in_place_of_paths(tmp_path, monkeypatch):
         assert is_local(value) or name == value or "=" in value
     assert public_value([str(tmp_path / "a.png"), 3]) == ["a.png", 3] and public_value(True) is True
     assert placeholder("pictures") == "path/to/pictures" and placeholder("me/sd") == "me/sd"
-
-
-def test_a_command_line_without_paths(tmp_path):
-    words = ["--data_dir", str(tmp_path / "vqa"), f"--output_dir={tmp_path}/o", "--p", "a cat", "--hub_token", "t"]
-    command = provenance.command_line("train/train_apt_vqa.py", words)
-    assert command == "train/train_apt_vqa.py --data_dir vqa --output_dir=o --p 'a cat' --hub_token ***"

@@ -176,7 +176,9 @@ def test_a_signal_saves_a_checkpoint_and_leaves(go, number, code, monkeypatch):
             go("parts", **flags)
     parts = straight.parent / "parts"
     assert leave.value.code == code and len(calls) == 6
-    assert sorted(path.name for path in parts.iterdir()) == ["checkpoint-3", "losses.jsonl"]
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "checkpoint-3", "config.local.toml", "config.toml", "losses.jsonl",
+    ]  # fmt: skip
     go("parts", resume_from_checkpoint="latest", **flags)
     assert_same_adapter(straight, parts)
     assert losses(straight) == losses(parts)

@@ -159,7 +159,7 @@ def test_vilts_dropout_stands_where_the_official_code_has_it(tiny_vl, vqa_dir, t
     args = train_apt_vqa.parse_args([*map(str, flags), "--hidden_dropout_prob", "0.5", "--report_to", "none"])
     base = find_base(args, train_apt_vqa.RECIPES, num_processes=1)
     model = load_model(args, base, 0, train_apt_vqa.MODELS["vilt"], num_labels=3)
-    with Session.start(args, "train_apt_vqa", []) as session:
+    with Session.start(args, "train_apt_vqa") as session:
         attach(session, model)
     set_training_mode(model)
     torch.manual_seed(0)

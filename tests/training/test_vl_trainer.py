@@ -310,7 +310,7 @@ def test_rates_and_weight_decay_by_name(tiny_vl, vqa_dir, tmp_path):
 
     args, base = settled("vqa", tiny_vl["meter"], vqa_dir, tmp_path, learning_rate=1.0)
     model = load_model(args, base, 0, MODELS["meter"], num_labels=3)
-    with Session.start(args, "train_apt_vqa", []) as session:
+    with Session.start(args, "train_apt_vqa") as session:
         attach(session, model)
     parameters = trained_parameters(model)
     names = {id(parameter): name for name, parameter in parameters.items()}

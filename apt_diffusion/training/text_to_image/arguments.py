@@ -15,8 +15,10 @@ from torch import nn
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ...io.single_file import is_single_file
+from .. import run_config
 from ..model_card import LICENSE_HELP, license_id
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
+from ..run_config import RunArguments
 from .base_precision import base_precision, check_precision
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
@@ -69,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _model_flags(add) -> None:
+    run_config.add_config_flag(add)
     add(
         "--pretrained_model_name_or_path",
         required=True,
@@ -305,9 +308,9 @@ def _hardware_flags(add) -> None:
     add("--local_rank", type=int, default=-1, help="Set by launchers.")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> RunArguments:
     """The checked arguments; `ValueError` or `ImportError` for what cannot work."""
-    args = build_parser().parse_args(argv)
+    args = run_config.parse_args(build_parser(), argv)
     args.local_rank = int(os.environ.get("LOCAL_RANK", args.local_rank))
     check_data_flags(args)
     if args.variant is not None and is_single_file(args.pretrained_model_name_or_path):

@@ -6,6 +6,7 @@ import importlib.util
 from ...baselines import get_method
 from ..methods import add_method_flags, settle_method_flags
 from ..model_card import LICENSE_HELP, license_id
+from ..run_config import add_config_flag
 from .recipes import Recipe, recipe_help
 
 
@@ -55,6 +56,7 @@ def add_shared_flags(parser: argparse.ArgumentParser, recipes: dict[str, Recipe]
 
 
 def _model_flags(add, miniatures: str) -> None:
+    add_config_flag(add)
     add("--model_name_or_path", required=True, help=f"Hub id or folder, {miniatures}.")
     add("--revision", help="Revision of the model on the hub.")
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from ...data.classification_sets import DATA_SETS
+from .. import run_config
+from ..run_config import RunArguments
 from .arguments import HelpFormatter, add_common_flags, check_common, check_seed, positive_int
 from .recipes import check_image_size
 
@@ -40,7 +42,7 @@ def _recipe_help(name: str) -> str:
     return f"Default: {values}."
 
 
-def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+def parse_args(description: str, argv: list[str] | None = None) -> RunArguments:
     """The flags, checked as far as they can be without data and model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     add_common_flags(parser, "'miniature-clip'")
@@ -49,7 +51,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     )
     add_data_flags(parser.add_argument_group("data and protocol").add_argument)
     add_optimizer_flags(parser.add_argument_group("optimizer").add_argument)
-    args = parser.parse_args(argv)
+    args = run_config.parse_args(parser, argv)
     if (args.data_dir is None) == (args.dataset_name is None):
         parser.error("give --data_dir or --dataset_name")
     check_common(args)

@@ -217,7 +217,9 @@ def _read_parts(checkpoint: Checkpoint, config: Path, index: dict[str, Any], own
             str(checkpoint.file), config=str(config), dtype=getattr(torch, checkpoint.dtype), **others
         )
     except (ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(_does_not_fit(checkpoint, config, str(error).strip().split("\n")[0])) from error
+        reason = str(error).strip().split("\n")[0]
+        reason = "weights of its models are not in the file" if "meta tensor" in reason else reason
+        raise ValueError(_does_not_fit(checkpoint, config, reason)) from error
     parts = {name: getattr(pipeline, name) for name in own}
     for name, model in parts.items():
         empty = [key for key, value in model.state_dict().items() if value.is_meta]

@@ -24,6 +24,24 @@ OPEN_CLIP = {
     "mlp.fc2": "mlp.c_proj",
 }  # fmt: skip
 
+SD3 = {
+    "pos_embed.proj": "x_embedder.proj", "pos_embed.pos_embed": "pos_embed", "proj_out": "final_layer.linear",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2", "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "context_embedder": "context_embedder",
+}  # fmt: skip
+SD3_BLOCK = {
+    "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k", "attn.to_out.0": "x_block.attn.proj",
+    "attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj", "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1", "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2", "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2", "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k", "attn2.to_out.0": "x_block.attn2.proj",
+}  # fmt: skip
+
 
 def unet_name(name: str, layers: int, attended: set[int]) -> str:
     """LDM's name of a parameter of the UNet; `attended`: up blocks with attention; `layers` per down block."""
@@ -79,7 +97,11 @@ def vae_state(vae) -> dict[str, Tensor]:
 
 def clip_state(text_encoder, prefix: str) -> dict[str, Tensor]:
     state = text_encoder.state_dict()
-    return {f"{prefix}text_model.{name.removeprefix('text_model.')}": value for name, value in state.items()}
+    return {
+        f"{prefix}text_model.{name.removeprefix('text_model.')}": value
+        for name, value in state.items()
+        if not name.startswith("text_projection")
+    }
 
 
 def open_clip_state(text_encoder, prefix: str) -> dict[str, Tensor]:
@@ -102,8 +124,46 @@ def open_clip_state(text_encoder, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in state.items()}
 
 
+def sd3_state(transformer) -> dict[str, Tensor]:
+    """Scale and shift of the last modulations stand in the other order, queries, keys and values in one map."""
+    own, last = transformer.state_dict(), len(transformer.transformer_blocks) - 1
+    state = {}
+    for name, value in own.items():
+        block, module, kind = re.match(r"(?:transformer_blocks\.(\d+)\.)?(.*?)(?:\.(weight|bias))?$", name).groups()
+        if block is None:
+            there = SD3[module]
+        elif module in SD3_BLOCK:
+            there = f"joint_blocks.{block}.{SD3_BLOCK[module]}"
+        else:
+            continue
+        if module == "norm_out.linear" or (module == "norm1_context.linear" and int(block) == last):
+            value = torch.cat(value.chunk(2)[::-1])
+        state[f"{there}.{kind}" if kind else there] = value
+    fused = {
+        "x_block.attn": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "context_block.attn": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "x_block.attn2": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    }
+    for block in range(last + 1):
+        for there, maps in fused.items():
+            for kind in ("weight", "bias"):
+                if f"transformer_blocks.{block}.{maps[0]}.{kind}" in own:
+                    parts = [own[f"transformer_blocks.{block}.{part}.{kind}"] for part in maps]
+                    state[f"joint_blocks.{block}.{there}.qkv.{kind}"] = torch.cat(parts)
+    return {f"model.diffusion_model.{name}": value for name, value in state.items()}
+
+
 def ldm_state(pipeline) -> dict[str, Tensor]:
-    """All tensors of a Stable Diffusion 1 or XL."""
+    """All tensors of a Stable Diffusion 1, XL or 3."""
+    if hasattr(pipeline, "transformer"):
+        state = sd3_state(pipeline.transformer) | vae_state(pipeline.vae)
+        state |= clip_state(pipeline.text_encoder, "text_encoders.clip_l.transformer.")
+        state |= clip_state(pipeline.text_encoder_2, "text_encoders.clip_g.transformer.")
+        projection = pipeline.text_encoder_2.text_projection.weight
+        state["text_encoders.clip_g.transformer.text_projection.weight"] = projection
+        for name, value in pipeline.text_encoder_3.state_dict().items():
+            state[f"text_encoders.t5xxl.transformer.{name}"] = value
+        return {name: value.detach().clone().contiguous() for name, value in state.items()}
     state = unet_state(pipeline.unet) | vae_state(pipeline.vae)
     if getattr(pipeline, "text_encoder_2", None) is None:
         state |= clip_state(pipeline.text_encoder, "cond_stage_model.transformer.")

@@ -13,10 +13,17 @@ from support.single_file import clip_state, open_clip_state, unet_state, vae_sta
 from support.training_helpers import assert_same_adapter, header, losses, train
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from apt_diffusion import StableDiffusionAPTPipeline, StableDiffusionXLAPTPipeline, add_apt, save_apt_weights
+from apt_diffusion import (
+    StableDiffusion3APTPipeline,
+    StableDiffusionAPTPipeline,
+    StableDiffusionXLAPTPipeline,
+    add_apt,
+    save_apt_weights,
+)
 from apt_diffusion.cli.generate import main as generate
 from apt_diffusion.convert.single_file import base_folder
 from apt_diffusion.io.single_file import read_checkpoint
+from apt_diffusion.training.text_to_image.bases import open_base
 
 RUN = {"train_text_encoder": True, "max_train_steps": 3}
 
@@ -94,6 +101,30 @@ def test_sdxl_in_one_file(xl_path, instance_dir, tmp_path):
     assert_same_weights(pipeline, loaded, ("unet", "vae", "text_encoder", "text_encoder_2"))
     straight = train(xl_path, instance_dir, tmp_path / "straight", **RUN)
     assert_same_adapter(straight, train(file, instance_dir, tmp_path / "single", base_config=xl_path, **RUN))
+
+
+def test_stable_diffusion_3_in_one_file(tiny_transformer_path, tmp_path):
+    pipeline = StableDiffusion3APTPipeline.from_pretrained(tiny_transformer_path("sd3-tiny"))
+    wide = {"hidden_size": 48, "num_attention_heads": 4}  # the layout tells the encoders apart by their widths
+    torch.manual_seed(0)
+    config = CLIPTextConfig.from_dict(pipeline.text_encoder_2.config.to_dict() | wide)
+    pipeline.text_encoder_2 = CLIPTextModelWithProjection(config)
+    with torch.no_grad():  # this layout has no projection of the first encoder: it is the identity
+        pipeline.text_encoder.text_projection.weight.copy_(torch.eye(32))
+    pipeline.save_pretrained(tmp_path / "folder")
+    file = write_single_file(pipeline, tmp_path / "three.safetensors")
+    folder = base_folder(str(file), str(tmp_path / "folder"))
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    assert_same_weights(pipeline, StableDiffusion3APTPipeline.from_pretrained(folder), parts)
+    shutil.rmtree(tmp_path / "folder" / "text_encoder_3")
+    pruned = {name: value for name, value in load_file(file).items() if "t5xxl" not in name}
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    folder = base_folder(str(tmp_path / "pruned.safetensors"), str(tmp_path / "folder"))
+    base = open_base(folder)
+    assert base.text_parts == ("text_encoder", "text_encoder_2")  # the trainer does without T5
+    loaded = base.pipeline(torch.float32)
+    assert loaded.text_encoder_3 is None and loaded.tokenizer_3 is None
+    assert_same_weights(pipeline, loaded, parts[:4])
 
 
 def test_half_precision_stays_half_precision(tiny_sd_path, configuration, tmp_path):
@@ -273,6 +304,11 @@ def test_what_a_file_needs_beside_it_is_told(
         (configuration / "unet" / "config.json").read_text().replace("64", "96")
     )
     refused("does not fit the configuration", base_config=configuration)
+    shutil.copyfile(tiny_sd_path / "unet" / "config.json", configuration / "unet" / "config.json")
+    incomplete = {name: value for name, value in load_file(single).items() if "middle_block.1" not in name}
+    save_file(incomplete, tmp_path / "incomplete.safetensors")
+    model = tmp_path / "incomplete.safetensors"
+    refused("weights of its models are not in the file", model=model, base_config=configuration)
     state = unet_state(pipe.unet) | clip_state(pipe.text_encoder, "cond_stage_model.transformer.")
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "no-vae.safetensors")
     refused(

@@ -119,7 +119,9 @@ class StableDiffusion3Base(StableDiffusionBase):
 
     def pipeline(self, dtype: torch.dtype) -> StableDiffusion3Pipeline:
         """The whole base model, without adapters."""
-        parts = {} if self.other_vae is None else {"vae": self.vae(dtype)}
+        parts: dict[str, Any] = {} if self.other_vae is None else {"vae": self.vae(dtype)}
+        if T5 not in self.text_parts:
+            parts |= {T5: None, "tokenizer_3": None}
         return StableDiffusion3Pipeline.from_pretrained(self.path, dtype=dtype, **parts, **self.files)
 
     def embed(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tokens]) -> Embeddings:

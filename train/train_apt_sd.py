@@ -38,6 +38,7 @@ from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.checks import check_fit, idle_rules, trained_parts
 from apt_diffusion.training.text_to_image.class_pictures import complete_class_pictures
 from apt_diffusion.training.text_to_image.data_record import record_data
+from apt_diffusion.training.text_to_image.encoder_outputs import open_outputs
 from apt_diffusion.training.text_to_image.kept_prompts import KeptPrompts
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
@@ -219,19 +220,26 @@ def load(
     args, accelerator = session.args, session.accelerator
     device, dtype = accelerator.device, WEIGHT_DTYPES[accelerator.mixed_precision]
 
-    text_encoders = {part: model.to(device) for part, model in base.text_encoders(dtype).items()}
+    def load_text_encoders() -> dict[str, nn.Module]:
+        return {part: model.to(device) for part, model in base.text_encoders(dtype).items()}
+
+    outputs = open_outputs(args, base, device, dtype)
     prompts.to(device)
     if args.cache_text_embeddings or base.keeps_embeddings:
-        text_encoders = prompts.keep_embeddings(text_encoders, trained_parts(args, base))
+        text_encoders = prompts.keep_embeddings(load_text_encoders, trained_parts(args, base), outputs)
+    else:
+        text_encoders = load_text_encoders()
 
     vae = base.vae().to(device)
     encode = functools.partial(base.latent_distribution, vae)
-    held_out.cache = encode_views(encode, held_out, range(len(held_out)), show_progress=False)
+    held_out.cache = encode_views(encode, held_out, range(len(held_out)), False, outputs)
     if args.cache_latents:
         positions = (position for batch in session.positions for position in batch)
-        data.cache = encode_views(encode, data, positions, accelerator.is_local_main_process)
+        data.cache = encode_views(encode, data, positions, accelerator.is_local_main_process, outputs)
         vae = None
     del encode  # it holds the VAE
+    if outputs is not None and session.is_main:
+        outputs.trim()
 
     if args.base_precision is None:
         denoiser = base.denoiser(dtype).to(device)

@@ -23,6 +23,10 @@ def said(tiny_sd_path, instance_dir, tmp_path, caplog):
         ({"hub_model_id": "me/dog"}, "--hub_model_id needs --push_to_hub"),
         ({"num_class_images": 3}, "--num_class_images needs --with_prior_preservation"),
         ({"prior_loss_weight": 0.3}, "--prior_loss_weight needs --with_prior_preservation"),
+        (
+            {"cache_encoder_outputs": "kept", "no-cache_latents": True, "train_text_encoder": True},
+            "--cache_encoder_outputs needs --cache_latents or --cache_text_embeddings",
+        ),
         ({"validation_steps": 1}, "--validation_steps needs --validation_prompt"),
         ({"validation_epochs": 1}, "--validation_epochs needs --validation_prompt"),
         ({"validation_prompt": "x"}, "--validation_prompt draws nothing with --num_validation_images 0"),

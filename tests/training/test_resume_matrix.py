@@ -31,6 +31,7 @@ OPTIONS = {
     "average": {"use_ema": True},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
     "quantised base": {"base_precision": "unet.gguf"},
+    "outputs on disk": {"cache_encoder_outputs": "kept"},
 }  # fmt: skip
 STEPS = 4
 
@@ -84,7 +85,7 @@ def test_every_pair_of_options_occurs_in_all_ways():
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join(row) or "none")
-def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quantised_unet, row, monkeypatch):
+def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quantised_unet, row, monkeypatch, tmp_path):
     import train_apt_sd
 
     flags = {"instance_data_dir": pictures, "max_train_steps": STEPS, "checkpointing_steps": 1, "train_batch_size": 2}
@@ -92,6 +93,8 @@ def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quant
         flags |= OPTIONS[name]
     if "quantised base" in row:
         flags["base_precision"] = quantised_unet
+    if "outputs on disk" in row:
+        flags["cache_encoder_outputs"] = tmp_path / "kept"
     if "class" in row:
         flags["class_data_dir"] = instance_dir
     straight = go("straight", **flags)

@@ -130,7 +130,7 @@ def changed(tiny_transformer_path, tmp_path):
 def embedded(base, texts):
     """Embeddings as the trainer has them."""
     prompts = KeptPrompts([("", text) for text in [*texts, "another one, which is the longest of all of them"]], base)
-    assert prompts.keep_embeddings(base.text_encoders(torch.float32)) == {}
+    assert prompts.keep_embeddings(lambda: base.text_encoders(torch.float32)) == {}
     return prompts(texts, {})
 
 

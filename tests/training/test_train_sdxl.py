@@ -90,7 +90,7 @@ def test_conditions_are_those_of_the_pipeline(base, stock):
     expected, _, pooled, _ = stock.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
     for kept in (False, True):
         if kept:
-            told.keep_embeddings(text_encoders)
+            told.keep_embeddings(lambda: text_encoders)
         embeddings = told(prompts, {} if kept else text_encoders)
         time_ids = stock._get_add_time_ids((70, 50), (3, 4), (32, 32), torch.float32, 32).repeat(3, 1)
         conditions = base.conditions(embeddings, time_ids.int(), torch.float32)

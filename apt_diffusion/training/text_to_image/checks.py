@@ -106,6 +106,11 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
             args.dataset_name is not None,
             "is not for --dataset_name: there, transparency is the mask",
         ),
+        (
+            "cache_encoder_outputs",
+            not (args.cache_latents or args.cache_text_embeddings or measured),
+            "needs --cache_latents or --cache_text_embeddings",
+        ),
         ("allow_changed_data", not args.resume_from_checkpoint, "needs --resume_from_checkpoint"),
         ("image_column", args.dataset_name is None, "needs --dataset_name"),
         ("dataset_config_name", args.dataset_name is None, "needs --dataset_name"),

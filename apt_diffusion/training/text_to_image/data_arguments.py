@@ -7,6 +7,7 @@ from ...data.captions import CaptionOptions
 from ...data.dataset_config import KEYS, DatasetConfig, read_dataset_config
 from ...data.pictures import INTERPOLATIONS
 from ...data.rows import CAPTION_COLUMN, IMAGE_COLUMN
+from .encoder_outputs import check_folder
 from .number_types import count, fraction, positive_int
 
 # Keys of the TOML file whose values on the command line are no defaults for folders.
@@ -89,6 +90,12 @@ def data_flags(add) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="Encode every cut that this run will draw before the first step, then free the VAE.",
+    )
+    add(
+        "--cache_encoder_outputs",
+        metavar="FOLDER",
+        help="Keep latents and text embeddings in this folder, for other runs, too; where all prompts are there, text "
+        "encoders are not loaded.",
     )
     add(
         "--cache_text_embeddings",
@@ -181,6 +188,8 @@ def check_data_flags(args: argparse.Namespace) -> None:
     _check_sources(args)
     if not args.caption_separator.strip(" "):
         raise ValueError("--caption_separator must be more than spaces: tags may have spaces in them.")
+    if args.cache_encoder_outputs is not None:
+        check_folder(args.cache_encoder_outputs)
     if args.aspect_ratio_buckets not in (None, "auto"):
         parse_buckets(args.aspect_ratio_buckets)
     if changing_captions(args):

@@ -1,6 +1,7 @@
 """The prompts of a run whose texts are read by language models: encoded once, before the transformer is loaded."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...data.text_length import warn_of_cut_texts
+from .encoder_outputs import EncoderOutputs
 from .flow_transformer import MASK, FlowTransformerBase
 from .stable_diffusion import Embeddings
+
+LoadEncoders = Callable[[], dict[str, nn.Module]]
 
 
 class KeptPrompts:
@@ -42,18 +46,23 @@ class KeptPrompts:
 
     @torch.no_grad()
     def keep_embeddings(
-        self, text_encoders: dict[str, nn.Module], trained: Sequence[str] = ()
+        self, load: LoadEncoders, trained: Sequence[str] = (), outputs: EncoderOutputs | None = None
     ) -> dict[str, nn.Module]:
-        """Encodes all prompts, one by one so that none depends on the others; returns encoders that are trained."""
-        for text_encoder in text_encoders.values():
-            text_encoder.eval()
-        pipeline = self.base.text_pipeline(text_encoders, self.tokenizers)
+        """As that of `Prompts`; returns encoders that are trained."""
+        encoders = evaluated_once(load)
+        pipeline = functools.cache(lambda: self.base.text_pipeline(encoders(), self.tokenizers))
         each = []
         for prompt in self.rows:
-            encoded = self.base.encode(pipeline, prompt, self.device)
-            each.append({name: tensor.cpu() for name, tensor in encoded.items()})
+
+            def compute(prompt: str = prompt) -> Embeddings:
+                encoded = self.base.encode(pipeline(), prompt, self.device)
+                return {name: tensor.cpu() for name, tensor in encoded.items()}
+
+            each.append(compute() if outputs is None else outputs.embeddings(prompt, compute))
         self.embeddings = {name: padded([one[name] for one in each]) for name in each[0]}
-        return {part: model for part, model in text_encoders.items() if part in trained}
+        if not any(part in trained for part in self.base.text_parts):
+            return {}
+        return {part: model for part, model in encoders().items() if part in trained}
 
     def __call__(self, prompts: list[str], text_encoders: dict[str, nn.Module]) -> Embeddings:
         """The kept embeddings, as long as the longest of these prompts; pooled text of a CLIP that is trained."""
@@ -77,6 +86,16 @@ class KeptPrompts:
             tokens[part] = {"input_ids": encoded.input_ids.to(self.device)}
         places = torch.tensor([distinct.index(prompt) for prompt in prompts], device=self.device)
         return {name: tensor[places] for name, tensor in self.base.embed(text_encoders, tokens).items()}
+
+
+def evaluated_once(load: LoadEncoders) -> LoadEncoders:
+    """Loads them at its first call, without dropout."""
+
+    @functools.cache
+    def encoders() -> dict[str, nn.Module]:
+        return {part: model.eval() for part, model in load().items()}
+
+    return encoders
 
 
 def padded(tensors: list[Tensor]) -> Tensor:

@@ -48,8 +48,20 @@ class Views(Protocol):
         ...
 
 
+class KeptLatents(Protocol):
+    """Latents that may be known already, such as those of `EncoderOutputs`."""
+
+    def latents(self, view: View, compute: Callable[[], Tensor]) -> Tensor:
+        """Those of a view; `compute` encodes it."""
+        ...
+
+
 def encode_views(
-    encode: Callable[[Tensor], Tensor], data: Views, positions: Iterable[int], show_progress: bool
+    encode: Callable[[Tensor], Tensor],
+    data: Views,
+    positions: Iterable[int],
+    show_progress: bool,
+    outputs: KeptLatents | None = None,
 ) -> LatentCache:
     """Encodes every view that these positions show, once, and one by one so that none depends on the others.
 
@@ -61,9 +73,14 @@ def encode_views(
         data: which views there are, and their pixels.
         positions: places in the stream of training.
         show_progress: with a progress bar.
+        outputs: those on disk.
     """
     views = sorted({view for position in positions for view in data.views_at(position)})
     cache = {}
     for view in tqdm(views, desc="Encoding pictures", disable=not show_progress):
-        cache[view] = encode(data.pixels([view])[view][None])[0].cpu()
+
+        def compute(view: View = view) -> Tensor:
+            return encode(data.pixels([view])[view][None])[0].cpu()
+
+        cache[view] = compute() if outputs is None else outputs.latents(view, compute)
     return cache

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ...data.text_length import warn_of_cut_texts
+from .encoder_outputs import EncoderOutputs
 from .flow_transformer import FlowTransformerBase
-from .kept_prompts import KeptPrompts
+from .kept_prompts import KeptPrompts, LoadEncoders, evaluated_once
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
 
 
@@ -96,12 +97,23 @@ class Prompts:
 
     @torch.no_grad()
     def keep_embeddings(
-        self, text_encoders: dict[str, nn.Module], trained: Sequence[str] = ()
+        self, load: LoadEncoders, trained: Sequence[str] = (), outputs: EncoderOutputs | None = None
     ) -> dict[str, nn.Module]:
-        """Encodes all prompts, one by one so that none depends on the others; returns text encoders to keep: none."""
-        for text_encoder in text_encoders.values():
-            text_encoder.eval()
-        each = [self._encode(torch.tensor([row]), text_encoders) for row in range(len(self.rows))]
+        """Encodes all prompts, one by one so that none depends on the others; returns text encoders to keep: none.
+
+        Args:
+            load: loads the text encoders; not called where `outputs` has all prompts.
+            trained: parts that are.
+            outputs: those on disk.
+        """
+        encoders = evaluated_once(load)
+        each = []
+        for prompt, row in self.rows.items():
+
+            def compute(row: int = row) -> Embeddings:
+                return self._encode(torch.tensor([row]), encoders())
+
+            each.append(compute() if outputs is None else _moved(self.device, outputs.embeddings(prompt, compute)))
         self.embeddings = {name: torch.cat([one[name] for one in each]) for name in each[0]}
         return {}
 
@@ -127,5 +139,9 @@ class Prompts:
         return self.base.embed(text_encoders, tokens)
 
 
+def _moved(device: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
 def _on(device: torch.device, tokens: dict[str, Tokens]) -> dict[str, Tokens]:
-    return {part: {name: tensor.to(device) for name, tensor in own.items()} for part, own in tokens.items()}
+    return {part: _moved(device, own) for part, own in tokens.items()}

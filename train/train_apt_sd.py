@@ -22,16 +22,15 @@ from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collat
 from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
 from apt_diffusion.data.pictures import Picture
-from apt_diffusion.data.reading import read_picture
 from apt_diffusion.training import optimizer_choice
 from apt_diffusion.training.activations import checkpoint_activations
 from apt_diffusion.training.adapter import attach_trainable
-from apt_diffusion.training.grids import save_grid
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
 from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
 from apt_diffusion.training.session import Session
+from apt_diffusion.training.text_to_image import samples
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args, weighting_of
 from apt_diffusion.training.text_to_image.base_precision import load_quantised
 from apt_diffusion.training.text_to_image.bases import open_base
@@ -54,9 +53,9 @@ from apt_diffusion.training.text_to_image.picture_sets import (
 from apt_diffusion.training.text_to_image.prompts import Prompts, make_prompts
 from apt_diffusion.training.text_to_image.rates import describe, parameter_groups
 from apt_diffusion.training.text_to_image.results import make_card, model_spec, trigger_prompts
+from apt_diffusion.training.text_to_image.sample_prompts import SamplePrompt
 from apt_diffusion.training.text_to_image.sampling import choose_sampling
 from apt_diffusion.training.text_to_image.stable_diffusion import StableDiffusionBase
-from apt_diffusion.training.trackers import log_images
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -108,10 +107,11 @@ def main(argv: list[str] | None = None) -> None:
         args.resolution = base.check_resolution(args.resolution)
         base.configure(args)
         framing = make_framing(args, base)
+        sampled = samples.wanted_prompts(args, base)
         if args.check_data:
-            return end_with_report(session, sets, framing, base)
+            return end_with_report(session, sets, framing, base, sampled)
         objective = make_objective(base.scheduler(), args.snr_gamma, weighting_of(args))
-        prompts = read_prompts(args, base, [*instance, *of_class, *held_out])
+        prompts = read_prompts(args, base, [*instance, *of_class, *held_out], sampled)
         check_fit(args, base)
         session.open_output()
 
@@ -169,32 +169,36 @@ def main(argv: list[str] | None = None) -> None:
             if session.evaluation_due and session.evaluates:
                 with session.averaged():
                     measure(session, learner, save)
-                    if args.validation_prompt is not None:
-                        draw_samples(session, learner)
+                    if samples.draws_while_training(args):
+                        draw_samples(session, learner, sampled)
 
         # 5. What the run leaves behind.
         if session.evaluates:
             with session.averaged():
                 metrics = measure(session, learner, save)
-                samples = draw_samples(session, learner)
-            card = make_card(session, base, learner.adapted, counts[0], samples)
+                drawn = draw_samples(session, learner, sampled)
+            sheet = samples.draw_sheet(session, sampled) if args.contact_sheet and session.is_main else None
+            card = make_card(session, base, learner.adapted, counts[0], drawn, sheet)
             session.finish(save, card | {"metrics": metrics})
             session.upload()
 
 
 def read_prompts(
-    args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture]
+    args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture], sampled: list[SamplePrompt]
 ) -> Prompts | KeptPrompts:
     """All texts of the run as tokens; warns of those that are too long."""
     named = [(picture.path.name, picture.prompt) for picture in dict.fromkeys(pictures)]
     named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
-    return make_prompts([*named, ("the samples' prompt", sample_prompt(args)), ("", "")], base, args)
+    named += [("the samples' prompt", samples.grid_prompt(args)), *samples.texts_of(sampled), ("", "")]
+    return make_prompts(named, base, args)
 
 
-def end_with_report(session: Session, sets: PictureSets, framing: Framing, base: StableDiffusionBase) -> None:
+def end_with_report(
+    session: Session, sets: PictureSets, framing: Framing, base: StableDiffusionBase, sampled: list[SamplePrompt]
+) -> None:
     """What `--check_data` prints; `SystemExit` with 1 where something stops the run."""
     if session.is_main:
-        read_prompts(session.args, base, [picture for scan in sets.scans for picture in scan.pictures])
+        read_prompts(session.args, base, [picture for scan in sets.scans for picture in scan.pictures], sampled)
         print(data_report(session.args, sets, framing.size_of))
     if sets.problems:
         raise SystemExit(1)
@@ -311,8 +315,7 @@ def denoising_errors(args: argparse.Namespace, learner: Learner, distribution: T
 def evaluation_is_due(session: Session, step: int) -> bool:
     """Every `--validation_steps`, or as diffusers counts: after the first epoch and every `--validation_epochs`."""
     args = session.args
-    draws = args.validation_prompt is not None and args.num_validation_images > 0
-    if not (draws or args.validation_split or args.validation_data_dir):
+    if not (samples.draws_while_training(args) or args.validation_split or args.validation_data_dir):
         return False
     if args.validation_steps is not None:
         return step % args.validation_steps == 0
@@ -337,10 +340,7 @@ def measure(session: Session, learner: Learner, save: Callable[[Path], None]) ->
 def validation_loss(session: Session, learner: Learner) -> float:
     """The loss on held-out pictures, without dropout, always at the same timesteps and with the same noise."""
     args, held_out, size = session.args, learner.held_out, session.args.train_batch_size
-    # As a rule only the main process measures, so the models must not look for the others.
-    unwrap = session.accelerator.unwrap_model
-    text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
-    alone = dataclasses.replace(learner, denoiser=unwrap(learner.denoiser), text_encoders=text_encoders)
+    alone = unwrapped(session, learner)
     alone.train(False)
     errors = []
     for indices in held_out.batches(size):
@@ -350,43 +350,21 @@ def validation_loss(session: Session, learner: Learner) -> float:
     return torch.cat(errors).mean().item()
 
 
-def sample_prompt(args: argparse.Namespace) -> str:
-    """What samples show."""
-    return args.validation_prompt or args.instance_prompt
-
-
-def draw_samples(session: Session, learner: Learner) -> dict[Path, str]:
-    """Draws with the adapter as it is now: a labelled grid in `samples/`, and the images to the trackers.
-
-    Returns:
-        The grid and its prompt, if anything is drawn.
-    """
-    args, step, prompt = session.args, session.steps_done, sample_prompt(session.args)
-    if args.num_validation_images == 0:
-        return {}
-    start_images = [read_picture(Path(path)) for path in args.validation_images or ()] or None
-    seeds = [session.seed + index for index in range(len(start_images or range(args.num_validation_images)))]
+def draw_samples(session: Session, learner: Learner, sampled: list[SamplePrompt]) -> dict[Path, str]:
+    """Draws with the adapter as it is now into `samples/`; returns the pictures with their prompts."""
     learner.train(False)
-    # As a rule only the main process draws, so the models must not look for the others.
+    alone = unwrapped(session, learner)
+    drawn = samples.draw_grid(session, alone) if samples.draws_grid(session.args) else {}
+    drawn |= samples.draw_prompts(session, alone, sampled)
+    learner.train()
+    return drawn
+
+
+def unwrapped(session: Session, learner: Learner) -> Learner:
+    """The learner for what, as a rule, the main process does alone: its models must not look for the others."""
     unwrap = session.accelerator.unwrap_model
     text_encoders = {part: unwrap(model) for part, model in learner.text_encoders.items()}
-    with torch.no_grad():
-        conditioning = tuple(learner.prompts([text], text_encoders) for text in (prompt, ""))
-    images = learner.base.draw(
-        unwrap(learner.denoiser),
-        conditioning,
-        seeds,
-        args.resolution,
-        start_images,
-        **learner.base.drawing_settings(args),
-    )
-    learner.train()
-    if not session.is_main:
-        return []
-    log_images(session.accelerator.trackers, "validation", images, prompt, step)
-    labels = [f"seed {seed}" for seed in seeds]
-    path = session.output_dir / "samples" / f"step-{step:06d}.png"
-    return {save_grid(images, labels, f"step {step}: {prompt}", path): prompt}
+    return dataclasses.replace(learner, denoiser=unwrap(learner.denoiser), text_encoders=text_encoders)
 
 
 if __name__ == "__main__":

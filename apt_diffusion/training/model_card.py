@@ -31,6 +31,7 @@ def write_model_card(
     license: str | None = None,
     triggers: Sequence[str] = (),
     samples: Mapping[Path, str] | None = None,
+    contact_sheet: Path | None = None,
     loss_plot: Path | None = None,
     metrics: dict[str, float] | None = None,
     metrics_plot: Path | None = None,
@@ -50,6 +51,7 @@ def write_model_card(
         license: the hub's name of a licence; none if `None`, since the owner of the pictures chooses it.
         triggers: prompts that ask for the subject.
         samples: sample images inside `folder`, with their prompts.
+        contact_sheet: a picture of the whole run's samples inside `folder`.
         loss_plot: the picture of the loss inside `folder`.
         metrics: results by name.
         metrics_plot: their course, a picture inside `folder`.
@@ -85,6 +87,8 @@ def write_model_card(
     if metrics_plot:
         lines += [f"![metrics]({metrics_plot.relative_to(folder).as_posix()})", ""]
     lines += ["## Use", "", *fenced(usage.strip(), "python"), "", "## Training", ""]
+    if contact_sheet:
+        lines += [f"![samples while training]({contact_sheet.relative_to(folder).as_posix()})", ""]
     if loss_plot:
         lines += [f"![loss]({loss_plot.relative_to(folder).as_posix()})", ""]
     lines += [*fenced(command, "bash"), "", "| setting | value |", "|---|---|"]

@@ -29,6 +29,7 @@ OPTIONS = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "rates": {"keys_lr_ratio": 0.3, "log_scale_lr_ratio": 3.0, "gate_lr_ratio": 2.0},
     "average": {"use_ema": True},
+    "sampled prompts": {"sample_prompts": "a glyph --a 0.5 --s 1\n", "validation_steps": 1},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
     "quantised base": {"base_precision": "unet.gguf"},
     "outputs on disk": {"cache_encoder_outputs": "kept"},
@@ -97,6 +98,9 @@ def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quant
         flags["cache_encoder_outputs"] = tmp_path / "kept"
     if "class" in row:
         flags["class_data_dir"] = instance_dir
+    if "sampled prompts" in row:
+        (tmp_path / "prompts.txt").write_text(flags["sample_prompts"])
+        flags["sample_prompts"] = tmp_path / "prompts.txt"
     straight = go("straight", **flags)
     draws = random.Random(", ".join(row))
     original, calls = train_apt_sd.training_loss, itertools.count()

@@ -246,6 +246,13 @@ def _sample_flags(add) -> None:
         "--validation_prompt",
         help="Draw samples with this prompt while training. At the end samples are always drawn.",
     )
+    add(
+        "--sample_prompts",
+        metavar="FILE",
+        help="Draw these prompts, too, or instead where there is no --validation_prompt: one a line, with options "
+        "--w, --h, --d (seed), --s (steps), --l (guidance), --n (negative prompt), --a (weight of the adapter).",
+    )
+    add("--contact_sheet", action="store_true", help="All pictures of --sample_prompts on one, by prompt and step.")
     add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws none, ever.")
     add("--validation_epochs", type=positive_int, default=50, help="Epochs between samples.")
     add("--validation_steps", type=positive_int, help="Steps between samples; overrides --validation_epochs.")
@@ -397,6 +404,8 @@ def _check_output(args: argparse.Namespace) -> None:
         raise ValueError("--validation_split and --validation_data_dir both say what is held out: give one.")
     if args.keep_best and not (args.validation_split or args.validation_data_dir):
         raise ValueError("--keep_best needs pictures to measure by: --validation_split or --validation_data_dir.")
+    if args.contact_sheet and args.sample_prompts is None:
+        raise ValueError("--contact_sheet lays out the pictures of --sample_prompts: give a file of prompts.")
     for path in args.validation_images or ():
         if not os.path.isfile(path):
             raise ValueError(f"--validation_images: there is no file {path}.")

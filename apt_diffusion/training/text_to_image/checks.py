@@ -66,7 +66,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
     drawn = args.with_prior_preservation and args.dataset_config is None  # pictures of the class
     without_folders = args.dataset_name is not None and not (args.class_data_dir or args.validation_data_dir)
     measured = bool(args.validation_split or args.validation_data_dir)
-    evaluated = measured or args.validation_prompt is not None
+    evaluated = measured or args.validation_prompt is not None or args.sample_prompts is not None
     taken = takes(args.optimizer)
     none_drawn = args.num_validation_images == 0
     is_flow = type(base.scheduler()).__name__.startswith("FlowMatch")
@@ -83,8 +83,16 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("prior_generation_precision", not drawn, "needs --with_prior_preservation and --class_data_dir"),
         ("validation_prompt", none_drawn, "draws nothing with --num_validation_images 0"),
         ("validation_images", none_drawn, "draws nothing with --num_validation_images 0"),
-        ("validation_steps", not evaluated, "needs --validation_prompt: samples are drawn at the end only"),
-        ("validation_epochs", not evaluated, "needs --validation_prompt: samples are drawn at the end only"),
+        (
+            "validation_steps",
+            not evaluated,
+            "needs --validation_prompt or --sample_prompts: samples come at the end only",
+        ),
+        (
+            "validation_epochs",
+            not evaluated,
+            "needs --validation_prompt or --sample_prompts: samples come at the end only",
+        ),
         ("validation_epochs", args.validation_steps is not None, "is overridden by --validation_steps"),
         (
             "validation_steps",

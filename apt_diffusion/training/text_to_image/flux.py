@@ -28,6 +28,7 @@ class FluxBase(FlowTransformerBase):
     text_parts = ("text_encoder", "text_encoder_2")
     trained_text_parts = ("text_encoder",)
     tag = "flux"
+    takes_negative_prompts = False
     default_guidance = 3.5
     guidance_embedding = 3.5
 

@@ -32,6 +32,7 @@ def make_card(
     adapted: Collection[str],
     num_pictures: int,
     samples: Mapping[Path, str],
+    contact_sheet: Path | None = None,
 ) -> dict[str, Any]:
     """What the model card says of this run: see `write_model_card`.
 
@@ -41,6 +42,7 @@ def make_card(
         adapted: the parts with an adapter.
         num_pictures: of the subject.
         samples: the last pictures drawn, with their prompts.
+        contact_sheet: the picture of the run's samples.
     """
     args = session.args
     triggers = trigger_prompts(args)
@@ -62,6 +64,7 @@ def make_card(
         "settings": {key: getattr(args, key) for key in CARD_SETTINGS} | chosen | {"seed": session.seed},
         "triggers": triggers,
         "samples": samples,
+        "contact_sheet": contact_sheet,
         "license": args.license,
         "pipeline_tag": "text-to-image",
     }

@@ -66,6 +66,7 @@ class StableDiffusionBase:
     max_sequence_length: int | None = None  # tokens that a text encoder beside CLIP reads; `None` where there is none
     longest_sequence: int | None = None  # what its pipeline allows
     keeps_embeddings = False  # whether prompts are encoded before the denoiser is loaded, whatever the flags say
+    takes_negative_prompts = True
     takes_guidance = False  # whether the denoiser was distilled to be given the guidance
     default_guidance = GUIDANCE  # of samples of a base that is not distilled
     image_to_image_has_size = False  # whether that pipeline takes height and width, and else the model's own size
@@ -293,6 +294,10 @@ class StableDiffusionBase:
         pixels = vae.decode(self.latent_space.to_vae(latents.float()), return_dict=False)[0]
         return pipeline.image_processor.postprocess(pixels)
 
+    def without_negative(self, empty: Embeddings) -> Embeddings:
+        """What stands for no negative prompt, by the embeddings of the empty text."""
+        return empty
+
     def drawing_inputs(self, prompt: Embeddings, negative: Embeddings) -> dict[str, Any]:
         """Embeddings of prompt and negative prompt, by the names that the pipeline gives them."""
         return prompt | {f"negative_{name}": embedding for name, embedding in negative.items()}
@@ -303,7 +308,7 @@ class StableDiffusionBase:
         denoiser: Any,
         conditioning: tuple[Embeddings, Embeddings],
         seeds: list[int],
-        resolution: int,
+        resolution: int | tuple[int, int],
         start_images: list[Image.Image] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
@@ -313,7 +318,7 @@ class StableDiffusionBase:
             denoiser: with its adapter.
             conditioning: embeddings of prompt and negative prompt.
             seeds: of the starting noise, on the CPU.
-            resolution: height and width.
+            resolution: height and width, or the side of a square.
             start_images: image to image instead, one image per seed.
             settings: of `drawing_settings`.
         """
@@ -328,12 +333,13 @@ class StableDiffusionBase:
         ]
         embeddings = self.drawing_inputs(*moved)
         takes_size = start_images is None or self.image_to_image_has_size
-        size = {"height": resolution, "width": resolution} if takes_size else {}
+        height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
+        size = {"height": height, "width": width} if takes_size else {}
         images = []
         # Accelerate's wrapper answers in float32 whatever the weights are; the VAE takes that under autocast only.
         with torch.autocast(denoiser.device.type, denoiser.dtype, enabled=denoiser.dtype != torch.float32):
             for index, seed in enumerate(seeds):  # one at a time: memory, and no image depends on how many there are
-                start = {} if start_images is None else {"image": start_images[index].resize((resolution, resolution))}
+                start = {} if start_images is None else {"image": start_images[index].resize((width, height))}
                 drawn = {"generator": torch.Generator().manual_seed(seed), **size, **start, **settings}
                 images += self.pictures(pipeline, **embeddings, **drawn)
         return images

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -98,17 +97,8 @@ class StableDiffusionXLBase(StableDiffusionBase):
             add_watermarker=False,
         )
 
-    def draw(
-        self,
-        denoiser: Any,
-        conditioning: tuple[Embeddings, Embeddings],
-        seeds: list[int],
-        resolution: int,
-        start_images: list[Image.Image] | None = None,
-        **settings: Any,
-    ) -> list[Image.Image]:
-        """Draws samples from prompts that are encoded already."""
-        prompt, negative = conditioning
-        if self.settings.get("force_zeros_for_empty_prompt", True):  # what the pipeline takes for no negative prompt
-            negative = {name: torch.zeros_like(embedding) for name, embedding in negative.items()}
-        return super().draw(denoiser, (prompt, negative), seeds, resolution, start_images, **settings)
+    def without_negative(self, empty: Embeddings) -> Embeddings:
+        """Zeros, where the pipeline takes these for no negative prompt."""
+        if not self.settings.get("force_zeros_for_empty_prompt", True):
+            return empty
+        return {name: torch.zeros_like(embedding) for name, embedding in empty.items()}

@@ -76,9 +76,10 @@ class Studio:
         return settings_in_text(said)
 
     def check_trainable(self) -> None:
-        """`ValueError` for a model that the trainer does not adapt."""
-        if self.painter.is_transformer:
-            raise ValueError("The trainer adapts models with a UNet; this studio draws with a transformer.")
+        """`ValueError` for a model of a family that the trainer does not adapt."""
+        from ..training.text_to_image.bases import open_base  # seconds, and of use only to those who train
+
+        open_base(self.painter.model)
 
     def draw_class_pictures(self, who: Who) -> Iterator[int | Waiting]:
         """What the trainings of an embedded model share; nothing for other models, whose trainer draws its own."""

@@ -35,7 +35,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.order import micro_batches
 from ..io.public_names import placeholder
-from . import checkpoints, hub, provenance, sharding
+from . import checkpoints, hub, processes, provenance, sharding
 from .average import Average, load_trained
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
@@ -239,9 +239,7 @@ class Session:
             first, self._optimizer = sharding.shard(accelerator, first, optimizer)
             wrapped, self._trained = dict(zip(models, (first, *others), strict=True)), [first]
         else:
-            *prepared, self._optimizer = accelerator.prepare(*models.values(), optimizer)
-            wrapped = dict(zip(models, prepared, strict=True))
-            self._trained = [model for model in wrapped.values() if any(p.requires_grad for p in model.parameters())]
+            wrapped, self._trained, self._optimizer = processes.wrap(accelerator, models, optimizer)
         self._parameters, self._schedule = parameters, schedule
         self._rates = {"lr": self.args.learning_rate} if rates is None else rates
         self._group_settings = copy.deepcopy(checkpoints.group_settings(optimizer))

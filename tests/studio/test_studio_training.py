@@ -8,12 +8,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from support.studio_helpers import ANNA, BERT, SCRIPT, cut_off, picture
 
 from apt_diffusion import StableDiffusionAPTPipeline
+from apt_diffusion.studio.generation import Progress
 from apt_diffusion.studio.library import Library
+from apt_diffusion.studio.studio import Studio
 from apt_diffusion.studio.training import JOB_NAME, Lesson, Trainings
 
 pytestmark = pytest.mark.slow
@@ -76,6 +79,29 @@ def test_a_training_outlives_its_server_is_stopped_resumed_and_finishes(training
     assert not again.library.visible(BERT)
     pipe = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path)
     pipe.load_apt_weights(again.library.get(ANNA, "own/my-dog").file)
+
+
+def test_a_transformer_is_trained_and_drawn_with(tmp_path):
+    studio = Studio("miniature-sd3", tmp_path / "adapters", SCRIPT)
+    studio.check_trainable()
+    studio.trainings.defaults |= {"resolution": 32, "max_sequence_length": 24, "num_inference_steps": 2}
+    lesson = Lesson("My glyph", "a sks glyph", steps=3, learning_rate=0.1)
+    studio.trainings.start(ANNA, [picture(tmp_path / "0.png")], [], lesson)
+    done = wait_for(studio.trainings, lambda status: status.is_over)
+    assert (done.state, done.step) == ("finished", 3), done.problem
+    settings = {"prompt": "a sks glyph", "steps": 2, "guidance": 1.0, "seed": 0, "width": 32, "height": 32}
+
+    def draw(keys):
+        steps = studio.painter.draw(studio.order(ANNA, keys, [1.0] * len(keys), **settings), with_base=False)
+        return next(np.asarray(s.pictures[0]) for s in steps if isinstance(s, Progress) and s.done)
+
+    assert not np.array_equal(draw(["own/my-glyph"]), draw([]))
+
+
+def test_a_transformer_that_the_trainer_does_not_know_is_told(tmp_path, tiny_transformer_path):
+    studio = Studio(str(tiny_transformer_path("pixart-sigma")), tmp_path, SCRIPT)
+    with pytest.raises(ValueError, match="is a PixArtSigmaPipeline, whose denoiser is a diffusion transformer"):
+        studio.check_trainable()
 
 
 def test_a_trainer_that_fails_or_is_killed_says_so(trainings, tmp_path):

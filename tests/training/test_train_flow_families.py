@@ -67,6 +67,15 @@ def z_image_texts(pipe, texts, max_sequence_length):
     return {name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) for name, rows in together.items()}
 
 
+def flux_2_texts(pipe, texts, **settings):
+    return {"prompt_embeds": pipe.encode_prompt(texts, device="cpu", **settings)[0]}
+
+
+def cells(latents):
+    """One cell in one token, `(B, c, h, w) -> (B, N, c)`."""
+    return latents.flatten(2).transpose(1, 2)
+
+
 def as_they_are(latents):
     return latents
 
@@ -77,15 +86,18 @@ FAMILIES = {
         "ZImageAPTPipeline", z_image_texts, as_they_are, as_they_are, {"guidance_scale": 0.0}, {"guidance_scale": 5.0}
     ),
     "qwen-image": Family(
-        "QwenImageAPTPipeline",
-        qwen_texts,
-        squares,
-        squares,
-        {"true_cfg_scale": 1.0},
-        {"true_cfg_scale": 4.0, "negative_prompt": ""},
-        length=256,
+        "QwenImageAPTPipeline", qwen_texts, squares, squares, {"true_cfg_scale": 1.0},
+        {"true_cfg_scale": 4.0, "negative_prompt": ""}, length=256,
     ),
-}
+    "flux2": Family(
+        "Flux2APTPipeline", flux_2_texts, as_they_are, cells, {"guidance_scale": 3.5}, {"guidance_scale": 4.0},
+        length=448, encoding={"text_encoder_out_layers": [1, 2]},
+    ),
+    "flux2-klein": Family(
+        "Flux2KleinAPTPipeline", flux_2_texts, as_they_are, cells, {"guidance_scale": 1.0}, {"guidance_scale": 4.0},
+        encoding={"text_encoder_out_layers": [1, 2]},
+    ),
+}  # fmt: skip
 each_family = pytest.mark.parametrize("kind", list(FAMILIES))
 
 
@@ -108,7 +120,10 @@ def opened(tiny_transformer_path):
         path = str(tiny_transformer_path(kind))
         pipe = DiffusionPipeline.from_pretrained(path)
         pipe.set_progress_bar_config(disable=True)
-        return open_base(path, max_sequence_length=family.length, **family.encoding), pipe
+        base = open_base(path, max_sequence_length=family.length)
+        for name, value in family.encoding.items():
+            setattr(base, name, value)
+        return base, pipe
 
     return open_both
 
@@ -153,12 +168,16 @@ def test_embeddings_are_those_of_the_pipeline(opened, kind):
 def test_latents_are_what_the_pipeline_decodes(opened, kind):
     """The pipeline is handed our latents after its last step, and draws the picture that the VAE makes of its own."""
     base, pipe = opened(kind)
+    if hasattr(pipe.vae, "bn"):  # Flux.2's: statistics that do something
+        torch.nn.init.uniform_(pipe.vae.bn.running_mean, -1, 1)
+        torch.nn.init.uniform_(pipe.vae.bn.running_var, 0.5, 2)
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = base.latent_distribution(pipe.vae, pixels)[:, 0]
     assert latents.shape[1:] == base.latent_shape(16)
     handed = FAMILIES[kind].stepped(latents)
     found = pipe(
-        "a", height=16, width=16, num_inference_steps=1, output_type="pt", max_sequence_length=FAMILIES[kind].length,
+        prompt="a", height=16, width=16, num_inference_steps=1, output_type="pt",
+        max_sequence_length=FAMILIES[kind].length,
         callback_on_step_end=lambda *_: {"latents": handed}, **FAMILIES[kind].unguided, **FAMILIES[kind].encoding,
     ).images  # fmt: skip
     with torch.no_grad():
@@ -176,7 +195,7 @@ def test_predictions_are_those_of_the_pipeline(opened, kind):
     noise = torch.randn(2, *base.latent_shape(16), generator=torch.Generator().manual_seed(0))
     ends = []
     pipe(
-        list(TEXTS), height=16, width=16, sigmas=[0.6], num_inference_steps=1, output_type="latent",
+        prompt=list(TEXTS), height=16, width=16, sigmas=[0.6], num_inference_steps=1, output_type="latent",
         latents=family.given(noise), max_sequence_length=family.length, **family.unguided, **family.encoding,
         callback_on_step_end=lambda *call: ends.append(call[3]["latents"]) or {},
     )  # fmt: skip
@@ -272,6 +291,14 @@ def test_clip_of_flux_is_trained_beside_a_frozen_t5(go):
     assert not any(torch.equal(before[name], after[name]) for name in after if name.endswith("prompts"))
 
 
+def test_a_distilled_klein_is_drawn_as_it_was_made(go, changed, caplog):
+    model = changed("flux2-klein", "", is_distilled=True)
+    go("flux2-klein", "out", model, max_train_steps=1)
+    assert "samples are drawn with 4 steps and a guidance of 1" in caplog.text
+    base = open_base(model, max_sequence_length=48)
+    assert base.drawing_pipeline(base.denoiser(torch.float32), False).config.is_distilled
+
+
 @pytest.mark.parametrize("kind", [kind for kind in FAMILIES if not kind.startswith("flux2")])
 def test_samples_may_start_from_a_picture(opened, kind):
     base, pipe = opened(kind)
@@ -335,6 +362,21 @@ def test_texts_are_cut_where_the_template_leaves_no_room(go, no_models, opened, 
     base.max_sequence_length = 8 + 10
     KeptPrompts([("--instance_prompt", "a sks glyph")], base)
     assert "--instance_prompt loses 'h'" in caplog.text and "than the 10 tokens that the model reads" in caplog.text
+
+
+def test_a_vae_with_other_patches_is_told(go, changed, no_models):
+    with pytest.raises(ValueError, match=r"The VAE of .* has patches of \[1, 1\], not of 2 x 2"):
+        go("flux2", "out", model=changed("flux2", "vae", patch_size=[1, 1]))
+
+
+def test_layers_that_the_text_encoder_lacks_are_told(go, no_models):
+    with pytest.raises(ValueError, match=r"--text_encoder_out_layers 1 3: the text encoder of .* has 2 layers"):
+        go("flux2", "out", text_encoder_out_layers=[1, 3])
+
+
+def test_pictures_to_start_from_are_refused_where_no_pipeline_takes_them(go, instance_dir, no_models):
+    with pytest.raises(ValueError, match=r"--validation_images: Flux.2 starts from no picture"):
+        go("flux2", "out", num_validation_images=1, validation_images=[instance_dir / "picture-0.png"])
 
 
 def test_too_many_tokens_are_told(go, no_models):

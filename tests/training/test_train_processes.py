@@ -84,6 +84,31 @@ def test_sigterm_to_the_whole_group_leaves_a_checkpoint(tiny_sd_path, instance_d
     assert_same_adapter(train(tiny_sd_path, instance_dir, tmp_path / "straight", **flags), out)
 
 
+LAUNCHER = [
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        # T5 is frozen beside the text encoders that are trained.
+        ("miniature-sd3", {"resolution": 32, "max_sequence_length": 24, "train_text_encoder": True}),
+        ("z-image", {"resolution": 16, "max_sequence_length": 48}),
+    ],
+)
+def test_two_processes_train_a_transformer_as_one_does(tiny_transformer_path, instance_dir, tmp_path, model, flags):
+    path = model if model.startswith("miniature") else tiny_transformer_path(model)
+    flags = flags | {"max_train_steps": 3, "validation_split": 0.2, "validation_steps": 1}
+    process = start(LAUNCHER, path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
+    output = process.communicate(timeout=TIMEOUT)[0]
+    assert process.returncode == 0, output[-4000:]
+    one = train(path, instance_dir, tmp_path / "one", train_batch_size=2, **flags)
+    assert_same_adapter(one, tmp_path / "two", tolerance=1e-4)
+    assert np.allclose(losses(one), losses(tmp_path / "two"), rtol=1e-4)
+
+
 def test_two_processes_are_one_with_twice_the_batch(tiny_sd_path, instance_dir, tmp_path):
     class_dir = tmp_path / "class"
     flags = {
@@ -91,11 +116,9 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_sd_path, instance_dir, 
         "with_prior_preservation": True, "class_data_dir": class_dir, "class_prompt": "a glyph",
         "num_class_images": 3, "num_inference_steps": 1, "num_validation_images": 1,
     }  # fmt: skip
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(COUNTER),
-    ]  # fmt: skip
-    process = start(launcher, tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
+    process = start(
+        [*LAUNCHER, str(COUNTER)], tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags
+    )
     output = process.communicate(timeout=TIMEOUT)[0]
     assert process.returncode == 0, output[-4000:]
     # In each process: of two models' gradients, once in each of four steps, not in each of their two batches.

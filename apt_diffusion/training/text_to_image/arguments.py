@@ -96,6 +96,12 @@ def _model_flags(add) -> None:
         help="Tokens that T5 or a language model reads; as its pipeline if not set: 256 for SD3, 512 for the others.",
     )
     add(
+        "--text_encoder_out_layers",
+        type=positive_int,
+        nargs="+",
+        help="Layers of the language model whose states are the text (Flux.2); as its pipeline if not set.",
+    )
+    add(
         "--guidance_embedding",
         type=not_negative,
         default=3.5,

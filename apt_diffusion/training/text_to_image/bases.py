@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from ...miniature import resolve_model
 from .flow_transformer import FlowTransformerBase
 from .flux import FluxBase
+from .flux_2 import Flux2Base, Flux2KleinBase
 from .qwen_image import QwenImageBase
 from .stable_diffusion import StableDiffusionBase, load_config
 from .stable_diffusion_3 import StableDiffusion3Base
@@ -17,6 +18,8 @@ from .z_image import ZImageBase
 # What stands before "Pipeline" in the names of text-to-image pipelines and of those that share their modules.
 FAMILIES: dict[str, type[FlowTransformerBase]] = {
     "Flux": FluxBase,
+    "Flux2": Flux2Base,
+    "Flux2Klein": Flux2KleinBase,
     "QwenImage": QwenImageBase,
     "ZImage": ZImageBase,
 }
@@ -57,7 +60,7 @@ def open_base(
     if "transformer" in pipeline and "unet" not in pipeline:
         raise ValueError(
             f"{name_or_path} is a {pipeline['_class_name']}, whose denoiser is a diffusion transformer: this trainer "
-            "takes Stable Diffusion 1, 2, XL, 3 and 3.5, Flux.1, Qwen-Image and Z-Image."
+            "takes Stable Diffusion 1, 2, XL, 3 and 3.5, Flux.1, Flux.2, Qwen-Image and Z-Image."
         )
     unet = load_config(UNet2DConditionModel, path, subfolder="unet", revision=revision)
     added = unet.get("addition_embed_type")

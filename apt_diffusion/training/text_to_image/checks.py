@@ -128,6 +128,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("logit_std", scheme != "logit_normal", "needs --weighting_scheme logit_normal"),
         ("mode_scale", scheme != "mode", "needs --weighting_scheme mode"),
         ("max_sequence_length", base.max_sequence_length is None, "is for text encoders other than CLIP"),
+        ("text_encoder_out_layers", base.text_encoder_out_layers is None, "is for Flux.2"),
         ("guidance_embedding", not base.takes_guidance, "is for transformers that were distilled to take a guidance"),
         ("class_labels_conditioning", not base.has_class_embedding, "needs a UNet with a class embedding"),
     ]

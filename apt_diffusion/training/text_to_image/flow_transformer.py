@@ -6,6 +6,7 @@ pipeline's own `encode_prompt`, and the text encoders are freed before the trans
 axes: B batch, c channels, h height, w width, L tokens of text, N tokens of the picture
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 from .stable_diffusion import Embeddings, StableDiffusionBase, full_config
 
 MASK = "prompt_embeds_mask"  # 1 where a text of several has a token
+PROMPT = "PROMPT"  # stands for a prompt in a template
 SAMPLE_CELLS = 128  # sides of the latents that the pipelines draw by default
 
 
@@ -39,6 +41,7 @@ class FlowTransformerBase(StableDiffusionBase):
     ignored_by_pipeline: tuple[str, ...] = ("latents_mean", "latents_std")
     max_sequence_length: int = 512
     longest_sequence: int | None = 512
+    drawing_options: Mapping[str, Any] = {}  # further arguments of the pipeline's class
     sides = 2
     packs = True
     samples_posterior = True
@@ -173,12 +176,23 @@ class FlowTransformerBase(StableDiffusionBase):
             transformer=denoiser,
             scheduler=self.scheduler(),
             **nothing,
+            **self.drawing_options,
         )
 
 
 def tokenizer_of(part: str) -> str:
     """The pipeline's name for the tokenizer of a text encoder."""
     return part.replace("text_encoder", "tokenizer")
+
+
+def tokens_before(tokenizer: Any, text: str) -> int:
+    """How many tokens a template's text has before the prompt."""
+    return len(plain(tokenizer)(text.split(PROMPT)[0], add_special_tokens=False).input_ids)
+
+
+def plain(reader: Any) -> Any:
+    """The tokenizer of a processor, or the tokenizer itself."""
+    return getattr(reader, "tokenizer", reader)
 
 
 def pack(latents: Tensor) -> Tensor:

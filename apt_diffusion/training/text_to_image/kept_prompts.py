@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch.nn import functional
 
 from ...data.text_length import warn_of_cut_texts
 from .encoder_outputs import EncoderOutputs
-from .flow_transformer import MASK, FlowTransformerBase
+from .flow_transformer import MASK, FlowTransformerBase, plain
 from .stable_diffusion import Embeddings
 
 LoadEncoders = Callable[[], dict[str, nn.Module]]
@@ -106,8 +105,3 @@ def padded(tensors: list[Tensor]) -> Tensor:
     return torch.cat(
         [functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, longest - tensor.shape[1])) for tensor in tensors]
     )
-
-
-def plain(reader: Any) -> Any:
-    """The tokenizer of a processor, or the tokenizer itself."""
-    return getattr(reader, "tokenizer", reader)

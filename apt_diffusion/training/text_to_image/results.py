@@ -20,7 +20,7 @@ from apt_diffusion import {pipeline}
 
 pipe = {pipeline}.{load}({base_model!r})
 pipe.load_apt_weights({place!r})
-image = pipe({prompt!r}).images[0]
+image = pipe(prompt={prompt!r}).images[0]
 """
 MODEL_SPEC_VERSION = "1.0.1"
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}  # diffusers' name: ModelSpec's

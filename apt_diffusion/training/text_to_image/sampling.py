@@ -73,6 +73,8 @@ def choose_sampling(args: argparse.Namespace, base: Any, logger: logging.Logger)
     chosen = sampling_of(
         args.pretrained_model_name_or_path, base.scheduler(), base.guidance_width, base.default_guidance
     )
+    if base.is_distilled:
+        chosen = Sampling(4, 1.0, "by is_distilled in its model_index.json")
     if args.num_inference_steps is None:
         args.num_inference_steps = chosen.steps
     if args.guidance_scale is None:

@@ -65,8 +65,10 @@ class StableDiffusionBase:
     guidance: float = GUIDANCE  # that such a UNet is trained at
     max_sequence_length: int | None = None  # tokens that a text encoder beside CLIP reads; `None` where there is none
     longest_sequence: int | None = None  # what its pipeline allows
+    text_encoder_out_layers: tuple[int, ...] | None = None  # whose states are the text's, where that can be chosen
     keeps_embeddings = False  # whether prompts are encoded before the denoiser is loaded, whatever the flags say
     takes_negative_prompts = True
+    is_distilled = False  # as its files say, for pictures in few steps
     takes_guidance = False  # whether the denoiser was distilled to be given the guidance
     default_guidance = GUIDANCE  # of samples of a base that is not distilled
     image_to_image_has_size = False  # whether that pipeline takes height and width, and else the model's own size

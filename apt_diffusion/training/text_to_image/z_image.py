@@ -7,7 +7,7 @@ from diffusers import ZImageImg2ImgPipeline, ZImagePipeline, ZImageTransformer2D
 from torch import Tensor, nn
 
 from ... import ZImageAPTPipeline
-from .flow_transformer import MASK, FlowTransformerBase
+from .flow_transformer import MASK, PROMPT, FlowTransformerBase, tokens_before
 from .stable_diffusion import Embeddings
 
 
@@ -35,9 +35,9 @@ class ZImageBase(FlowTransformerBase):
 
     def text_before(self, tokenizer: Any) -> int:
         """The chat template's tokens before a prompt."""
-        chat = [{"role": "user", "content": "PROMPT"}]
+        chat = [{"role": "user", "content": PROMPT}]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        return len(tokenizer(text.split("PROMPT")[0]).input_ids)
+        return tokens_before(tokenizer, text)
 
     def encode(self, pipeline: Any, prompt: str, device: torch.device) -> Embeddings:
         """`prompt_embeds` `(1, L, d)`, as long as the prompt is, and a mask of ones."""

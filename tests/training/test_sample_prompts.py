@@ -121,6 +121,15 @@ def test_samples_do_not_disturb_and_a_resumed_run_has_them_all_on_its_sheet(go, 
         assert np.array_equal(pixels(parts / "samples" / name), pixels(watched / "samples" / name))
 
 
+def test_flags_of_the_grid_have_no_effect_without_one(go, instance_dir, tmp_path, caplog):
+    picture = str(next(instance_dir.iterdir()))
+    file = written(tmp_path, "a dog --s 1")
+    out = go(sample_prompts=file, num_validation_images=2, validation_images=[picture], max_train_steps=1)
+    assert names(out) == ["step-000001-01.png"]
+    for flag in ("validation_images", "num_validation_images"):
+        assert f"--{flag} is for the grid of --validation_prompt" in caplog.text
+
+
 def test_all_mistakes_are_told_at_once_before_weights_load(go, tmp_path, no_models):
     file = written(
         tmp_path,

@@ -68,6 +68,13 @@ def test_validation_images_start_the_samples(go, instance_dir):
         assert grid.width == 2 * (192 + 8) + 8
 
 
+def test_a_single_step_from_a_picture_is_refused_before_training(go, instance_dir, no_models):
+    """It draws none: the run ended in an error once it had trained."""
+    picture = str(next(instance_dir.iterdir()))
+    with pytest.raises(ValueError, match=r"--validation_images.*--num_inference_steps of at least 2"):
+        go(validation_images=[picture], num_validation_images=1, num_inference_steps=1)
+
+
 def test_the_card_log_and_header_explain_the_adapter(go, tiny_sd_path):
     """D8: diffusers writes neither card nor settings unless it pushes to the hub."""
     from huggingface_hub import ModelCard

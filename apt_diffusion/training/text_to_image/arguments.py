@@ -259,7 +259,7 @@ def _sample_flags(add) -> None:
         "--w, --h, --d (seed), --s (steps), --l (guidance), --n (negative prompt), --a (weight of the adapter).",
     )
     add("--contact_sheet", action="store_true", help="All pictures of --sample_prompts on one, by prompt and step.")
-    add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws none, ever.")
+    add("--num_validation_images", type=count, default=4, help="Images per sample grid; 0 draws no grid, ever.")
     add("--validation_epochs", type=positive_int, default=50, help="Epochs between samples.")
     add("--validation_steps", type=positive_int, help="Steps between samples; overrides --validation_epochs.")
     add(

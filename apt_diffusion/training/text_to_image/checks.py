@@ -8,6 +8,7 @@ from ..optimizer_choice import takes
 from .arguments import apt_config
 from .base_precision import GGUF_SUFFIX, check_gguf
 from .data_arguments import changing_captions
+from .samples import draws_grid
 from .stable_diffusion import StableDiffusionBase
 
 
@@ -17,6 +18,11 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
         _check_kept_texts(args, base)
     if args.validation_images and base.image_to_image_class is None:
         raise ValueError(f"--validation_images: {base.family} starts from no picture in diffusers: leave it out.")
+    if args.validation_images and draws_grid(args) and args.num_inference_steps < 2:
+        raise ValueError(
+            "--validation_images: from a picture, only the later steps are drawn, of one step none. Give "
+            "--num_inference_steps of at least 2."
+        )
     if args.tokenizer_name is not None and len(base.text_parts) > 1:
         raise ValueError("--tokenizer_name names one tokenizer, but this model has several, which differ.")
     if base.has_class_embedding and args.class_labels_conditioning is None:
@@ -69,6 +75,7 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
     evaluated = measured or args.validation_prompt is not None or args.sample_prompts is not None
     taken = takes(args.optimizer)
     none_drawn = args.num_validation_images == 0
+    no_grid = "is for the grid of --validation_prompt, which --sample_prompts alone replaces"
     is_flow = type(base.scheduler()).__name__.startswith("FlowMatch")
     scheme = args.weighting_scheme if is_flow else ""
     without_prior = not args.with_prior_preservation
@@ -83,6 +90,8 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
         ("prior_generation_precision", not drawn, "needs --with_prior_preservation and --class_data_dir"),
         ("validation_prompt", none_drawn, "draws nothing with --num_validation_images 0"),
         ("validation_images", none_drawn, "draws nothing with --num_validation_images 0"),
+        ("validation_images", not (none_drawn or draws_grid(args)), no_grid),
+        ("num_validation_images", not (none_drawn or draws_grid(args)), no_grid),
         (
             "validation_steps",
             not evaluated,

@@ -23,8 +23,9 @@ from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
 from apt_diffusion.data.pictures import Picture
 from apt_diffusion.training import optimizer_choice
-from apt_diffusion.training.activations import checkpoint_activations
+from apt_diffusion.training.activations import checkpoint_activations, checkpoint_blocks
 from apt_diffusion.training.adapter import attach_trainable
+from apt_diffusion.training.frozen_blocks import offload_blocks
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
 from apt_diffusion.training.optimizer import make_schedule
@@ -246,7 +247,7 @@ def load(
         outputs.trim()
 
     if args.base_precision is None:
-        denoiser = base.denoiser(dtype).to(device)
+        denoiser = base.denoiser(dtype).to("cpu" if args.group_offload else device)
     else:
         denoiser = load_quantised(base, args.base_precision, dtype).to(device)
     models = {base.denoiser_part: denoiser} | text_encoders
@@ -257,11 +258,16 @@ def load(
         parameters.pop(name).requires_grad_(False)
     if args.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
+    if args.gradient_checkpointing_blocks:
+        checkpoint_blocks(denoiser, args.gradient_checkpointing_blocks)
+    elif args.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-        if args.train_text_encoder:
-            for text_encoder in text_encoders.values():
-                checkpoint_activations(text_encoder)
+    if args.group_offload:
+        kept = offload_blocks(denoiser, device)
+        session.logger.info("%.1f MiB of the %s stay in main memory.", kept / 2**20, base.denoiser_part)
+    if args.gradient_checkpointing and args.train_text_encoder:
+        for text_encoder in text_encoders.values():
+            checkpoint_activations(text_encoder)
     return Learner(
         base, objective.to(device), prompts, denoiser, text_encoders, vae, held_out, adapted, parameters, dtype
     )

@@ -6,6 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .frozen_blocks import offloads_blocks
+
 
 def wrap(
     accelerator: Accelerator, models: dict[str, nn.Module], optimizer: torch.optim.Optimizer
@@ -15,8 +17,12 @@ def wrap(
     The others are not shared between processes: DDP refuses a model in which nothing is trained.
     """
     learning = [name for name, model in models.items() if any(p.requires_grad for p in model.parameters())]
-    *prepared, wrapped_optimizer = accelerator.prepare(*(models[name] for name in learning), optimizer)
+    placed = [*(not offloads_blocks(models[name]) for name in learning), True]
+    *prepared, wrapped_optimizer = accelerator.prepare(
+        *(models[name] for name in learning), optimizer, device_placement=placed
+    )
     wrapped = dict(zip(learning, prepared, strict=True))
     for name in models.keys() - wrapped.keys():
-        wrapped[name] = accelerator.prepare_model(models[name], evaluation_mode=True)
+        own = offloads_blocks(models[name])
+        wrapped[name] = accelerator.prepare_model(models[name], device_placement=not own, evaluation_mode=True)
     return {name: wrapped[name] for name in models}, prepared, wrapped_optimizer

@@ -27,6 +27,10 @@ def said(tiny_sd_path, instance_dir, tmp_path, caplog):
             {"cache_encoder_outputs": "kept", "no-cache_latents": True, "train_text_encoder": True},
             "--cache_encoder_outputs needs --cache_latents or --cache_text_embeddings",
         ),
+        (
+            {"group_offload": True, "gradient_checkpointing": True},
+            "--group_offload is for accelerators: on a CPU it only copies weights",
+        ),
         ({"validation_steps": 1}, "--validation_steps needs --validation_prompt"),
         ({"validation_epochs": 1}, "--validation_epochs needs --validation_prompt"),
         ({"validation_prompt": "x"}, "--validation_prompt draws nothing with --num_validation_images 0"),

@@ -19,10 +19,10 @@ from .. import run_config
 from ..model_card import LICENSE_HELP, license_id
 from ..optimizer_choice import NAMED, make_optimizer, parse_settings
 from ..run_config import RunArguments
-from .base_precision import base_precision, check_precision
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
 from .losses import LOSS_TYPES
+from .memory_arguments import check_memory_flags, memory_flags
 from .number_types import count, finite, fraction, not_negative, positive, positive_int
 
 EXAMPLES = """
@@ -309,13 +309,7 @@ def _hardware_flags(add) -> None:
         choices=["no", "fp16", "bf16"],
         help="Precision of the frozen weights and of the computation; accelerate's setting if not set.",
     )
-    add(
-        "--base_precision",
-        type=base_precision,
-        help="The frozen denoiser in 4 or 8 bits: nf4 (bitsandbytes), int8 or fp8 (torchao), or the path of a GGUF "
-        "file with its weights.",
-    )
-    add("--gradient_checkpointing", action="store_true", help="Less memory, slower steps.")
+    memory_flags(add)
     add("--allow_tf32", action="store_true", help="TF32 matrix products on GPUs that have them.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="xformers' attention in the UNet.")
     add("--local_rank", type=int, default=-1, help="Set by launchers.")
@@ -332,6 +326,7 @@ def parse_args(argv: list[str] | None = None) -> RunArguments:
     _check_text_encoder(args)
     _check_output(args)
     _check_installed(args)
+    check_memory_flags(args)
     _check_optimizer(args)
     if args.target_modules and len(args.target_modules) == 1 and re.search(r"[\\*+?\[(|^$]", args.target_modules[0]):
         args.target_modules = args.target_modules[0]
@@ -421,8 +416,6 @@ def _check_installed(args: argparse.Namespace) -> None:
     def missing(package: str) -> bool:
         return importlib.util.find_spec(package) is None
 
-    if args.base_precision is not None:
-        check_precision(args.base_precision)
     if args.enable_xformers_memory_efficient_attention and missing("xformers"):
         raise ValueError("--enable_xformers_memory_efficient_attention needs xformers: `pip install xformers`.")
     if args.use_8bit_adam and missing("bitsandbytes"):

@@ -2,7 +2,10 @@
 
 import argparse
 
+import torch
+
 from ... import add_apt
+from ..activations import blocks_of
 from ..idle_flags import Rule, shared_rules
 from ..optimizer_choice import takes
 from .arguments import apt_config
@@ -29,6 +32,7 @@ def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
         raise ValueError("The base's UNet takes class labels: give --class_labels_conditioning timesteps.")
     skeletons = base.skeletons()
     base.check_widths(skeletons)
+    blocks_of(skeletons[base.denoiser_part], args.gradient_checkpointing_blocks)
     if args.base_precision is not None and args.base_precision.endswith(GGUF_SUFFIX):
         check_gguf(args.base_precision, skeletons[base.denoiser_part], args.pretrained_model_name_or_path)
     add_apt({part: skeletons[part] for part in trained_parts(args, base)}, apt_config(args))
@@ -127,6 +131,11 @@ def idle_rules(args: argparse.Namespace, base: StableDiffusionBase) -> list[Rule
             "cache_encoder_outputs",
             not (args.cache_latents or args.cache_text_embeddings or measured),
             "needs --cache_latents or --cache_text_embeddings",
+        ),
+        (
+            "group_offload",
+            not torch.accelerator.is_available(),
+            "is for accelerators: on a CPU it only copies weights",
         ),
         ("allow_changed_data", not args.resume_from_checkpoint, "needs --resume_from_checkpoint"),
         ("image_column", args.dataset_name is None, "needs --dataset_name"),

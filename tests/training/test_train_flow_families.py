@@ -275,6 +275,21 @@ def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(go, instance_dir, ki
 
 
 @each_family
+def test_buckets_masks_and_half_precision(go, tmp_path, kind):
+    for index, size in enumerate([(20, 30), (30, 20), (16, 16)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        Image.new("L", size[::-1], 200).save(tmp_path / f"{index}-mask.png")
+    out = go(
+        kind, "out", instance_data_dir=tmp_path, max_train_steps=4, train_batch_size=1, masked_loss=True,
+        aspect_ratio_buckets="16,24;24,16;16,16", mixed_precision="bf16", num_validation_images=1,
+        num_inference_steps=1, caption_dropout_rate=0.5, **{"no-cache_latents": True},
+    )  # fmt: skip
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in tensors(out).values())
+    assert np.isfinite(losses(out)).all() and (out / "samples").is_dir()
+
+
+@each_family
 def test_pictures_of_the_class_are_drawn_by_the_base(go, tmp_path, kind):
     go(
         kind, "out", max_train_steps=1, with_prior_preservation=True, class_data_dir=tmp_path / "class",
@@ -340,6 +355,13 @@ def test_latents_of_another_autoencoder_are_told(go, changed, no_models, kind):
     more = {"latents_mean": [0.0] * 2, "latents_std": [1.0] * 2} if kind == "qwen-image" else {}
     with pytest.raises(ValueError, match=r"no text-to-image model over the latents that its VAE makes: they have"):
         go(kind, "out", model=changed(kind, part, **{setting: 2}, **more))
+
+
+@each_family
+def test_an_autoencoder_of_another_kind_is_told(go, tiny_transformer_path, no_models, kind):
+    other = tiny_transformer_path("flux" if kind == "qwen-image" else "qwen-image") / "vae"
+    with pytest.raises(ValueError, match=r"has a AutoencoderKL\w* where this trainer needs a AutoencoderKL"):
+        go(kind, "out", pretrained_vae_model_name_or_path=other)
 
 
 @each_family

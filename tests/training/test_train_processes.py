@@ -95,6 +95,7 @@ LAUNCHER = [
     [
         # T5 is frozen beside the text encoders that are trained.
         ("miniature-sd3", {"resolution": 32, "max_sequence_length": 24, "train_text_encoder": True}),
+        ("flux", {"resolution": 16, "max_sequence_length": 24, "train_text_encoder": True, "no_train_unet": True}),
         ("z-image", {"resolution": 16, "max_sequence_length": 48}),
     ],
 )

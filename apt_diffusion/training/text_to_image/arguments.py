@@ -133,7 +133,7 @@ def _adapter_flags(add) -> None:
     )
     add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
-    add("--train_text_encoder", action="store_true", help="Adapt the text encoder too (both of CLIP in SDXL, SD3).")
+    add("--train_text_encoder", action="store_true", help="Adapt CLIP, too (both in SDXL and SD3).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
 
 

@@ -68,7 +68,7 @@ def data_flags(add) -> None:
     add(
         "--resolution",
         type=positive_int,
-        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL).",
+        help="Size of the training squares. Default: the model's own, at most 512 (1024 for SDXL and transformers).",
     )
     add(
         "--aspect_ratio_buckets",

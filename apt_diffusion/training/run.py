@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, is_tensorboard_available
 
+from . import sharding
 from .checkpoints import Checkpoint, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
     """Accelerate and logging, from a script's flags; warns where a launcher started fewer processes than intended."""
+    sharding.refuse_deepspeed()
     accelerator = Accelerator(
         # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
         cpu=not torch.accelerator.is_available(),

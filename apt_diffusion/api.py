@@ -22,6 +22,7 @@ from .components import cores_of as cores_of
 from .config import APTConfig
 from .model import AdapterWeight, ModelAdapters, named_cores
 from .processor import APTProcessorCore
+from .words import remove_from_pipeline
 from .wrappers import check_can_grow, is_shared, unwrap
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ def undo_on_failure() -> Iterator[list[tuple[ModelAdapters, str, dict[str, Adapt
 
 def remove_apt(model: Any, adapter_name: str | None = None) -> None:
     """Takes one adapter away, or all: the base model again, bit for bit, without hooks, children or settings."""
-    for component in check_present(model, [] if adapter_name is None else [adapter_name]).values():
+    components = check_present(model, [] if adapter_name is None else [adapter_name]).values()
+    remove_from_pipeline(model, adapter_name)
+    for component in components:
         adapters = ModelAdapters.of(component)
         if adapter_name is None:
             adapters.reset()

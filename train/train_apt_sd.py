@@ -42,6 +42,7 @@ from apt_diffusion.training.text_to_image.encoder_outputs import open_outputs
 from apt_diffusion.training.text_to_image.kept_prompts import KeptPrompts
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
+from apt_diffusion.training.text_to_image.new_words import attach_words
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
 from apt_diffusion.training.text_to_image.picture_sets import (
     PictureSets,
@@ -73,6 +74,7 @@ class Learner:
     vae: nn.Module | None  # `None` where its latents are kept
     held_out: HeldOutData
     adapted: dict[str, nn.Module]  # the parts with an adapter, as they were loaded
+    saved: dict[str, nn.Module]  # those, and the text encoders where these have new words
     parameters: dict[str, nn.Parameter]  # the adapter's, by name
     dtype: torch.dtype  # of the frozen weights
 
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
                 "instance_prompt": trigger_prompts(args)[0],
             }
             header = session.header(**known) | model_spec(session, base)
-            save_apt_weights(learner.adapted, folder, metadata=header)
+            save_apt_weights(learner.saved, folder, metadata=header)
 
         learner.train()
         for batch in session.batches(session.loader(data, collate)):
@@ -254,6 +256,7 @@ def load(
     adapted = {part: models[part] for part in trained_parts(args, base)}
     torch.manual_seed(session.seed)
     parameters = attach_trainable(adapted, apt_config(args), session.resumed.folder if session.resumed else None)
+    parameters |= attach_words(args, prompts, text_encoders, session.resumed and session.resumed.folder)
     for name in filter(base.idle, list(parameters)):
         parameters.pop(name).requires_grad_(False)
     if args.enable_xformers_memory_efficient_attention:
@@ -268,8 +271,9 @@ def load(
     if args.gradient_checkpointing and args.train_text_encoder:
         for text_encoder in text_encoders.values():
             checkpoint_activations(text_encoder)
+    saved = adapted | (text_encoders if args.new_tokens else {})
     return Learner(
-        base, objective.to(device), prompts, denoiser, text_encoders, vae, held_out, adapted, parameters, dtype
+        base, objective.to(device), prompts, denoiser, text_encoders, vae, held_out, adapted, saved, parameters, dtype
     )
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import APTConfig
 from .atomic import replacing
 from .former import current_header, current_names, method_in_header
-from .names import is_adapter_tensor
+from .names import WORDS_KEY, is_adapter_tensor, split_component
 
 WEIGHTS_NAME = "pytorch_apt_weights.safetensors"
 
@@ -24,6 +24,18 @@ class AdapterFile:
     name: str
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    word_rows: dict[str, Tensor] = field(default_factory=dict)  # embeddings of new words, by component
+
+    @property
+    def words(self) -> list[str]:
+        """The new words that the adapter brings."""
+        try:
+            words = json.loads(self.metadata.get("apt_words", "[]"))
+        except ValueError as error:
+            raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{self.name} has a header that cannot be used: apt_words is no list of words.")
+        return words
 
     @property
     def configs(self) -> dict[str, APTConfig] | None:
@@ -61,8 +73,13 @@ class AdapterFile:
         return f"It was made for the base model {base!r}." if base else "It does not say which base model it is for."
 
 
-def read_adapter_file(file: Path) -> AdapterFile:
-    """Reads a safetensors file whole; `ValueError` where it is no APT adapter."""
+def read_adapter_file(file: Path, with_words: bool = False) -> AdapterFile:
+    """Reads a safetensors file whole; `ValueError` where it is no APT adapter.
+
+    Args:
+        file: where it is.
+        with_words: whether the caller can use new words; else a file that brings some is refused.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -76,7 +93,16 @@ def read_adapter_file(file: Path) -> AdapterFile:
             f"{file} cannot be read as safetensors ({error}): it is cut off, damaged or of another format. Copy or "
             "download it again; pickled files (.bin, .pt, .ckpt) are never loaded."
         ) from error
-    return AdapterFile(str(file), tensors, current_header(str(file), tensors, metadata))
+    rows = {split_component(key)[0]: tensors.pop(key) for key in list(tensors) if key.endswith(f".{WORDS_KEY}")}
+    found = AdapterFile(str(file), tensors, current_header(str(file), tensors, metadata), rows)
+    if bool(found.words) != bool(rows):
+        raise ValueError(f"{file} is damaged: it has new words without embeddings, or the other way round.")
+    if rows and not with_words:
+        raise ValueError(
+            f"{file} brings new words ({', '.join(found.words[:4])}), which only a pipeline of its own can learn: use "
+            "it with load_apt_weights on a pipeline, or with apt-diffusion generate."
+        )
+    return found
 
 
 def read_adapter_dict(tensors: dict[str, Tensor]) -> AdapterFile:

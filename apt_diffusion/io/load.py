@@ -23,6 +23,7 @@ from ..equation import ApproximatedPrompt
 from ..heads import head_tensors
 from ..model import ModelAdapters, Planned
 from ..places import Place, named_modules, new_adapter, place_at
+from ..words import add_to_pipeline, check_pipeline, has_words
 from ..wrappers import check_can_grow
 from . import hotswap as swap
 from .files import AdapterFile, read_adapter_dict, read_adapter_file, resolve_adapter_file
@@ -62,6 +63,8 @@ def load_apt_weights(
     activate: bool = True,
 ) -> list[str]:
     """Loads an adapter and makes it the active one. A failed load leaves the model exactly as it was.
+
+    New words of the file are taught to the tokenizers of the pipeline, and taken away with the adapter.
 
     Args:
         model_or_pipeline: a model, a pipeline, or a dict of components.
@@ -109,9 +112,11 @@ def load_apt_weights(
             "force_download": force_download,
             "local_files_only": bool(local_files_only),
         }
-        file = read_adapter_file(resolve_adapter_file(source, weight_name, subfolder, **hub))
+        file = read_adapter_file(resolve_adapter_file(source, weight_name, subfolder, **hub), with_words=True)
     tensors = _by_component(file, single="" in models)
     parts = _chosen_components(file, model_or_pipeline, models, set(tensors), components)
+    rows = {part: value for part, value in file.word_rows.items() if components is None or part in components}
+    _check_words(file, model_or_pipeline, rows, adapter_name, hotswap)
     settings = _settings(file, parts, config)
     plans = {}
     for part in parts:
@@ -129,7 +134,19 @@ def load_apt_weights(
                 done.append((plan.adapters, adapter_name, before))
                 if plan.heads:
                     plan.adapters.heads.write(plan.adapters.model, adapter_name, plan.heads)
+            if rows:
+                add_to_pipeline(model_or_pipeline, adapter_name, rows, file.words)
     return [join(part, name) for part, plan in plans.items() for name in dict.fromkeys(n for n, _ in plan.groups)]
+
+
+def _check_words(file: AdapterFile, model: Any, rows: dict[str, Tensor], adapter_name: str, hotswap: bool) -> None:
+    if hotswap and (rows or has_words(model, adapter_name)):
+        raise ValueError(f"{file.name}: adapters with new words cannot be swapped in place; load and unload them.")
+    if rows:
+        try:
+            check_pipeline(model, rows, file.words)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error} {file.made_for}") from error
 
 
 # Which components

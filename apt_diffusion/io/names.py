@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..architectures import CHILDREN
 from ..places import base_modules
 
+WORDS_KEY = "apt_words"  # after the component: embeddings of new words, one row each
 PARAMETERS = ("prompts", "low_rank_down", "low_rank_up", "log_scale", "gate")
 _NAME = re.compile(rf"(.+)\.({'|'.join(CHILDREN)})\.({'|'.join(PARAMETERS)})")
 

@@ -17,9 +17,10 @@ from ..equation import ApproximatedPrompt
 from ..model import ModelAdapters
 from ..offloading import keep_off_disk, onloaded
 from ..version import __version__
+from ..words import words_of
 from ..wrappers import check_is_whole
 from .files import WEIGHTS_NAME, hash_tensors, write_safetensors
-from .names import join, neutral_names
+from .names import WORDS_KEY, join, neutral_names
 from .public_names import public_name
 
 
@@ -52,6 +53,8 @@ def save_apt_weights(
         for part, component in parts.items()
         for key, tensor in apt_state_dict(component, adapter_name).items()
     }
+    words, rows = _words(components, adapter_name)
+    tensors |= rows
     configs = {part: ModelAdapters.of(component).configs[adapter_name].to_dict() for part, component in parts.items()}
     places = {part: len(ModelAdapters.of(component).at_places(adapter_name)) for part, component in parts.items()}
     header = {
@@ -63,6 +66,8 @@ def save_apt_weights(
     families = {part: names for part, component in parts.items() if (names := families_of(component))}
     if families:
         header["apt_families"] = json.dumps(families)
+    if words:
+        header["apt_words"] = json.dumps(words, ensure_ascii=False)
     base_model = getattr(getattr(model_or_pipeline, "config", None), "_name_or_path", None)
     if base_model:
         header["base_model"] = public_name(str(base_model))
@@ -72,6 +77,16 @@ def save_apt_weights(
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     return write_safetensors(tensors, file, header)
+
+
+def _words(components: dict[str, nn.Module], adapter_name: str) -> tuple[list[str], dict[str, Tensor]]:
+    """The new words of an adapter, and their embeddings by the names of the file format."""
+    found = {part: own for part, component in components.items() if (own := words_of(component)) is not None}
+    found = {part: own for part, own in found.items() if adapter_name in own.rows}
+    if "" in found:
+        raise ValueError("This adapter has new words: save the pipeline, whose tokenizers know them.")
+    words = next((list(own.names[adapter_name]) for own in found.values()), [])
+    return words, {join(part, WORDS_KEY): _copied(own.rows[adapter_name]) for part, own in found.items()}
 
 
 def apt_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:

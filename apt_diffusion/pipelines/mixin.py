@@ -23,6 +23,7 @@ from ..miniature import resolve_model
 from ..model import AdapterWeight, ModelAdapters
 from ..processor import Sample
 from ..serving.store import AdapterStore
+from ..words import hidden_words
 from .prompt_tags import TEXT_ARGUMENTS, take_tags
 
 ADAPTERS_INDEX = "apt_adapters.json"
@@ -140,7 +141,7 @@ class APTLoaderMixin(Stock):
         (folder / ADAPTERS_INDEX).unlink(missing_ok=True)  # of what was saved here before
         if index:
             write_text(folder / ADAPTERS_INDEX, json.dumps(index, indent=2))
-        with api.hidden_apt(self):
+        with api.hidden_apt(self), hidden_words(self):
             super().save_pretrained(str(save_directory), *args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -220,14 +221,16 @@ class APTLoaderMixin(Stock):
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method; adapters stay on their device."""
-        with api.hidden_apt(self):
+        with api.hidden_apt(self), hidden_words(self):
             super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def enable_group_offload(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method; by leaf or to disk, adapters stay on their device."""
         settings = inspect.signature(super().enable_group_offload).bind(*args, **kwargs).arguments
         stay = settings.get("offload_type") == "leaf_level" or settings.get("offload_to_disk_path") is not None
-        with api.hidden_apt(self) if stay else contextlib.nullcontext():
+        with contextlib.ExitStack() as hidden:
+            for hide in (api.hidden_apt, hidden_words) if stay else ():
+                hidden.enter_context(hide(self))
             super().enable_group_offload(*args, **kwargs)
 
     def _inputs_of_call(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +274,7 @@ class APTLoaderMixin(Stock):
             return
         active = {}
         for name, (folder, weight) in _read_index(file).items():
-            adapter = read_adapter_file(resolve_adapter_file(path, WEIGHTS_NAME, folder or None, **hub))
+            adapter = read_adapter_file(resolve_adapter_file(path, WEIGHTS_NAME, folder or None, **hub), True)
             if adapter.configs is not None and not self._may_load(name, set(adapter.configs)):
                 continue
             load_apt_weights(self, adapter, name, activate=False)

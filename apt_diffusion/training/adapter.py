@@ -1,6 +1,7 @@
 """Prepares the adapter of a run: attaches a new one, or loads that of a checkpoint to continue."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -43,12 +44,13 @@ def attach_trainable(
         parameter.data = parameter.data.float()
     if checkpoint is not None:
         _check_same_settings(components, checkpoint)
-        load_apt_weights(components, checkpoint, hotswap=True)
+        file = read_adapter_file(checkpoint / WEIGHTS_NAME, with_words=True)
+        load_apt_weights(components, replace(file, word_rows={}), hotswap=True)  # the words' rows are loaded with them
     return parameters
 
 
 def _check_same_settings(components: dict[str, nn.Module], checkpoint: Path) -> None:
-    stored = read_adapter_file(checkpoint / WEIGHTS_NAME).configs or {}
+    stored = read_adapter_file(checkpoint / WEIGHTS_NAME, with_words=True).configs or {}
     if set(stored) != set(components):
         raise ValueError(f"{checkpoint} has an adapter for {sorted(stored)}, this run trains {sorted(components)}.")
     for part, component in components.items():

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "apt_diffusion"
 # The parts that the method is: each may import those before it.
 METHOD = [
     "version", "config", "equation", "memo", "offloading", "adapter_names", "wrappers", "processor", "architectures",
-    "hooks", "places", "heads", "block_weights", "model", "components", "calls", "api", "io.atomic",
+    "hooks", "places", "heads", "block_weights", "model", "components", "words", "calls", "api", "io.atomic",
     "io.former", "io.names", "io.public_names", "io.files", "io.save", "io.hotswap", "io.load", "io.single_file",
     "convert.single_file", "serving.store", "pipelines.prompt_tags", "pipelines.mixin", "pipelines.modular",
     "pipelines.single_file", "pipelines.factory",

@@ -24,6 +24,7 @@ OPTIONS = {
     "dropped captions": {"caption_dropout_rate": 0.5},
     "class": {"with_prior_preservation": True, "class_prompt": "a glyph", "num_class_images": 3},
     "noise": {"noise_offset": 0.1, "random_flip": True, "lora_dropout": 0.3},
+    "new words": {"new_tokens": ["sks"], "new_tokens_lr": 0.1},
     "text encoder": {"train_text_encoder": True},
     "no caches": {"no-cache_latents": True, "dataloader_num_workers": 1},
     "accumulation": {"gradient_accumulation_steps": 2},

@@ -35,7 +35,7 @@ def test_two_shards_are_one_model_with_twice_the_batch(tiny_sd_path, instance_di
     flags = {
         "max_train_steps": 4, "gradient_accumulation_steps": 2, "train_text_encoder": True, "validation_split": 0.2,
         "validation_steps": 2, "keep_best": True, "num_validation_images": 1, "validation_prompt": "a sks glyph",
-        "num_inference_steps": 2, "use_ema": True, "checkpointing_steps": 2,
+        "num_inference_steps": 2, "use_ema": True, "checkpointing_steps": 2, "new_tokens": ["sks"],
     }  # fmt: skip
     words = command(tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
     done = sharded(COUNTER, SCRIPT, *words)

@@ -116,6 +116,7 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_sd_path, instance_dir, 
         "max_train_steps": 4, "gradient_accumulation_steps": 2, "train_text_encoder": True, "random_flip": True,
         "with_prior_preservation": True, "class_data_dir": class_dir, "class_prompt": "a glyph",
         "num_class_images": 3, "num_inference_steps": 1, "num_validation_images": 1,
+        "instance_prompt": "a <sks> glyph", "new_tokens": ["<sks>"],
     }  # fmt: skip
     process = start(
         [*LAUNCHER, str(COUNTER)], tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags

@@ -23,6 +23,7 @@ from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
 from .losses import LOSS_TYPES
 from .memory_arguments import check_memory_flags, memory_flags
+from .new_words import check_new_word_flags, new_word_flags
 from .number_types import count, finite, fraction, not_negative, positive, positive_int
 
 EXAMPLES = """
@@ -133,6 +134,7 @@ def _adapter_flags(add) -> None:
     )
     add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
+    new_word_flags(add)
     add("--train_text_encoder", action="store_true", help="Adapt CLIP, too (both in SDXL and SD3).")
     add("--no_train_unet", action="store_true", help="With --train_text_encoder: adapt the text encoder alone.")
 
@@ -383,7 +385,10 @@ def _check_text_encoder(args: argparse.Namespace) -> None:
             raise ValueError("--pre_compute_text_embeddings and --no-cache_text_embeddings contradict each other.")
     if args.train_text_encoder and args.cache_text_embeddings:
         raise ValueError("--cache_text_embeddings cannot be used with --train_text_encoder, which changes them.")
-    args.cache_text_embeddings = not args.train_text_encoder and args.cache_text_embeddings is not False
+    check_new_word_flags(args)
+    args.cache_text_embeddings = not (args.train_text_encoder or args.new_tokens) and (
+        args.cache_text_embeddings is not False
+    )
     if args.no_train_unet:
         if not args.train_text_encoder:
             raise ValueError("--no_train_unet without --train_text_encoder leaves nothing to train.")

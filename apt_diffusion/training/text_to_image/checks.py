@@ -11,12 +11,14 @@ from ..optimizer_choice import takes
 from .arguments import apt_config
 from .base_precision import GGUF_SUFFIX, check_gguf
 from .data_arguments import changing_captions
+from .new_words import check_new_words
 from .samples import draws_grid
 from .stable_diffusion import StableDiffusionBase
 
 
 def check_fit(args: argparse.Namespace, base: StableDiffusionBase) -> None:
     """The adapter must fit the model: `ValueError` where it does not, seen on configurations, without weights."""
+    check_new_words(args, base)
     if base.keeps_embeddings:
         _check_kept_texts(args, base)
     if args.validation_images and base.image_to_image_class is None:

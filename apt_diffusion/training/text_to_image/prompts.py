@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ...data.text_length import warn_of_cut_texts
+from ...words import TOKENIZERS
 from .encoder_outputs import EncoderOutputs
 from .flow_transformer import FlowTransformerBase
 from .kept_prompts import KeptPrompts, LoadEncoders, evaluated_once
+from .new_words import taught, warn_of_prompts_without
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
 
 
@@ -25,7 +27,10 @@ def make_prompts(
     """
     if isinstance(base, FlowTransformerBase):
         return KeptPrompts(prompts, base)
-    return Prompts(prompts, base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask)
+    return Prompts(
+        prompts, base, args.tokenizer_name, args.tokenizer_max_length, args.text_encoder_use_attention_mask,
+        args.new_tokens or (),
+    )  # fmt: skip
 
 
 class Prompts:
@@ -39,9 +44,11 @@ class Prompts:
         tokenizer_name: hub id or folder of another tokenizer than its own.
         max_length: tokens per prompt; as many as the text encoder reads if `None`.
         use_attention_mask: hide padding from the text encoders.
+        new_words: that the tokenizers of CLIP learn.
 
     Raises:
-        ValueError: for a `max_length` that a text encoder cannot read, or a tokenizer of another one.
+        ValueError: for a `max_length` that a text encoder cannot read, or a tokenizer of another one, or words that
+            are known already.
     """
 
     def __init__(
@@ -51,12 +58,17 @@ class Prompts:
         tokenizer_name: str | None = None,
         max_length: int | None = None,
         use_attention_mask: bool = False,
+        new_words: Sequence[str] = (),
     ) -> None:
         distinct = list(dict.fromkeys(prompt for _, prompt in prompts))
         self.base = base
         self.rows = {prompt: row for row, prompt in enumerate(distinct)}
         self.use_attention_mask = use_attention_mask
         self.tokenizers = base.tokenizers(tokenizer_name)
+        self.own_tokenizers = dict(self.tokenizers)
+        if new_words:
+            self.tokenizers |= taught(self.tokenizers, new_words)
+            warn_of_prompts_without(new_words, prompts)
         self.lengths: dict[str, int] = {}  # in tokens, by text encoder
         longest = base.longest_texts()
         for part, tokenizer in self.tokenizers.items():
@@ -70,7 +82,7 @@ class Prompts:
             self.lengths[part] = length
         self.tokens = self._tokenize(distinct)  # by text encoder; each tensor (n, L)
         for part, tokens in self.tokens.items():
-            known = base.text_config(part).vocab_size
+            known = base.text_config(part).vocab_size + (len(new_words) if part in TOKENIZERS else 0)
             if tokens["input_ids"].max() >= known:
                 raise ValueError(
                     f"The tokenizer of the {part} knows more than the {known} tokens that the text encoder has: "

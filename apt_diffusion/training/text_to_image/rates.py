@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ...architectures import DENOISERS
+from .new_words import is_word
 
 # Kinds of parameters, as flags and logs name them, and their names in an adapter: P, D and U, s, factor of the gate.
 KINDS = {
@@ -33,7 +34,8 @@ def parameter_groups(args: argparse.Namespace, parameters: dict[str, nn.Paramete
     """The groups of an optimizer.
 
     Each component has one, `lr` and `text_encoder_lr`, and one more for every kind with a ratio other than 1:
-    `keys_lr`, `text_encoder_keys_lr`. Where text encoders are trained alone, theirs is `lr`.
+    `keys_lr`, `text_encoder_keys_lr`. New words have `new_tokens_lr`. Where text encoders are trained alone, theirs is
+    `lr`.
 
     Args:
         args: the flags.
@@ -44,6 +46,8 @@ def parameter_groups(args: argparse.Namespace, parameters: dict[str, nn.Paramete
     rates = dict.fromkeys(DENOISERS, args.learning_rate * factor) | {"text_encoder": text_encoder_lr * factor}
     own = {name: kind for kind, names in KINDS.items() for name in names if ratio_of(args, kind) != 1}
     groups: list[Group] = []
+    words = {name: value for name, value in parameters.items() if is_word(name)}
+    parameters = {name: value for name, value in parameters.items() if name not in words}
     for component, rate in rates.items():
         members = {name: value for name, value in parameters.items() if name.startswith(component)}
         kinds = {name: own.get(name.rpartition(".")[2], "") for name in members}
@@ -53,6 +57,9 @@ def parameter_groups(args: argparse.Namespace, parameters: dict[str, nn.Paramete
             if chosen:
                 label = f"{prefix}{kind}_lr" if kind else f"{prefix}lr"
                 groups.append(Group(label, chosen, rate * ratio_of(args, kind) if kind else rate))
+    if words:
+        rate = args.learning_rate if args.new_tokens_lr is None else args.new_tokens_lr
+        groups.append(Group("new_tokens_lr", words, rate * factor))
     return groups
 
 

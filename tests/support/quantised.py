@@ -14,18 +14,21 @@ def need(precision: str) -> None:
         pytest.skip(f'{library} is not installed: pip install "apt-diffusion[quantised]"')
 
 
-def write_gguf(path, model, kind="Q8_0", quantised=None, dropped=()):
-    """A model's weights as a GGUF file, those of `quantised` maps in blocks."""
+def write_gguf(path, model, kind="Q8_0", quantised=None):
+    """A model's weights as a GGUF file under diffusers' names, those of `quantised` maps in blocks."""
+    names = {f"{name}.weight" for name in (quantised_maps(model) if quantised is None else quantised)}
+    return write_gguf_state(path, model.state_dict(), names, kind)
+
+
+def write_gguf_state(path, state, quantised, kind="Q8_0"):
+    """Tensors as a GGUF file, those named in `quantised` in blocks."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[kind]
-    quantised = quantised_maps(model) if quantised is None else quantised
     writer = gguf.GGUFWriter(path, "tiny")
-    for name, value in model.state_dict().items():
-        if name in dropped:
-            continue
-        array = value.detach().float().numpy()
-        if name.removesuffix(".weight") in quantised:
+    for name, value in state.items():
+        array = value.detach().float().contiguous().numpy()
+        if name in quantised:
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)

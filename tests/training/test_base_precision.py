@@ -1,16 +1,18 @@
 """The frozen denoiser in 4 or 8 bits (`--base_precision`): its weights, the training on it, what is refused."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from support.quantised import need, write_gguf
+from support.quantised import need, write_gguf, write_gguf_state
+from support.single_file import sd3_state, unet_state
 from support.training_helpers import SCRIPT, assert_same_adapter, command, losses, tensors, train
 
 from apt_diffusion import StableDiffusionAPTPipeline
-from apt_diffusion.training.text_to_image.base_precision import bytes_of, load_quantised, quantised_maps
+from apt_diffusion.training.text_to_image.base_precision import bytes_of, check_gguf, load_quantised, quantised_maps
 from apt_diffusion.training.text_to_image.bases import open_base
 
 PRECISIONS = ["nf4", "int8", "fp8", "gguf"]
@@ -101,6 +103,30 @@ def test_a_transformer(instance_dir, tmp_path, precision):
     plain = train("miniature-sd3", instance_dir, tmp_path / "plain", **flags)
     out = train("miniature-sd3", instance_dir, tmp_path / "out", base_precision=precision, **flags)
     assert losses(out) == pytest.approx(losses(plain), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("model", "prefix"), [("miniature", "model.diffusion_model."), ("miniature-sd3", ""), ("miniature-sd3", None)]
+)
+@torch.no_grad()
+def test_gguf_files_in_the_layout_of_the_models_makers(tmp_path, model, prefix):
+    """Queries, keys and values of Stable Diffusion 3 are one map there; names have a prefix, or not."""
+    need("gguf")
+    base = open_base(model)
+    plain = base.denoiser(torch.float32)
+    state = (unet_state if base.denoiser_part == "unet" else sd3_state)(plain)
+    if prefix == "":
+        state = {name.removeprefix("model.diffusion_model."): value for name, value in state.items()}
+    maps = re.compile(r"attn\d?\.(qkv|proj|to_\w(\.0)?|to_out\.0)\.weight|(mlp|ff)\..*weight")
+    file = write_gguf_state(tmp_path / "base.gguf", state, {name for name in state if maps.search(name)})
+    check_gguf(str(file), base.skeletons()[base.denoiser_part], model)
+    small = load_quantised(base, str(file), torch.float32)
+    names = quantised_maps(plain)
+    for name in names:
+        weight = plain.get_submodule(name).weight
+        error = (weight_of(small.get_submodule(name)) - weight).abs()
+        assert error.max() > 0 and (error <= half_steps(weight, "gguf") + 1e-6).all(), name
+    assert bytes_of(small) < bytes_of(plain) - 2 * sum(plain.get_submodule(name).weight.numel() for name in names)
 
 
 def test_modulation_embeddings_and_output_stay_whole():

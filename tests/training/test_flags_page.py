@@ -24,7 +24,7 @@ def section(title: str) -> tuple[list[str], list[list[str]]]:
     """The flags of the same name, and the rows of the table."""
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     part = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    listed = part.split("**The same name:**")[1].split("\n|")[0]
+    listed = part.split("**The same name:**")[1].split("`.")[0] + "`"
     lines = [line for line in part.splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return names(listed), rows

@@ -4,7 +4,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "adafactor": ("transformers.Adafactor", {"scale_parameter": False, "relative_step": False}),
     "lion": ("lion_pytorch.Lion", {}),
     "prodigy": ("prodigyopt.Prodigy", {}),
+    "muon": ("apt_diffusion.training.muon.MuonAndAdamW", {}),
+    "schedulefree": ("schedulefree.AdamWScheduleFree", {}),
     "sgd": ("torch.optim.SGD", {"momentum": 0.9}),
 }
 PACKAGES = {"lion_pytorch": "lion-pytorch"}  # where the package is called otherwise than its module
@@ -26,7 +28,7 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     """The class of a short name, or of a path such as `torch.optim.NAdam`.
 
     Raises:
-        ValueError: for a name that is neither, or an optimizer with other weights for training than for use.
+        ValueError: for a name that is neither.
         ImportError: for a package that is not installed.
     """
     path = NAMED[name][0] if name in NAMED else name
@@ -41,11 +43,6 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         raise ImportError(f"--optimizer {name} needs {package}: `pip install {package}` ({error}).") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ValueError(f"--optimizer {name}: {module_name} has no optimizer of the name {class_name!r}.")
-    if hasattr(found, "eval"):
-        raise ValueError(
-            f"--optimizer {name} has other weights for training than for use, so that a run would not resume exactly: "
-            "schedule-free optimizers are not supported. Use --optimizer adamw with --lr_scheduler constant."
-        )
     return found
 
 
@@ -90,8 +87,32 @@ def make_optimizer(
         raise ValueError(f"--optimizer {name} cannot be made with {arguments}: {error}") from error
 
 
+def check_step(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """A step with gradients of zero: some classes see only then that settings and learning rates do not go together.
+
+    Raises:
+        ValueError: with the class's own words.
+    """
+    if is_schedule_free(optimizer):
+        cast(Any, optimizer).train()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # each class has errors of its own
+        raise ValueError(
+            f"--optimizer {name} cannot take a step with these learning rates and --optimizer_args: {error}"
+        ) from error
+
+
 def takes(name: str) -> set[str]:
     """Which of `betas`, `eps` and `weight_decay` the class has, `eps` where it is one number."""
     found = inspect.signature(optimizer_class(name).__init__).parameters
     one_number = "eps" in found and isinstance(found["eps"].default, float)
     return {key for key in ("betas", "weight_decay") if key in found} | ({"eps"} if one_number else set())
+
+
+def is_schedule_free(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it has other weights for training than for use, as those of `schedulefree` do."""
+    return hasattr(optimizer, "eval") and hasattr(optimizer, "train")

@@ -36,13 +36,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..data.order import micro_batches
 from ..io.public_names import placeholder
 from . import checkpoints, hub, processes, provenance, sharding
-from .average import Average, load_trained
+from .average import Average, MovingAverage, ScheduleFreeAverage, load_trained
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
 from .loading import make_loader
 from .loss_log import LOG_NAME, METRICS_NAME, LossLog, plot_losses, read_log
 from .model_card import write_model_card
 from .optimizer import Schedule, set_learning_rates, without_gradient
+from .optimizer_choice import is_schedule_free
 from .progress import Progress
 from .run import find_resumed, make_accelerator, report_changes
 from .run_config import RunArguments, command_words, write_config
@@ -242,9 +243,11 @@ class Session:
             wrapped, self._trained, self._optimizer = processes.wrap(accelerator, models, optimizer)
         self._parameters, self._schedule = parameters, schedule
         self._rates = {"lr": self.args.learning_rate} if rates is None else rates
+        if is_schedule_free(optimizer):
+            self._average = ScheduleFreeAverage(parameters, optimizer)
+        elif average_decay is not None:
+            self._average = MovingAverage(parameters, average_decay)
         self._group_settings = copy.deepcopy(checkpoints.group_settings(optimizer))
-        if average_decay is not None:
-            self._average = Average(parameters, average_decay)
         if self.resumed:
             checkpoints.load_training_state(self.resumed, self._optimizer.optimizer, parameters, accelerator.scaler)
             load_trained(self.resumed.folder, parameters)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.training_helpers import assert_same_adapter, losses, tensors
 
 from apt_diffusion import APTConfig, add_apt, freeze_base
-from apt_diffusion.training.average import TRAINED_NAME, Average
+from apt_diffusion.training.average import TRAINED_NAME, MovingAverage
 
 FLAGS = {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True}
 
@@ -102,7 +102,7 @@ def test_keys_that_were_kept_from_other_weights_are_not_used():
     randomize(unet, seed=1)
     freeze_base(unet)
     parameters = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
-    average = Average(parameters, 0.5)
+    average = MovingAverage(parameters, 0.5)
     inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 3, 32)
     with torch.no_grad():
         before = unet(*inputs).sample

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.training_helpers import assert_same_adapter, command, losses, tensors, train
 from torch import nn
 
+from apt_diffusion.training.average import TRAINED_NAME
 from apt_diffusion.training.optimizer_choice import NAMED, make_optimizer, parse_settings, takes
 from apt_diffusion.training.text_to_image.arguments import parse_args
 
@@ -16,6 +18,8 @@ OPTIMIZERS = {
     "sgd": {"optimizer_args": ["nesterov=True"]},
     "lion": {"learning_rate": 1e-3},
     "prodigy": {"learning_rate": 1.0, "optimizer_args": ["d_coef=100.0", "use_bias_correction=True"]},
+    "muon": {},
+    "schedulefree": {"optimizer_args": ["weight_lr_power=1.0"]},
     "torch.optim.NAdam": {},
     "torch.optim.RAdam": {},
     "torch.optim.RMSprop": {"optimizer_args": ["momentum=0.5", "centered=True"]},
@@ -108,14 +112,66 @@ def test_what_cannot_work_is_refused_when_flags_are_read(flags, error, message, 
         parse_args(command("m", "d", "o", **flags))
 
 
-def test_optimizers_with_two_sets_of_weights_are_refused(monkeypatch):
-    class ScheduleFree(torch.optim.SGD):
-        def eval(self):
-            """Weights for use."""
+def test_muon_takes_matrices_and_adamw_the_rest():
+    torch.manual_seed(0)
+    values, gradients = (
+        [torch.randn(4, 3), torch.randn(3), torch.randn(())],
+        [torch.randn(4, 3), torch.randn(3), torch.randn(())],
+    )
+    joined, apart = ([nn.Parameter(value.clone()) for value in values] for _ in range(2))
+    groups = [({"a": joined[0], "b": joined[1]}, 0.1), ({"c": joined[2]}, 0.01)]
+    usual = {"betas": (0.8, 0.9), "weight_decay": 0.1}
+    ours = make_optimizer("muon", groups, usual, {"momentum": 0.5})
+    muon = torch.optim.Muon([apart[0]], 0.1, weight_decay=0.1, momentum=0.5, adjust_lr_fn="match_rms_adamw")
+    rest = [{"params": [apart[1]], "lr": 0.1}, {"params": [apart[2]], "lr": 0.01}]
+    adamw = torch.optim.AdamW(rest, betas=(0.8, 0.9), weight_decay=0.1)
+    for step in range(4):
+        for parameters in (joined, apart):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient * (step + 1)
+        ours.step()
+        muon.step()
+        adamw.step()
+        if step == 1:  # what a checkpoint does
+            again = make_optimizer("muon", groups, usual, {"momentum": 0.5})
+            again.load_state_dict(ours.state_dict())
+            ours = again
+    assert all(torch.equal(a, b) for a, b in zip(joined, apart, strict=True))
+    assert not torch.equal(joined[0], values[0]) and ours.state[joined[2]]["step"] == 4
 
-    monkeypatch.setattr(torch.optim, "ScheduleFree", ScheduleFree, raising=False)
-    with pytest.raises(ValueError, match="schedule-free optimizers are not supported"):
-        parse_args(command("m", "d", "o", optimizer="torch.optim.ScheduleFree"))
+
+def test_a_schedule_free_adapter_is_the_average_and_samples_do_not_disturb_it(go):
+    """At y the gradient is taken, x is for use, z is stepped: y = (1 - β1) z + β1 x (arXiv 2405.15682)."""
+    pytest.importorskip("schedulefree")
+    flags = {"optimizer": "schedulefree", "max_train_steps": 4, "adam_beta1": 0.8, "checkpointing_steps": 4}
+    looked = {"validation_split": 0.2, "validation_steps": 1, "validation_prompt": "a glyph", "num_inference_steps": 1}
+    out = go("out", **flags, **looked, num_validation_images=1)
+    plain = go("plain", **flags, validation_split=0.2, validation_steps=100)
+    assert_same_adapter(out, plain)
+    assert losses(out) == losses(plain)
+    kept = load_file(out / "checkpoint-4" / "optimizer.safetensors")
+    trained = load_file(out / "checkpoint-4" / TRAINED_NAME)
+    adapter = {key.replace(".apt.", ".apt.adapters.default."): value for key, value in tensors(out).items()}
+    assert adapter.keys() == trained.keys()
+    for name, y in trained.items():
+        x = (y - 0.2 * kept[f"{name}.z"]) / 0.8
+        assert torch.allclose(adapter[name], x, atol=1e-6), name
+    assert any(not torch.equal(adapter[name], y) for name, y in trained.items())
+
+
+def test_rates_that_the_optimizer_cannot_have_are_refused_when_flags_are_read():
+    pytest.importorskip("prodigyopt")
+    flags = {"optimizer": "prodigy", "learning_rate": 1.0}
+    parse_args(command("m", "d", "o", **flags, train_text_encoder=True))
+    for more in ({"keys_lr_ratio": 0.3}, {"train_text_encoder": True, "text_encoder_lr": 0.5}):
+        with pytest.raises(ValueError, match=r"prodigy cannot take a step .* different lr values"):
+            parse_args(command("m", "d", "o", **flags, **more))
+
+
+def test_two_averages_are_refused():
+    pytest.importorskip("schedulefree")
+    with pytest.raises(ValueError, match="keeps an average of its own: leave out --use_ema"):
+        parse_args(command("m", "d", "o", optimizer="schedulefree", use_ema=True))
 
 
 def test_a_setting_that_the_optimizer_does_not_have_is_said(go, caplog):

@@ -1,18 +1,22 @@
-"""Exact resume over the options of the data: every pair of them, on and off, in runs that end at random places.
+"""Exact resume over the trainer's options: every pair of them, on and off, in runs that end at random places.
 
-A new option of the trainer that decides what a step computes belongs in `OPTIONS`.
+A new option of the trainer that decides what a step computes belongs in `OPTIONS`. Every optimizer occurs with and
+without each of them, and so does every base.
 """
 
 import itertools
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.quantised import need, write_gguf
-from support.training_helpers import assert_same_adapter, losses
+from support.training_helpers import assert_same_adapter, losses, train
 
+from apt_diffusion.training.optimizer_choice import NAMED
 from apt_diffusion.training.text_to_image.bases import open_base
 
 pytestmark = pytest.mark.slow
@@ -24,7 +28,7 @@ OPTIONS = {
     "dropped captions": {"caption_dropout_rate": 0.5},
     "class": {"with_prior_preservation": True, "class_prompt": "a glyph", "num_class_images": 3},
     "noise": {"noise_offset": 0.1, "random_flip": True, "lora_dropout": 0.3},
-    "new words": {"new_tokens": ["sks"], "new_tokens_lr": 0.1},
+    "new words": {"new_tokens": ["<new>"], "new_tokens_lr": 0.1},
     "text encoder": {"train_text_encoder": True},
     "no caches": {"no-cache_latents": True, "dataloader_num_workers": 1},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -32,37 +36,53 @@ OPTIONS = {
     "average": {"use_ema": True},
     "sampled prompts": {"sample_prompts": "a glyph --a 0.5 --s 1\n", "validation_steps": 1},
     "held out": {"validation_split": 0.2, "validation_steps": 1, "keep_best": True},
-    "quantised base": {"base_precision": "unet.gguf"},
+    "quantised base": {"base_precision": "denoiser.gguf"},
     "outputs on disk": {"cache_encoder_outputs": "kept"},
 }  # fmt: skip
+OPTIMIZERS = {
+    "adamw": {},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "lion": {"optimizer": "lion", "learning_rate": 1e-3},
+    "adafactor": {"optimizer": "adafactor"},
+    "muon": {"optimizer": "muon"},
+    "schedulefree": {"optimizer": "schedulefree"},
+}
+# Prodigy has one rate for all, and a schedule-free optimizer an average of its own.
+REFUSED = {"prodigy": ("rates", "new words"), "schedulefree": ("average",)}
+BASES = ("tiny_sd_path", "tiny_sdxl_path", "miniature-sd3")
 STEPS = 4
+Row = dict[str, Any]
 
 
-def covering(names: list[str]) -> list[tuple[str, ...]]:
-    """Sets of names in which every pair of names occurs in all four ways: both, either, none. Chosen greedily."""
+def covering(choices: dict[str, Sequence[Any]]) -> list[Row]:
+    """Rows of one value for each name, in which every pair of values of two names occurs. Chosen greedily."""
     missing = {
         ((a, x), (b, y))
-        for (a, b), x, y in itertools.product(itertools.combinations(names, 2), (True, False), (True, False))
+        for a, b in itertools.combinations(choices, 2)
+        for x, y in itertools.product(choices[a], choices[b])
     }
     draws, rows = random.Random(0), []
     while missing:
-        candidates = [{name: draws.random() < 0.5 for name in names} for _ in range(200)]
-        hits = [{pair for pair in missing if all(row[name] is state for name, state in pair)} for row in candidates]
+        candidates = [{name: draws.choice(values) for name, values in choices.items()} for _ in range(200)]
+        hits = [{pair for pair in missing if all(row[name] == value for name, value in pair)} for row in candidates]
         best = max(range(len(hits)), key=lambda index: len(hits[index]))
         missing -= hits[best]
-        rows.append(tuple(name for name in names if candidates[best][name]))
+        rows.append(candidates[best])
     return rows
 
 
-ROWS = covering(list(OPTIONS))
+CHOICES = {name: (True, False) for name in OPTIONS} | {"optimizer": tuple(OPTIMIZERS), "base": BASES}
+ROWS = covering(CHOICES)
 
 
-@pytest.fixture(scope="module")
-def quantised_unet(tiny_sd_path, tmp_path_factory):
-    """The tiny base's UNet as a GGUF file, in the format that needs no library beyond the tests' own."""
+def taken(row: Row) -> list[str]:
+    return [name for name in OPTIONS if row[name]]
+
+
+def quantised(base, folder):
+    """The base's denoiser as a GGUF file, in the format that needs no library beyond the tests' own."""
     need("gguf")
-    model = open_base(str(tiny_sd_path)).denoiser(torch.float32)
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "unet.gguf", model)
+    return write_gguf(folder / "denoiser.gguf", open_base(str(base)).denoiser(torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +92,7 @@ def pictures(tmp_path_factory):
     for index, size in enumerate([(40, 80), (80, 40), (33, 32), (60, 40), (30, 62)]):
         draws = np.random.default_rng(index)
         Image.fromarray(draws.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-        (folder / f"{index}.txt").write_text(f"sks glyph, number {index}, {{red|green}}, small, round")
+        (folder / f"{index}.txt").write_text(f"sks <new> glyph, number {index}, {{red|green}}, small, round")
         if index < 3:
             mask = np.zeros(size, dtype=np.uint8)
             mask[: size[0] // 2] = 200
@@ -81,29 +101,39 @@ def pictures(tmp_path_factory):
 
 
 def test_every_pair_of_options_occurs_in_all_ways():
-    for a, b in itertools.combinations(OPTIONS, 2):
-        assert {(a in row, b in row) for row in ROWS} == set(itertools.product((True, False), repeat=2)), (a, b)
-    assert len(ROWS) <= 12
+    for a, b in itertools.combinations(CHOICES, 2):
+        assert {(row[a], row[b]) for row in ROWS} == set(itertools.product(CHOICES[a], CHOICES[b])), (a, b)
+    assert len(ROWS) <= 24
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join(row) or "none")
-def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quantised_unet, row, monkeypatch, tmp_path):
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: ", ".join([row["base"], row["optimizer"], *taken(row)]))
+def test_a_killed_run_ends_where_it_would_have(pictures, instance_dir, tmp_path, row, monkeypatch, request):
     import train_apt_sd
 
-    flags = {"instance_data_dir": pictures, "max_train_steps": STEPS, "checkpointing_steps": 1, "train_batch_size": 2}
-    for name in row:
+    if row["optimizer"] in NAMED:
+        pytest.importorskip(NAMED[row["optimizer"]][0].partition(".")[0])
+    base = row["base"] if row["base"].startswith("miniature") else request.getfixturevalue(row["base"])
+    flags = {"max_train_steps": STEPS, "checkpointing_steps": 1, "train_batch_size": 2, "resolution": 32}
+    for name in taken(row):
         flags |= OPTIONS[name]
-    if "quantised base" in row:
-        flags["base_precision"] = quantised_unet
-    if "outputs on disk" in row:
+    flags |= OPTIMIZERS[row["optimizer"]]
+    for name in REFUSED.get(row["optimizer"], ()):
+        flags = {key: value for key, value in flags.items() if key not in OPTIONS[name]}
+    if row["quantised base"]:
+        flags["base_precision"] = quantised(base, tmp_path)
+    if row["outputs on disk"]:
         flags["cache_encoder_outputs"] = tmp_path / "kept"
-    if "class" in row:
+    if row["class"]:
         flags["class_data_dir"] = instance_dir
-    if "sampled prompts" in row:
+    if row["sampled prompts"]:
         (tmp_path / "prompts.txt").write_text(flags["sample_prompts"])
         flags["sample_prompts"] = tmp_path / "prompts.txt"
-    straight = go("straight", **flags)
-    draws = random.Random(", ".join(row))
+
+    def go(out, **more):
+        return train(base, pictures, tmp_path / out, **flags | more)
+
+    straight = go("straight")
+    draws = random.Random(str(row))
     original, calls = train_apt_sd.training_loss, itertools.count()
     last = draws.randrange(1, STEPS * flags.get("gradient_accumulation_steps", 1))
 
@@ -115,10 +145,10 @@ def test_a_killed_run_ends_where_it_would_have(go, pictures, instance_dir, quant
     with monkeypatch.context() as patch:
         patch.setattr(train_apt_sd, "training_loss", loss)
         with pytest.raises(MemoryError, match="killed"):
-            go("parts", **flags)
-    parts = go("parts", resume_from_checkpoint="latest", **flags)
+            go("parts")
+    parts = go("parts", resume_from_checkpoint="latest")
     assert_same_adapter(straight, parts)
     assert losses(straight) == losses(parts) and len(losses(parts)) == STEPS
-    if "held out" in row:
+    if row["held out"]:
         assert (straight / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
         assert_same_adapter(straight / "best", parts / "best")

@@ -15,9 +15,10 @@ from torch import nn
 from ... import APTConfig
 from ...config import INITS, QUERY_SOURCES, STREAMS
 from ...io.single_file import is_single_file
+from ...words import CHILD
 from .. import run_config
 from ..model_card import LICENSE_HELP, license_id
-from ..optimizer_choice import NAMED, make_optimizer, parse_settings
+from ..optimizer_choice import NAMED, check_step, is_schedule_free, make_optimizer, parse_settings
 from ..run_config import RunArguments
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
@@ -25,6 +26,7 @@ from .losses import LOSS_TYPES
 from .memory_arguments import check_memory_flags, memory_flags
 from .new_words import check_new_word_flags, new_word_flags
 from .number_types import count, finite, fraction, not_negative, positive, positive_int
+from .rates import KINDS, parameter_groups
 
 EXAMPLES = """
 examples:
@@ -227,7 +229,7 @@ def _optimizer_flags(add) -> None:
         "--optimizer",
         default="adamw",
         help=f"{', '.join(NAMED)}, or the path of a class such as torch.optim.NAdam. Prodigy finds its own rate: give "
-        "it --learning_rate 1.",
+        "it --learning_rate 1; schedulefree needs no schedule; muon has AdamW for what is no matrix.",
     )
     add("--optimizer_args", nargs="+", default=[], metavar="NAME=VALUE", help="More arguments of the optimizer.")
     add("--use_8bit_adam", action="store_true", help="The same as --optimizer adamw8bit; needs bitsandbytes.")
@@ -341,8 +343,15 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         if args.optimizer not in ("adamw", "adamw8bit"):
             raise ValueError(f"--use_8bit_adam and --optimizer {args.optimizer} contradict each other.")
         args.optimizer = "adamw8bit"
-    rate = nn.Parameter(torch.zeros(1))
-    make_optimizer(args.optimizer, [({"one": rate}, args.learning_rate)], {}, parse_settings(args.optimizer_args))
+    parts = (*(() if args.no_train_unet else ("unet",)), *(("text_encoder",) if args.train_text_encoder else ()))
+    names = [f"{part}.{name}" for part in parts for kind in KINDS.values() for name in kind]
+    names += [f"text_encoder.{CHILD}"] if args.new_tokens else []
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in names}
+    groups = [(group.parameters, group.rate) for group in parameter_groups(args, parameters, factor=1)]
+    optimizer = make_optimizer(args.optimizer, groups, {}, parse_settings(args.optimizer_args))
+    check_step(args.optimizer, optimizer)
+    if args.use_ema and is_schedule_free(optimizer):
+        raise ValueError(f"--optimizer {args.optimizer} keeps an average of its own: leave out --use_ema.")
 
 
 def apt_config(args: argparse.Namespace) -> APTConfig:

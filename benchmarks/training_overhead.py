@@ -1,0 +1,174 @@
+#!/usr/bin/env python
+"""What a training step costs beside the frozen base alone: everywhere, and where only the deeper half is adapted.
+
+    python benchmarks/training_overhead.py                 # float32 and bf16; --only "SD 1.5" for one model
+
+The baseline is the frozen base's forward pass, and its backward pass down to the latents. Beside it stand whole steps
+with clipping and AdamW: APT with the defaults, APT in the up blocks (SD3: the second half of the blocks), and LoRA of
+rank 4 on all projections of attention. Shapes are those of Stable Diffusion 1.5, of SDXL with 1 and 2 in place of 2
+and 10 transformer blocks a stage, and of SD 3.5 medium with 4 of its 24 blocks; one picture a step, random weights.
+"keeps" is what a forward pass leaves for its backward pass, weights aside.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from _models import filled, sd15_unet, twin, with_lora
+from _timing import arguments, compare, report
+from torch import Tensor, nn
+
+from apt_diffusion import APTConfig, add_apt, freeze_base
+
+BASE, APT, DEEPER, LORA = "the frozen base, forward and backward", "APT", "APT, the deeper half", "LoRA r4"
+Inputs = dict[str, Any]
+
+
+def sdxl_unet(device: str) -> nn.Module:
+    """SDXL's UNet with fewer transformer blocks."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        model = UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 1, 2),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    return filled(model, device)
+
+
+def sd3_transformer(device: str) -> nn.Module:
+    """SD 3.5 medium's transformer with four blocks, without its second attention."""
+    from diffusers import SD3Transformer2DModel
+
+    with torch.device("meta"):
+        model = SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
+            pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
+        )  # fmt: skip
+    return filled(model, device)
+
+
+def unet_inputs(latent: int, width: int, pooled: int = 0) -> Inputs:
+    """One noisy picture and its text."""
+    inputs: Inputs = {
+        "sample": torch.randn(1, 4, latent, latent),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 77, width),
+    }
+    if pooled:
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(1, pooled), "time_ids": torch.ones(1, 6)}
+    return inputs
+
+
+def sd3_inputs(latent: int) -> Inputs:
+    """The same for SD3."""
+    return {
+        "hidden_states": torch.randn(1, 16, latent, latent),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 154, 4096),
+        "pooled_projections": torch.randn(1, 2048),
+    }
+
+
+MODELS: dict[str, tuple[Callable[[str], nn.Module], Callable[[], Inputs], str]] = {
+    "SD 1.5, 256 x 256": (sd15_unet, partial(unet_inputs, 32, 768), r"up_blocks\..*\.attn2"),
+    "SD 1.5, 512 x 512": (sd15_unet, partial(unet_inputs, 64, 768), r"up_blocks\..*\.attn2"),
+    "SDXL, fewer blocks, 512 x 512": (sdxl_unet, partial(unet_inputs, 64, 2048, 1280), r"up_blocks\..*\.attn2"),
+    "SD3, 4 blocks, 512 x 512": (sd3_transformer, partial(sd3_inputs, 64), r"transformer_blocks\.[23]\.attn"),
+}
+
+
+def variants_of(base: nn.Module, deeper: str) -> dict[str, nn.Module]:
+    """The base and its copies with adapters; all share the frozen weights."""
+    models = {BASE: base}
+    for name, config in ((APT, None), (DEEPER, APTConfig(target_modules=deeper))):
+        models[name] = twin(base)
+        add_apt(models[name], config)
+        freeze_base(models[name])
+    models[LORA] = with_lora(twin(base))
+    return models
+
+
+def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
+    """Inputs on the device, numbers other than the time in the model's precision."""
+    if isinstance(value, dict):
+        return {
+            key: item.to(device) if key == "timestep" else moved(item, device, dtype) for key, item in value.items()
+        }
+    return value.to(device, dtype)
+
+
+def make_step(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], Tensor]]:
+    """A step, and its forward pass alone."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
+    first = next(iter(inputs))  # the latents
+    inputs = inputs | {first: inputs[first].clone().requires_grad_(optimizer is None)}
+
+    def forward() -> Tensor:
+        with torch.autocast(inputs[first].device.type, dtype, enabled=dtype != torch.float32):
+            return model(**inputs, return_dict=False)[0].float().square().mean()
+
+    def step() -> None:
+        forward().backward()
+        if optimizer is None:
+            inputs[first].grad = None
+            return
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    model.train()
+    return step, forward
+
+
+def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """What autograd saves in a forward pass, each memory once, without the model's own weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    return sum(kept.values())
+
+
+def main() -> None:
+    """Measures and reports."""
+    parser = arguments(__doc__, rounds=5)
+    parser.add_argument("--only", default="", help="models whose name begins so")
+    args = parser.parse_args()
+    groups, notes = {}, {}
+    for name, (make, inputs_of, deeper) in MODELS.items():
+        if not name.startswith(args.only):
+            continue
+        for label, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+            torch.manual_seed(0)
+            models = variants_of(make(args.device).to(dtype), deeper)
+            for model in models.values():  # what is trained stays in float32
+                for parameter in model.parameters():
+                    parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+            steps = {
+                key: make_step(model, moved(inputs_of(), args.device, dtype), dtype) for key, model in models.items()
+            }
+            group = f"{name}, {label}"
+            notes[f"{group}, keeps"] = ", ".join(
+                f"{key} {kept_bytes(models[key], forward) / 2**20:.0f} MiB" for key, (_, forward) in steps.items()
+            )
+            groups[group] = compare({key: step for key, (step, _) in steps.items()}, args.rounds, group)
+    report("Training overhead", groups, args.output_dir, notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .adapters import CONTEXT, QUERY, TEXT_ENCODERS, Component, read_components
+from .embedded import LoadEmbeddedModel
 from .patches import CorrectedForward, Correction, CorrectOutput, KeepInput, Site, Strength
 
 CATEGORY = "loaders/APT"
@@ -243,9 +244,11 @@ NODE_CLASS_MAPPINGS = {
     "LoadAPTAdapter": LoadAPTAdapter,
     "APTAdapterInfo": APTAdapterInfo,
     "APTStrengthSchedule": APTStrengthSchedule,
+    "LoadEmbeddedModel": LoadEmbeddedModel,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "LoadAPTAdapter": "Load APT Adapter",
     "APTAdapterInfo": "APT Adapter Info",
     "APTStrengthSchedule": "APT Strength Schedule",
+    "LoadEmbeddedModel": "Load Embedded Model",
 }

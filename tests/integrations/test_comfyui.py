@@ -185,11 +185,18 @@ def test_bad_input_is_one_sentence_and_patches_nothing(nodes, parts, tmp_path):
     assert not model.model_options["transformer_options"].get("patches") and not clip.patcher.object_patches
 
 
-def test_the_example_workflow_names_nodes_and_links_that_fit(nodes):
-    workflow = json.loads((ROOT / "integrations" / "comfyui" / "workflow.json").read_text())
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("workflow.json", {"LoadAPTAdapter", "APTAdapterInfo"}),
+        ("workflow-demo.json", {"LoadAPTAdapter", "LoadEmbeddedModel"}),
+    ],
+)
+def test_the_example_workflows_name_nodes_and_links_that_fit(nodes, file, expected):
+    workflow = json.loads((ROOT / "integrations" / "comfyui" / file).read_text())
     by_id = {node["id"]: node for node in workflow["nodes"]}
     ours = {node["type"] for node in workflow["nodes"]} & set(nodes.NODE_CLASS_MAPPINGS)
-    assert ours == {"LoadAPTAdapter", "APTAdapterInfo"}
+    assert ours == expected
     for number, source, output, target, place, kind in workflow["links"]:
         assert by_id[source]["outputs"][output]["type"] == by_id[target]["inputs"][place]["type"] == kind
         assert number in by_id[source]["outputs"][output]["links"] and by_id[target]["inputs"][place]["link"] == number
@@ -210,7 +217,9 @@ def test_the_folder_works_where_it_is_copied(tmp_path):
         "spec.loader.exec_module(module); print(sorted(module.NODE_CLASS_MAPPINGS), 'diffusers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "['APTAdapterInfo', 'APTStrengthSchedule', 'LoadAPTAdapter'] False", done.stderr
+    assert (
+        done.stdout.strip() == "['APTAdapterInfo', 'APTStrengthSchedule', 'LoadAPTAdapter', 'LoadEmbeddedModel'] False"
+    ), done.stderr
 
 
 @pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no checkout of ComfyUI")

@@ -6,6 +6,7 @@ another one, once; the door answers 503 with `Retry-After` while everything ends
 """
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import AsyncGenerator
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 APP = "apt-diffusion"
 DRAIN_S = 120.0
+READY_S = 60.0  # as long as `serve.start` waits for the door
 _STATISTICS_S = 5.0
 
 
@@ -173,6 +175,8 @@ def run(settings: ServerSettings, replicas: int, host: str, port: int) -> None:
     Keyring(settings.keys)
     signer_of(settings)
     ended = threading.Event()
+    # Ray kills a door that has not come up in 5 s; on a busy computer its imports alone take longer.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(READY_S))
     ray.init(include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
     for sign in (signal.SIGTERM, signal.SIGINT):  # after ray.init, which has handlers of its own
         signal.signal(sign, lambda *_: ended.set())

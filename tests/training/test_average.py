@@ -51,10 +51,10 @@ def test_losses_and_samples_are_those_of_the_average(go, monkeypatch):
     def watch(name):
         original = getattr(train_apt_sd, name)
 
-        def watching(session, learner):
+        def watching(session, learner, *others):
             values = {key: value.detach().clone() for key, value in learner.parameters.items()}
             seen[name].append({key.replace(".adapters.default", ""): value for key, value in values.items()})
-            return original(session, learner)
+            return original(session, learner, *others)
 
         monkeypatch.setattr(train_apt_sd, name, watching)
 

@@ -43,6 +43,7 @@ from apt_diffusion.training.text_to_image.kept_prompts import KeptPrompts
 from apt_diffusion.training.text_to_image.latents import encode_views
 from apt_diffusion.training.text_to_image.losses import batch_loss, distance_of, masked
 from apt_diffusion.training.text_to_image.new_words import attach_words
+from apt_diffusion.training.text_to_image.noisy import Noisy
 from apt_diffusion.training.text_to_image.objectives import Objective, make_objective
 from apt_diffusion.training.text_to_image.picture_sets import (
     PictureSets,
@@ -314,7 +315,8 @@ def denoising_errors(args: argparse.Namespace, learner: Learner, distribution: T
     noisy, times = objective.model_inputs(latents, batch.noise, batch.timesteps)
     embeddings = learner.prompts(batch.prompts, learner.text_encoders)
     labels = times if args.class_labels_conditioning == "timesteps" else None
-    prediction = base.predict(learner.denoiser, noisy, times, embeddings, batch.time_ids, labels, learner.dtype)
+    given = Noisy(noisy, times, embeddings, batch.time_ids, labels).to(learner.dtype)
+    prediction = base.predict(learner.denoiser, given)
     target = objective.target(latents, batch.noise, batch.timesteps)
     distance = distance_of(args.loss_type, args.huber_c)
     if batch.masks is not None:

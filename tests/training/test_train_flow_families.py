@@ -15,6 +15,7 @@ from torch.nn.functional import unfold
 import apt_diffusion
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.kept_prompts import KeptPrompts
+from apt_diffusion.training.text_to_image.noisy import Noisy
 
 TEXTS = ["a sks glyph, red", ""]
 
@@ -203,8 +204,8 @@ def test_predictions_are_those_of_the_pipeline(opened, kind):
     expected = (family.stepped(noise) - ends[0]) / sigma
     with torch.no_grad():
         times = (sigma * 1000).expand(2)
-        arguments = embedded(base, TEXTS), torch.zeros(2, 6), None, torch.float32
-        found = base.predict(pipe.transformer, noise, times, *arguments)
+        given = Noisy(noise, times, embedded(base, TEXTS), torch.zeros(2, 6))
+        found = base.predict(pipe.transformer, given)
     assert found.shape == noise.shape and expected.abs().max() > 0.1
     torch.testing.assert_close(family.stepped(found), expected, atol=1e-4, rtol=1e-3)
 

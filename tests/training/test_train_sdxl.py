@@ -1,5 +1,6 @@
 """`train_apt_sd.py` on a tiny Stable Diffusion XL: what the UNet is told, what is trained, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,6 +12,7 @@ from support.training_helpers import assert_same_adapter, header, losses, tensor
 
 import apt_diffusion as apt
 from apt_diffusion.data.pictures import Picture, choose_view, cut, scaled_size, time_ids
+from apt_diffusion.training.text_to_image.noisy import Noisy
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -93,11 +95,13 @@ def test_conditions_are_those_of_the_pipeline(base, stock):
             told.keep_embeddings(lambda: text_encoders)
         embeddings = told(prompts, {} if kept else text_encoders)
         time_ids = stock._get_add_time_ids((70, 50), (3, 4), (32, 32), torch.float32, 32).repeat(3, 1)
-        conditions = base.conditions(embeddings, time_ids.int(), torch.float32)
+        given = Noisy(torch.zeros(3, 4, 8, 8), torch.zeros(3), embeddings, time_ids.int())
+        conditions = base.conditions(given)
         torch.testing.assert_close(conditions["encoder_hidden_states"], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(conditions["added_cond_kwargs"]["text_embeds"], pooled, rtol=1e-5, atol=1e-5)
         assert torch.equal(conditions["added_cond_kwargs"]["time_ids"], time_ids)
-    half = base.conditions(embeddings, time_ids + 1001, torch.bfloat16)["added_cond_kwargs"]
+    late = dataclasses.replace(given, time_ids=time_ids + 1001).to(torch.bfloat16)
+    half = base.conditions(late)["added_cond_kwargs"]
     assert torch.equal(half["time_ids"], time_ids + 1001) and half["text_embeds"].dtype == torch.bfloat16
 
 

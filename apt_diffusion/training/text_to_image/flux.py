@@ -1,6 +1,5 @@
 """Flux.1 in the trainer: CLIP gives the pooled text, T5 its tokens; latents are packed 2 x 2."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -9,16 +8,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from ... import FluxAPTPipeline
-from .flow_transformer import FlowTransformerBase, pack, unpack
+from .flow_transformer import pack, unpack
+from .guided_transformer import GuidedTransformerBase
+from .noisy import Noisy
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens
 
 
-class FluxBase(FlowTransformerBase):
-    """[`FlowTransformerBase`] of Flux.1. CLIP can be trained, T5 cannot.
-
-    Attributes:
-        guidance_embedding: the guidance that the transformer is given in training, where it takes one.
-    """
+class FluxBase(GuidedTransformerBase):
+    """[`GuidedTransformerBase`] of Flux.1. CLIP can be trained, T5 cannot."""
 
     family = "Flux.1"
     stock_class = FluxPipeline
@@ -28,18 +25,7 @@ class FluxBase(FlowTransformerBase):
     text_parts = ("text_encoder", "text_encoder_2")
     trained_text_parts = ("text_encoder",)
     tag = "flux"
-    takes_negative_prompts = False
     default_guidance = 3.5
-    guidance_embedding = 3.5
-
-    def read_denoiser(self, name_or_path: str) -> None:
-        """See `FlowTransformerBase`."""
-        super().read_denoiser(name_or_path)
-        self.takes_guidance = self.transformer["guidance_embeds"]
-
-    def configure(self, args: argparse.Namespace) -> None:
-        """See `StableDiffusionBase`."""
-        self.guidance_embedding = args.guidance_embedding
 
     def skeletons(self) -> dict[str, nn.Module]:
         """The transformer and CLIP."""
@@ -73,29 +59,15 @@ class FluxBase(FlowTransformerBase):
         """`pooled_prompt_embeds` `(B, d)` of a CLIP that is trained."""
         return {"pooled_prompt_embeds": text_encoders["text_encoder"](**tokens["text_encoder"]).pooler_output}
 
-    def drawing_inputs(self, prompt: Embeddings, negative: Embeddings) -> dict[str, Any]:
-        """Without a negative prompt: guidance is an input of the transformer."""
-        return dict(prompt)
-
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the transformer predicts for noisy latents, `(B, c, h, w)`."""
-        batch, _, height, width = noisy.shape
-        states = embeddings["prompt_embeds"].to(dtype)
-        guidance = torch.full((batch,), self.guidance_embedding, device=noisy.device) if self.takes_guidance else None
+        _, _, height, width = given.latents.shape
+        states = given.embeddings["prompt_embeds"]
         prediction = denoiser(
-            hidden_states=pack(noisy.to(dtype)),
-            timestep=times / 1000,
-            guidance=guidance,
-            pooled_projections=embeddings["pooled_prompt_embeds"].to(dtype),
+            hidden_states=pack(given.latents),
+            timestep=given.times / 1000,
+            guidance=self.guidance_for(given),
+            pooled_projections=given.embeddings["pooled_prompt_embeds"],
             encoder_hidden_states=states,
             txt_ids=states.new_zeros(states.shape[1], 3),
             img_ids=places(height // 2, width // 2).to(states),

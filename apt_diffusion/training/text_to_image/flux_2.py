@@ -9,17 +9,18 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor, nn
 
 from ... import Flux2APTPipeline, Flux2KleinAPTPipeline
-from .flow_transformer import PROMPT, FlowTransformerBase, tokens_before
+from .flow_transformer import PROMPT, tokens_before
+from .guided_transformer import GuidedTransformerBase
+from .noisy import Noisy
 from .stable_diffusion import Embeddings
 
 PATCH = 2  # latent cells on each side of a patch
 
 
-class Flux2Base(FlowTransformerBase):
-    """[`FlowTransformerBase`] of Flux.2, whose latents are those of 2 x 2 cells, whitened by the VAE's batch norm.
+class Flux2Base(GuidedTransformerBase):
+    """[`GuidedTransformerBase`] of Flux.2, whose latents are those of 2 x 2 cells, whitened by the VAE's batch norm.
 
     Attributes:
-        guidance_embedding: the guidance that the transformer is given in training, where it takes one.
         text_encoder_out_layers: whose states are the text's.
     """
 
@@ -29,12 +30,10 @@ class Flux2Base(FlowTransformerBase):
     vae_class = AutoencoderKLFlux2
     denoiser_class = Flux2Transformer2DModel
     tag = "flux-2"
-    takes_negative_prompts = False
     ignored_by_pipeline = ()
     default_guidance = 4.0
     sides = 1
     samples_posterior = False
-    guidance_embedding = 3.5
     text_encoder_out_layers = (10, 20, 30)
 
     def read_vae(self, config: dict[str, Any]) -> None:
@@ -47,14 +46,9 @@ class Flux2Base(FlowTransformerBase):
         self.vae_stride = 2 ** (len(config["block_out_channels"]) - 1)
         self.stride = self.vae_stride * PATCH
 
-    def read_denoiser(self, name_or_path: str) -> None:
-        """See `FlowTransformerBase`."""
-        super().read_denoiser(name_or_path)
-        self.takes_guidance = self.transformer["guidance_embeds"]
-
     def configure(self, args: argparse.Namespace) -> None:
         """See `StableDiffusionBase`."""
-        self.guidance_embedding = args.guidance_embedding
+        super().configure(args)
         if args.text_encoder_out_layers is not None:
             self.text_encoder_out_layers = tuple(args.text_encoder_out_layers)
 
@@ -89,10 +83,6 @@ class Flux2Base(FlowTransformerBase):
         )
         return {"prompt_embeds": states}
 
-    def drawing_inputs(self, prompt: Embeddings, negative: Embeddings) -> dict[str, Any]:
-        """Without a negative prompt: guidance is an input of the transformer."""
-        return dict(prompt)
-
     def class_picture_settings(self, args: argparse.Namespace, count: int) -> dict[str, Any]:
         """See `FlowTransformerBase`."""
         layers = {"text_encoder_out_layers": self.text_encoder_out_layers}
@@ -109,30 +99,20 @@ class Flux2Base(FlowTransformerBase):
         latents = (patches - mean) / (variance + vae.config.batch_norm_eps).sqrt()
         return torch.stack([latents, torch.zeros_like(latents)], dim=1)
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the transformer predicts for noisy latents, `(B, c, h, w)`."""
-        batch, _, height, width = noisy.shape
-        states = embeddings["prompt_embeds"].to(dtype)
-        guidance = torch.full((batch,), self.guidance_embedding, device=noisy.device) if self.takes_guidance else None
+        batch, _, height, width = given.latents.shape
+        states = given.embeddings["prompt_embeds"]
         prediction = denoiser(
-            hidden_states=noisy.to(dtype).flatten(2).transpose(1, 2),
-            timestep=times / 1000,
-            guidance=guidance,
+            hidden_states=given.latents.flatten(2).transpose(1, 2),
+            timestep=given.times / 1000,
+            guidance=self.guidance_for(given),
             encoder_hidden_states=states,
-            txt_ids=places(1, 1, states.shape[1], noisy.device).expand(batch, -1, -1),
-            img_ids=places(height, width, 1, noisy.device).expand(batch, -1, -1),
+            txt_ids=places(1, 1, states.shape[1], states.device).expand(batch, -1, -1),
+            img_ids=places(height, width, 1, states.device).expand(batch, -1, -1),
             return_dict=False,
         )[0]
-        return prediction.transpose(1, 2).reshape(noisy.shape)
+        return prediction.transpose(1, 2).reshape(given.latents.shape)
 
 
 class Flux2KleinBase(Flux2Base):

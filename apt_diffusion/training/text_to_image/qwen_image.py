@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ... import QwenImageAPTPipeline
 from .flow_transformer import MASK, FlowTransformerBase, pack, unpack
 from .latents import LatentSpace
+from .noisy import Noisy
 from .stable_diffusion import Embeddings
 
 
@@ -70,23 +71,14 @@ class QwenImageBase(FlowTransformerBase):
         posterior = vae.encode(pixels.to(vae.device, vae.dtype).unsqueeze(2)).latent_dist  # (B, c, 1, h, w)
         return self.latent_space.from_vae(posterior.mean.squeeze(2), posterior.std.squeeze(2))
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the transformer predicts for noisy latents, `(B, c, h, w)`."""
-        batch, _, height, width = noisy.shape
-        mask = embeddings[MASK]
+        batch, _, height, width = given.latents.shape
+        mask = given.embeddings[MASK]
         prediction = denoiser(
-            hidden_states=pack(noisy.to(dtype)),
-            timestep=times / 1000,
-            encoder_hidden_states=embeddings["prompt_embeds"].to(dtype),
+            hidden_states=pack(given.latents),
+            timestep=given.times / 1000,
+            encoder_hidden_states=given.embeddings["prompt_embeds"],
             encoder_hidden_states_mask=None if mask.all() else mask,  # as the pipeline does
             img_shapes=[[(1, height // 2, width // 2)]] * batch,
             return_dict=False,

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 from ... import StableDiffusionAPTImg2ImgPipeline, StableDiffusionAPTPipeline
 from ...miniature import resolve_model
 from .latents import LatentSpace
+from .noisy import Noisy
 from .sampling import GUIDANCE, guidance_embedding
 
 logger = logging.getLogger(__name__)
@@ -226,37 +227,23 @@ class StableDiffusionBase:
         """`prompt_embeds` `(B, L, d)`, by the name that the pipeline gives them."""
         return {"prompt_embeds": text_encoders["text_encoder"](**tokens["text_encoder"])[0]}
 
-    def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """The UNet's other inputs next to latents and times; `time_ids` `(B, 6)` say how pictures were cut."""
-        states = embeddings["prompt_embeds"].to(dtype)
+    def conditions(self, given: Noisy) -> dict[str, Any]:
+        """The UNet's other inputs next to latents, times and class labels."""
+        states = given.embeddings["prompt_embeds"]
         if self.guidance_width is None:
             return {"encoder_hidden_states": states}
         guidance = guidance_embedding(self.guidance, self.guidance_width, states)
         return {"encoder_hidden_states": states, "timestep_cond": guidance}
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the denoiser predicts for noisy latents, `(B, c, h, w)`.
 
         Args:
             denoiser: with its adapter, as the run has wrapped it.
-            noisy: `(B, c, h, w)`.
-            times: `(B,)`.
-            embeddings: of `embed`.
-            time_ids: `(B, 6)`: how pictures were cut.
-            class_labels: `(B,)`, for a UNet that takes them.
-            dtype: of the frozen weights.
+            given: in the precision of the frozen weights.
         """
-        conditions = self.conditions(embeddings, time_ids, dtype)
-        return denoiser(noisy.to(dtype), times, **conditions, class_labels=class_labels, return_dict=False)[0]
+        others = self.conditions(given) | {"class_labels": given.class_labels}
+        return denoiser(given.latents, given.times, **others, return_dict=False)[0]
 
     def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
         """The model as it is now without its text encoders."""

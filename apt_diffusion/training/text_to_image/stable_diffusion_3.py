@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 from ... import StableDiffusion3APTPipeline
+from .noisy import Noisy
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens, full_config
 
 CLIPS = ("text_encoder", "text_encoder_2")
@@ -136,22 +137,13 @@ class StableDiffusion3Base(StableDiffusionBase):
         states = torch.cat([functional.pad(states, (0, width - states.shape[-1])), t5], dim=1)
         return {"prompt_embeds": states, "pooled_prompt_embeds": torch.cat([clip.text_embeds for clip in clips], -1)}
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the transformer predicts for noisy latents, `(B, c, h, w)`."""
         return denoiser(
-            hidden_states=noisy.to(dtype),
-            timestep=times,
-            encoder_hidden_states=embeddings["prompt_embeds"].to(dtype),
-            pooled_projections=embeddings["pooled_prompt_embeds"].to(dtype),
+            hidden_states=given.latents,
+            timestep=given.times,
+            encoder_hidden_states=given.embeddings["prompt_embeds"],
+            pooled_projections=given.embeddings["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
 

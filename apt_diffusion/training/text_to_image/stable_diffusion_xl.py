@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from ... import StableDiffusionXLAPTPipeline
+from .noisy import Noisy
 from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens, full_config
 
 
@@ -78,11 +79,11 @@ class StableDiffusionXLBase(StableDiffusionBase):
         last = self.text_config("text_encoder").num_hidden_layers - 1
         return re.match(rf"text_encoder\..*\blayers\.{last}\.", parameter_name) is not None
 
-    def conditions(self, embeddings: Embeddings, time_ids: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def conditions(self, given: Noisy) -> dict[str, Any]:
         """The UNet's other inputs: text states, pooled text, and the sizes and cut of each picture."""
-        pooled = embeddings["pooled_prompt_embeds"].to(dtype)
-        added = {"text_embeds": pooled, "time_ids": time_ids.float()}  # bfloat16 has no 1000 different sizes
-        return super().conditions(embeddings, time_ids, dtype) | {"added_cond_kwargs": added}
+        pooled = given.embeddings["pooled_prompt_embeds"]
+        added = {"text_embeds": pooled, "time_ids": given.time_ids.float()}  # bfloat16 has no 1000 different sizes
+        return super().conditions(given) | {"added_cond_kwargs": added}
 
     def drawing_pipeline(self, unet: UNet2DConditionModel, image_to_image: bool) -> Any:
         """The pipeline that draws samples."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ... import ZImageAPTPipeline
 from .flow_transformer import MASK, PROMPT, FlowTransformerBase, tokens_before
+from .noisy import Noisy
 from .stable_diffusion import Embeddings
 
 
@@ -52,20 +53,11 @@ class ZImageBase(FlowTransformerBase):
         """Lists of texts, as the pipeline takes them."""
         return {"prompt_embeds": texts(prompt), "negative_prompt_embeds": texts(negative)}
 
-    def predict(
-        self,
-        denoiser: nn.Module,
-        noisy: Tensor,
-        times: Tensor,
-        embeddings: Embeddings,
-        time_ids: Tensor,
-        class_labels: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def predict(self, denoiser: nn.Module, given: Noisy) -> Tensor:
         """What the transformer predicts for noisy latents, `(B, c, h, w)`: it predicts x - n, and 1 is no noise."""
-        pictures = list(noisy.to(dtype).unsqueeze(2))  # each (c, 1, h, w)
-        captions = [text.to(dtype) for text in texts(embeddings)]
-        predictions = denoiser(pictures, (1000 - times) / 1000, captions, return_dict=False)[0]
+        pictures = list(given.latents.unsqueeze(2))  # each (c, 1, h, w)
+        times = (1000 - given.times) / 1000
+        predictions = denoiser(pictures, times, texts(given.embeddings), return_dict=False)[0]
         return -torch.stack(list(predictions)).squeeze(2)
 
 

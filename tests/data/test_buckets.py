@@ -163,19 +163,12 @@ def test_a_run_with_buckets_resumes_exactly(go, shapes):
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(go, shapes, tiny_sd_path, tmp_path):
-    import subprocess
-    import sys
-
+    from support.launching import in_two_processes
     from support.training_helpers import SCRIPT
 
     flags = EVERYTHING | {"max_train_steps": 4}
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(SCRIPT),
-    ]  # fmt: skip
     words = command(tiny_sd_path, shapes, tmp_path / "two", train_batch_size=1, **flags)
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(SCRIPT, *words)
     one = go("one", instance_data_dir=shapes, train_batch_size=2, **flags)
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
     assert np.allclose(losses(one), losses(tmp_path / "two"), atol=1e-5)

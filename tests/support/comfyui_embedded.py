@@ -3,40 +3,20 @@
 python tests/support/comfyui_embedded.py COMFYUI_PATH FOLDER
 """
 
-import json
-import sys
-from pathlib import Path
+from comfyui_checkout import FOLDER, report
 
-ROOT = Path(__file__).resolve().parents[2]
-COMFYUI, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-sys.argv = sys.argv[:1]
-sys.path[:0] = [str(COMFYUI), str(ROOT / "integrations")]
+# isort: split
+import comfyui.nodes as apt_nodes
+import folder_paths
+import nodes
+import numpy as np
+import torch
+from comfyui.embedded import folder_of
 
-import comfy.options  # noqa: E402
-
-comfy.options.enable_args_parsing(False)
-import comfy.cli_args  # noqa: E402
-
-comfy.cli_args.args.cpu = True
-import comfyui.nodes as apt_nodes  # noqa: E402
-import folder_paths  # noqa: E402
-import nodes  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from comfyui.embedded import folder_of  # noqa: E402
-
-import apt_diffusion as apt  # noqa: E402
+import apt_diffusion as apt
 
 MODEL = "miniature-emoji"
 PROMPT, NEGATIVE, SEED, STEPS, CFG = "a large sks toy on a pink background", "", 5, 4, 3.0
-
-
-def report(name: str, ours: torch.Tensor, reference: torch.Tensor, base: torch.Tensor) -> None:
-    """The largest difference from diffusers' picture, and the adapter's effect."""
-    print(json.dumps({
-        "name": name, "difference": (ours - reference).abs().max().item(),
-        "effect": (reference - base).abs().max().item(),
-    }))  # fmt: skip
 
 
 def graph(model, clip, vae, latent) -> torch.Tensor:

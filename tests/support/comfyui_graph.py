@@ -3,46 +3,28 @@
 python tests/support/comfyui_graph.py COMFYUI_PATH FOLDER
 """
 
-import json
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-COMFYUI, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
-sys.argv = sys.argv[:1]
-sys.path[:0] = [str(COMFYUI), str(ROOT / "integrations")]
+from comfyui_checkout import COMFYUI, FOLDER, report
 
-import comfy.options  # noqa: E402
+# isort: split
+import comfy.diffusers_convert
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import comfyui.nodes as apt_nodes
+import folder_paths
+import nodes
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-comfy.options.enable_args_parsing(False)
-import comfy.cli_args  # noqa: E402
-
-comfy.cli_args.args.cpu = True
-import comfy.diffusers_convert  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import comfy.utils  # noqa: E402
-import comfyui.nodes as apt_nodes  # noqa: E402
-import folder_paths  # noqa: E402
-import nodes  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
-
-import apt_diffusion as apt  # noqa: E402
+import apt_diffusion as apt
 
 PROMPT, NEGATIVE, SEED, STEPS, CFG = "a photo of sks dog", "blurry", 5, 2, 4.0
-
-
-def report(name: str, ours: torch.Tensor, reference: torch.Tensor, base: torch.Tensor) -> None:
-    """The largest difference from the hook's result, that of the bare models, and the adapter's effect."""
-    print(json.dumps({
-        "name": name, "difference": (ours - reference).abs().max().item(),
-        "effect": (reference - base).abs().max().item(),
-    }))  # fmt: skip
 
 
 def randomize(model: torch.nn.Module, adapter: str) -> None:

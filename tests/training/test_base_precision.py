@@ -1,12 +1,11 @@
 """The frozen denoiser in 4 or 8 bits (`--base_precision`): its weights, the training on it, what is refused."""
 
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from support.launching import in_two_processes
 from support.quantised import need, write_gguf, write_gguf_state
 from support.single_file import sd3_state, unet_state
 from support.training_helpers import SCRIPT, assert_same_adapter, command, losses, tensors, train
@@ -144,13 +143,8 @@ def test_modulation_embeddings_and_output_stay_whole():
 def test_two_processes_are_one(tiny_sd_path, instance_dir, tmp_path):
     need("int8")
     flags = {"base_precision": "int8", "max_train_steps": 3, "train_text_encoder": True}
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(SCRIPT),
-    ]  # fmt: skip
     words = command(tiny_sd_path, instance_dir, tmp_path / "two", **(flags | {"train_batch_size": 1}))
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes(SCRIPT, *words)
     one = train(tiny_sd_path, instance_dir, tmp_path / "one", **(flags | {"train_batch_size": 2}))
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
     assert np.allclose(losses(one), losses(tmp_path / "two"), atol=1e-5)

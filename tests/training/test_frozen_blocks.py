@@ -2,12 +2,11 @@
 
 import collections
 import copy
-import subprocess
-import sys
 import weakref
 
 import pytest
 import torch
+from support.launching import in_two_processes
 from support.training_helpers import SCRIPT, assert_same_adapter, command, losses, train
 from torch import nn
 
@@ -164,13 +163,8 @@ def test_a_transformer_in_half_precision(instance_dir, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one(tiny_sd_path, instance_dir, tmp_path):
     flags = {"group_offload": True, "gradient_checkpointing": True, "max_train_steps": 3}
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(SCRIPT),
-    ]  # fmt: skip
     words = command(tiny_sd_path, instance_dir, tmp_path / "two", **(flags | {"train_batch_size": 1}))
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes(SCRIPT, *words)
     one = train(tiny_sd_path, instance_dir, tmp_path / "one", **(flags | {"train_batch_size": 2}))
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
 

@@ -1,15 +1,13 @@
 """The frozen base in shards (FSDP2), by accelerate's launcher: two processes on the CPU against one."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.launching import in_two_processes
 from support.training_helpers import SCRIPT, assert_same_adapter, command, losses, train
 
 from apt_diffusion.training.sharding import configure
@@ -17,17 +15,7 @@ from apt_diffusion.training.sharding import configure
 COUNTER = Path(__file__).parents[1] / "support" / "count_shards.py"
 
 
-def sharded(*words) -> subprocess.CompletedProcess:
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2",
-        "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_DISABLE_RICH": "1"}
-    return subprocess.run(
-        [*launcher, *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=240,
-    )  # fmt: skip
+FSDP = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
 
 
 @pytest.mark.slow
@@ -38,9 +26,8 @@ def test_two_shards_are_one_model_with_twice_the_batch(tiny_sd_path, instance_di
         "num_inference_steps": 2, "use_ema": True, "checkpointing_steps": 2, "new_tokens": ["sks"],
     }  # fmt: skip
     words = command(tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
-    done = sharded(COUNTER, SCRIPT, *words)
-    assert done.returncode == 0, done.stdout[-4000:]
-    shares = re.findall(r"<share: ([.\d]+), adapter whole: True>", done.stdout)
+    output = in_two_processes(COUNTER, SCRIPT, *words, how=FSDP)
+    shares = re.findall(r"<share: ([.\d]+), adapter whole: True>", output)
     assert len(shares) == 2 and sum(map(float, shares)) == pytest.approx(1, abs=0.02)
     one = train(tiny_sd_path, instance_dir, tmp_path / "one", train_batch_size=2, **flags)
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
@@ -53,8 +40,7 @@ def test_two_shards_are_one_model_with_twice_the_batch(tiny_sd_path, instance_di
     assert abs(pictures[0] - pictures[1]).max() <= 2
     resumed = tmp_path / "two" / "checkpoint-2"
     words = command(tiny_sd_path, instance_dir, tmp_path / "again", train_batch_size=1, **flags)
-    again = sharded(SCRIPT, *words, "--resume_from_checkpoint", resumed)
-    assert again.returncode == 0, again.stdout[-4000:]
+    in_two_processes(SCRIPT, *words, "--resume_from_checkpoint", resumed, how=FSDP)
     assert_same_adapter(tmp_path / "two", tmp_path / "again")
 
 
@@ -62,9 +48,8 @@ def test_two_shards_are_one_model_with_twice_the_batch(tiny_sd_path, instance_di
 def test_a_diffusion_transformer_is_sharded_too(instance_dir, tmp_path):
     flags = {"max_train_steps": 2, "resolution": 32, "cache_text_embeddings": True, "cache_latents": True}
     words = command("miniature-sd3", instance_dir, tmp_path / "two", train_batch_size=1, **flags)
-    done = sharded(COUNTER, SCRIPT, *words)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert len(re.findall(r"<share: 0\.\d+, adapter whole: True>", done.stdout)) == 2
+    output = in_two_processes(COUNTER, SCRIPT, *words, how=FSDP)
+    assert len(re.findall(r"<share: 0\.\d+, adapter whole: True>", output)) == 2
     one = train("miniature-sd3", instance_dir, tmp_path / "one", train_batch_size=2, **flags)
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
 

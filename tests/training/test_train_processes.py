@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.launching import in_two_processes
 from support.training_helpers import SCRIPT, assert_same_adapter, command, losses, train
 
 from apt_diffusion.training.checkpoints import list_checkpoints
@@ -84,12 +85,6 @@ def test_sigterm_to_the_whole_group_leaves_a_checkpoint(tiny_sd_path, instance_d
     assert_same_adapter(train(tiny_sd_path, instance_dir, tmp_path / "straight", **flags), out)
 
 
-LAUNCHER = [
-    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
@@ -102,9 +97,7 @@ LAUNCHER = [
 def test_two_processes_train_a_transformer_as_one_does(tiny_transformer_path, instance_dir, tmp_path, model, flags):
     path = model if model.startswith("miniature") else tiny_transformer_path(model)
     flags = flags | {"max_train_steps": 3, "validation_split": 0.2, "validation_steps": 1}
-    process = start(LAUNCHER, path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
-    output = process.communicate(timeout=TIMEOUT)[0]
-    assert process.returncode == 0, output[-4000:]
+    in_two_processes(SCRIPT, *command(path, instance_dir, tmp_path / "two", train_batch_size=1, **flags))
     one = train(path, instance_dir, tmp_path / "one", train_batch_size=2, **flags)
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-4)
     assert np.allclose(losses(one), losses(tmp_path / "two"), rtol=1e-4)
@@ -118,11 +111,8 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_sd_path, instance_dir, 
         "num_class_images": 3, "num_inference_steps": 1, "num_validation_images": 1,
         "instance_prompt": "a <sks> glyph", "new_tokens": ["<sks>"],
     }  # fmt: skip
-    process = start(
-        [*LAUNCHER, str(COUNTER)], tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags
-    )
-    output = process.communicate(timeout=TIMEOUT)[0]
-    assert process.returncode == 0, output[-4000:]
+    words = command(tiny_sd_path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
+    output = in_two_processes(COUNTER, SCRIPT, *words)
     # In each process: of two models' gradients, once in each of four steps, not in each of their two batches.
     assert output.count("<reductions: 8>") == 2, output[-4000:]
     drawn = sorted(path.name for path in class_dir.iterdir())

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from support.launching import in_two_processes
 from support.method_helpers import METHODS
 from support.vl_helpers import TRAIN, assert_same_weights, card_code, picture, results, rows, train, weights, words
 
@@ -412,20 +411,8 @@ def test_the_code_in_the_card_runs(go, tiny_vl, script, kind, method, monkeypatc
 def test_accelerate_launch_with_two_processes_is_one_with_twice_the_batch(tiny_vl, nlvr2_dir, tmp_path):
     flags = {"max_train_steps": 2, "hidden_dropout_prob": 0.0, "evaluation_steps": 1, "no-augment": True}
     flags["adam_epsilon"] = 1e-3  # so that AdamW does not blow up the rounding of vanishing gradients
-    launcher = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-        "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-    ]  # fmt: skip
     line = words(tiny_vl["meter"], nlvr2_dir, tmp_path / "two", train_batch_size=1, **flags)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_DISABLE_RICH": "1"}
-    done = subprocess.run(
-        [*launcher, str(TRAIN / "train_apt_nlvr2.py"), *line],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_two_processes(TRAIN / "train_apt_nlvr2.py", *line)
     one = train("nlvr2", tiny_vl["meter"], nlvr2_dir, tmp_path / "one", train_batch_size=2, **flags)
     for key, value in weights(one).items():
         assert torch.allclose(weights(tmp_path / "two")[key], value, atol=1e-5), key

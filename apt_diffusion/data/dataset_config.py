@@ -10,7 +10,6 @@ The keys are the names of the trainer's flags; what a folder does not say is as 
 
 import difflib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,8 @@ from typing import Any
 from . import kohya_config
 from .captions import CaptionOptions
 from .folders import MAX_REPEATS, FolderOptions
+from .settings_file import read_toml, refuse
 from .toml_lines import TomlLines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -101,21 +96,12 @@ def read_dataset_config(file: str | Path, defaults: Mapping[str, Any]) -> Datase
         ValueError: with everything that is wrong with the file, each with its line.
     """
     file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"--dataset_config: there is no file {file}.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        content = tomllib.loads(text)
-    except ValueError as error:  # TOML's and Unicode's are ones
-        raise ValueError(f"--dataset_config: {file} is no TOML: {error}.") from error
+    content, text = read_toml("--dataset_config", file)
     lines = TomlLines(text)
     kohyas = kohya_config.is_kohyas(content)
     mistakes = _kohyas_mistakes(content, defaults) if kohyas else _mistakes(content, file.parent, defaults)
     found = sorted({(lines.of(table, key), mistake) for table, key, mistake in mistakes})
-    if found:
-        listed = "".join(f"\n  line {line}: {mistake}" for line, mistake in found)
-        count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
-        raise ValueError(f"--dataset_config: {file} has {count}:{listed}")
+    refuse("--dataset_config", file, found)
     return _kohyas_folders(content, defaults) if kohyas else _folders(content, file.parent, defaults)
 
 

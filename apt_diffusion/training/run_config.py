@@ -16,16 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.settings_file import read_toml, refuse
 from ..data.toml_lines import TomlLines
 from ..io.atomic import write_text
 from ..io.public_names import is_local, public_value
 from ..miniature import MODELS
 from .provenance import SECRETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CONFIG_NAME = "config.toml"
 # Flags that say how a run is started and where its results go, not what it computes.
@@ -124,7 +120,7 @@ def write_config(args: RunArguments, seed: int, command: str) -> None:
 def local_path(folder: str | Path, name: str) -> str:
     """The folder or file that a run in `folder` has named `name` for others, if it was made here; else `name`."""
     try:
-        values = tomllib.loads(_local(Path(folder) / CONFIG_NAME).read_text(encoding="utf-8"))
+        values, _ = read_toml("--config", _local(Path(folder) / CONFIG_NAME))
     except (OSError, ValueError):
         return name
     return next((value for value in values.values() if isinstance(value, str) and public_value(value) == name), name)
@@ -194,31 +190,17 @@ def _read(parser: argparse.ArgumentParser, file: Path) -> list[str]:
         for option in action.option_strings
         if option.startswith("--") and not option.startswith("--no-") and action.dest not in ("help", "config")
     }
-    values, text = _load(file)
+    values, text = read_toml("--config", file)
     lines = TomlLines(text)
     mistakes = sorted((lines.of("", key), _mistake(actions, key, value)) for key, value in values.items())
-    found = [(line, mistake) for line, mistake in mistakes if mistake]
-    if found:
-        listed = "".join(f"\n  line {line}: {mistake}" for line, mistake in found)
-        count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
-        raise ValueError(f"--config: {file} has {count}:{listed}")
-    here = _load(_local(file))[0] if _local(file).is_file() else {}
+    refuse("--config", file, [(line, mistake) for line, mistake in mistakes if mistake])
+    here = read_toml("--config", _local(file))[0] if _local(file).is_file() else {}
     words = []
     for key, value in values.items():
         # What was changed in the file since is meant.
         known_here = key in here and public_value(here[key]) == value
         words += _words(actions[key], here[key] if known_here else value)
     return words
-
-
-def _load(file: Path) -> tuple[dict[str, Any], str]:
-    if not file.is_file():
-        raise ValueError(f"--config: there is no file {file}.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        return tomllib.loads(text), text
-    except ValueError as error:  # TOML's and Unicode's are ones
-        raise ValueError(f"--config: {file} is no TOML: {error}.") from error
 
 
 def _mistake(actions: dict[str, argparse.Action], key: str, value: Any) -> str:

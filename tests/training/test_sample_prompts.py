@@ -145,7 +145,7 @@ def test_all_mistakes_are_told_at_once_before_weights_load(go, tmp_path, no_mode
         "  line 4: --seed is no option of a prompt: these are --w, --h, --d, --s, --l, --n, --a.",
         "  line 5: there is no prompt before the options.",
         "  line 6: --d must be a whole number from 0 to 2**63 - 1, got '-1'.",
-        "  line 6: --s must be a whole number of at least 1, got '0'.",
+        "  line 6: --s must be a whole number from 1 to 1000, got '0'.",
         "  line 6: --l must be a finite number, got 'high'.",
         "  line 6: --a must be a finite number, got 'nan'.",
         "  line 6: --n must be a text, got ''.",

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...data.settings_file import read_text, refuse
+
 LARGEST = 4096  # of width and height: what a picture may cost in memory
+MOST_STEPS = 1000  # as many as schedulers have
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ OPTIONS = {
     "w": _Option("width", *_SIZE),
     "h": _Option("height", *_SIZE),
     "d": _Option("seed", int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1"),
-    "s": _Option("steps", int, lambda value: value >= 1, "a whole number of at least 1"),
+    "s": _Option("steps", int, lambda value: 1 <= value <= MOST_STEPS, f"a whole number from 1 to {MOST_STEPS}"),
     "l": _Option("guidance", *_NUMBER),
     "n": _Option("negative", str, lambda value: value != "", "a text"),
     "a": _Option("weight", *_NUMBER),
@@ -65,22 +68,14 @@ def read_sample_prompts(
     Raises:
         ValueError: with everything that is wrong with the file, each with its line.
     """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"--sample_prompts: there is no file {file}.")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--sample_prompts: {file} is no text in UTF-8: {error}.") from error
+    lines = read_text("--sample_prompts", file).splitlines()
     prompts, mistakes = [], []
     for number, line in enumerate(lines, start=1):
         if line.strip() and not line.lstrip().startswith("#"):
             prompt, found = _read_line(number, line, check_size, takes_negative)
             prompts.append(prompt)
-            mistakes += [f"\n  line {number}: {mistake}" for mistake in found]
-    if mistakes:
-        count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise ValueError(f"--sample_prompts: {file} has {count}:{''.join(mistakes)}")
+            mistakes += [(number, mistake) for mistake in found]
+    refuse("--sample_prompts", file, mistakes)
     if not prompts:
         raise ValueError(f"--sample_prompts: {file} has no prompts.")
     return prompts

@@ -83,6 +83,7 @@ def check_words(words: Sequence[str], tokenizer: Any, there: Sequence[str] = ())
     """
     if not words or len(words) > MOST_WORDS or len(set(words)) != len(words):
         raise ValueError(f"New words must be different ones, from 1 to {MOST_WORDS}, got {list(words)[:8]}.")
+    known = tokenizer.get_vocab()  # made anew in each call
     for word in words:
         if not isinstance(word, str) or not word or len(word) > 100 or any(letter.isspace() for letter in word):
             raise ValueError(f"A new word must be one short word without blanks, got {word!r}.")
@@ -90,7 +91,7 @@ def check_words(words: Sequence[str], tokenizer: Any, there: Sequence[str] = ())
             raise ValueError(f"CLIP's tokenizers read small letters only, got {word!r}: write {word.lower()!r}.")
         if word in there:
             raise ValueError(f"Another adapter has the word {word!r}, too: unload that one first.")
-        if word in tokenizer.get_vocab() or tokenizer.tokenize(word) == [f"{word}</w>"]:
+        if word in known or tokenizer.tokenize(word) == [f"{word}</w>"]:
             raise ValueError(f"{word!r} is a word that the tokenizer knows already: choose another, such as <{word}>.")
 
 

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..io.files import write_safetensors
-
-TRAINED_NAME = "trained_weights.safetensors"
+from .checkpoints import TRAINED_NAME
 
 
 class Average:

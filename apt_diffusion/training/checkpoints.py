@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 STATE_NAME = "training_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
+TRAINED_NAME = "trained_weights.safetensors"  # beside an average
 _TEMPORARY = ".unfinished-"
 
 

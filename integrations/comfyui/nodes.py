@@ -26,10 +26,14 @@ def _folder_paths() -> Any:
 
 
 def _adapter_names() -> list[str]:
+    """The adapters in the folder; a trainer's output also has checkpoints, with files of another kind beside them."""
+    from apt_diffusion.training.checkpoints import OPTIMIZER_NAME, TRAINED_NAME
+
     try:
-        return _folder_paths().get_filename_list(FOLDER)
+        names = _folder_paths().get_filename_list(FOLDER)
     except FileNotFoundError:  # no folder yet
         return []
+    return [name for name in names if Path(name).name not in (OPTIMIZER_NAME, TRAINED_NAME)]
 
 
 def _path_of(name: str) -> Path:

@@ -185,6 +185,16 @@ def test_bad_input_is_one_sentence_and_patches_nothing(nodes, parts, tmp_path):
     assert not model.model_options["transformer_options"].get("patches") and not clip.patcher.object_patches
 
 
+def test_only_adapters_are_offered_and_not_what_else_a_checkpoint_has(nodes, parts, tmp_path):
+    save(parts, tmp_path, "dog")
+    checkpoint = tmp_path / "apt" / "dog" / "checkpoint-4"
+    checkpoint.mkdir()
+    for name in (FILE, "optimizer.safetensors", "trained_weights.safetensors"):
+        (checkpoint / name).write_bytes((tmp_path / "apt" / "dog" / FILE).read_bytes())
+    (offered,) = nodes.LoadAPTAdapter.INPUT_TYPES()["required"]["adapter"]
+    assert offered == [f"dog/checkpoint-4/{FILE}", f"dog/{FILE}"]
+
+
 @pytest.mark.parametrize(
     ("file", "expected"),
     [

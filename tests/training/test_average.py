@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from support.training_helpers import assert_same_adapter, losses, tensors
 
 from apt_diffusion import APTConfig, add_apt, freeze_base
-from apt_diffusion.training.average import TRAINED_NAME, MovingAverage
+from apt_diffusion.training.average import MovingAverage
+from apt_diffusion.training.checkpoints import TRAINED_NAME
 
 FLAGS = {"max_train_steps": 4, "checkpointing_steps": 1, "use_ema": True}
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from support.training_helpers import assert_same_adapter, command, losses, tensors, train
 from torch import nn
 
-from apt_diffusion.training.average import TRAINED_NAME
+from apt_diffusion.training.checkpoints import TRAINED_NAME
 from apt_diffusion.training.optimizer_choice import NAMED, make_optimizer, parse_settings, takes
 from apt_diffusion.training.text_to_image.arguments import parse_args
 

@@ -17,22 +17,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 
 _ASKED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch`
-_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 
 
 def is_asked_for() -> bool:
     """Whether the launcher asked for shards."""
     return os.environ.get(_ASKED, "false").lower() == "true"
-
-
-def refuse_deepspeed() -> None:
-    """`ValueError` where the launcher asked for DeepSpeed; call it before accelerate looks for it."""
-    if os.environ.get(_DEEPSPEED, "false").lower() == "true":
-        raise ValueError(
-            "DeepSpeed is not used: its stages 1 and 2 share out gradients and optimizer states, which of an adapter "
-            "are small, and --use_fsdp --fsdp_version 2 does for the frozen base of train_apt_sd what stage 3 does. "
-            "Leave out --use_deepspeed and its config."
-        )
 
 
 def configure(accelerator: Accelerator, script: str, can_shard: bool) -> bool:
@@ -52,7 +41,10 @@ def configure(accelerator: Accelerator, script: str, can_shard: bool) -> bool:
     if not is_asked_for() or accelerator.num_processes == 1:
         return False
     if not can_shard:
-        raise ValueError(f"{script} does not shard its model. Leave out --use_fsdp: each process then has all of it.")
+        raise ValueError(
+            f"{script} does not shard its model. Leave out --use_fsdp, or DeepSpeed's stage 3: each process then has "
+            "all of it."
+        )
     # With it transformers would load random weights in all processes but one, to be overwritten by a broadcast that
     # the text encoders, which are not sharded, would not get.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

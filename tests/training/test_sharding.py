@@ -69,11 +69,3 @@ def test_what_cannot_be_sharded_is_refused(monkeypatch, version, can_shard, mess
 def test_one_process_has_nothing_to_share(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert not configure(SimpleNamespace(num_processes=1), "a_script", False)
-
-
-def test_deepspeed_is_refused_before_anything_is_loaded(go, no_models, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(
-        ValueError, match=r"DeepSpeed is not used: .*--use_fsdp --fsdp_version 2 does for the frozen base"
-    ):
-        go()

@@ -7,6 +7,7 @@ The baseline is the frozen base's forward pass, and its backward pass down to th
 with clipping and AdamW: APT with the defaults, APT in the up blocks (SD3: the second half of the blocks), and LoRA of
 rank 4 on all projections of attention. Shapes are those of Stable Diffusion 1.5, of SDXL with 1 and 2 in place of 2
 and 10 transformer blocks a stage, and of SD 3.5 medium with 4 of its 24 blocks; one picture a step, random weights.
+The embedded model of emoji is itself, with the eight pictures of a step of the demo.
 "keeps" is what a forward pass leaves for its backward pass, weights aside.
 """
 
@@ -53,6 +54,22 @@ def sd3_transformer(device: str) -> nn.Module:
     return filled(model, device)
 
 
+def emoji_unet(device: str) -> nn.Module:
+    """The embedded model's UNet."""
+    from apt_diffusion import StableDiffusionAPTPipeline
+
+    return StableDiffusionAPTPipeline.from_pretrained("miniature-emoji").unet.requires_grad_(False).to(device)
+
+
+def emoji_inputs() -> Inputs:
+    """Four pictures of the thing and four of its class."""
+    return {
+        "sample": torch.randn(8, 8, 16, 16),
+        "timestep": torch.full((8,), 500),
+        "encoder_hidden_states": torch.randn(8, 32, 192),
+    }
+
+
 def unet_inputs(latent: int, width: int, pooled: int = 0) -> Inputs:
     """One noisy picture and its text."""
     inputs: Inputs = {
@@ -76,6 +93,7 @@ def sd3_inputs(latent: int) -> Inputs:
 
 
 MODELS: dict[str, tuple[Callable[[str], nn.Module], Callable[[], Inputs], str]] = {
+    "embedded, 64 x 64": (emoji_unet, emoji_inputs, r"up_blocks\..*\.attn2"),
     "SD 1.5, 256 x 256": (sd15_unet, partial(unet_inputs, 32, 768), r"up_blocks\..*\.attn2"),
     "SD 1.5, 512 x 512": (sd15_unet, partial(unet_inputs, 64, 768), r"up_blocks\..*\.attn2"),
     "SDXL, fewer blocks, 512 x 512": (sdxl_unet, partial(unet_inputs, 64, 2048, 1280), r"up_blocks\..*\.attn2"),

@@ -37,8 +37,22 @@ def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
             "A launcher was asked for several processes, but this is the only one. Without GPUs and MPI, `accelerate "
             "launch` starts them with --multi_gpu (on the CPU, too), or use torchrun --nproc_per_node."
         )
+    if accelerator.device.type == "cpu":
+        logger.info(_cores_in_use(accelerator.num_processes))
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
+
+
+def _cores_in_use(processes: int) -> str:
+    """A sentence on processes and threads; accelerate's launcher gives a process one thread if not told otherwise."""
+    threads = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    said = f"On the CPU: {threads} of {cores} cores"
+    if processes > 1:
+        return f"{said} for each of {processes} processes."
+    if threads < cores:
+        return f"{said}. `accelerate launch --num_cpu_threads_per_process {cores}`, or OMP_NUM_THREADS, takes more."
+    return f"{said}."
 
 
 def _trackers(report_to: str) -> str | None:

@@ -140,6 +140,7 @@ def test_two_processes_train_the_adapter_of_one(tiny_sd_path, instance_dir, tmp_
     output = in_two_processes(COUNTER, SCRIPT, *words, how=how)
     shares = [float(share) for share in re.findall(r"<share: ([.\d]+), adapter whole: True>", output)]
     assert "DeepSpeed's config is followed without its engine" in output
+    assert re.search(r"On the CPU: 1 of \d+ cores for each of 2 processes\.", output)
     assert len(shares) == (2 if stage == 3 else 0) and sum(shares) == pytest.approx(len(shares) / 2, abs=0.02)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     one = train(tiny_sd_path, instance_dir, tmp_path / "one", train_batch_size=2, **shared)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 
 import pytest
@@ -151,3 +152,17 @@ def test_epochs_give_the_number_of_steps(tmp_path):
         session.plan(epoch_length=5)
     assert session.steps_per_epoch == 3 and session.args.max_train_steps == 9
     assert [list(batch) for batch in session.positions][:3] == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize(
+    ("threads", "said"),
+    [
+        (8, "On the CPU: 8 of 8 cores."),
+        (1, "1 of 8 cores. `accelerate launch --num_cpu_threads_per_process 8`, or OMP_NUM_THREADS, takes more."),
+    ],
+)
+def test_a_run_on_the_cpu_says_how_many_cores_it_takes(tmp_path, monkeypatch, caplog, threads, said):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    begin(tmp_path)
+    assert said in caplog.text

@@ -10,10 +10,10 @@ RUN := $(VENV)/bin/python
 # demo's training up to eight times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 # Tests of tiny models are faster in two processes of one thread each than in one process of two. A file stays in one
-# process, so that what its tests share is made once.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+# process, so that what its tests share is made once. None asks the hub, which without a network takes a minute to fail.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
-.PHONY: ready demo test test-fast lint types docs
+.PHONY: ready demo test test-fast test-quantised lint types docs
 
 ready: $(VENV)/ready
 
@@ -25,6 +25,11 @@ test: $(VENV)/ready
 
 test-fast: $(VENV)/ready
 	$(PYTEST) -m "not slow and not browser"
+
+# bitsandbytes and torchao make every start of Python a second slower, so the other tests do without them.
+test-quantised: $(VENV)/ready
+	$(RUN) -m pip install --quiet -e ".[quantised]" -c constraints.txt
+	$(PYTEST) tests/training/test_base_precision.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -10,15 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, is_tensorboard_available
 
-from . import deepspeed_config
 from .checkpoints import Checkpoint, find_checkpoint
+from .run_config import RunArguments
 
 logger = logging.getLogger(__name__)
 
 
-def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
+def make_accelerator(args: RunArguments, script: str) -> Accelerator:
     """Accelerate and logging, from a script's flags; warns where a launcher started fewer processes than intended."""
-    of_deepspeed = deepspeed_config.follow(args)
     accelerator = Accelerator(
         # Said outright, it lets torchrun and `accelerate launch --multi_gpu` start several processes without a GPU.
         cpu=not torch.accelerator.is_available(),
@@ -30,8 +29,8 @@ def make_accelerator(args: argparse.Namespace, script: str) -> Accelerator:
     logging.basicConfig(format="%(asctime)s - %(levelname)s - %(name)s - %(message)s")
     for name in (script, "apt_diffusion"):
         logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if of_deepspeed:
-        logger.info(of_deepspeed)
+    if args.of_deepspeed:
+        logger.info(args.of_deepspeed)
     if "MASTER_ADDR" in os.environ and accelerator.num_processes == 1:
         logger.warning(
             "A launcher was asked for several processes, but this is the only one. Without GPUs and MPI, `accelerate "

@@ -21,6 +21,7 @@ from ..data.toml_lines import TomlLines
 from ..io.atomic import write_text
 from ..io.public_names import is_local, public_value
 from ..miniature import MODELS
+from . import deepspeed_config
 from .provenance import SECRETS
 
 CONFIG_NAME = "config.toml"
@@ -43,12 +44,14 @@ class RunArguments(argparse.Namespace):
     Attributes:
         parser: whose flags they are.
         given: the flags before checks and defaults of the base changed them; a run is made again from these.
+        of_deepspeed: what is done in place of DeepSpeed, where the launcher asked for it.
     """
 
-    __slots__ = ("given", "parser")  # so that they are not among the flags
+    __slots__ = ("given", "of_deepspeed", "parser")  # so that they are not among the flags
 
     parser: argparse.ArgumentParser
     given: dict[str, Any]
+    of_deepspeed: str | None
 
 
 def add_config_flag(add: Callable[..., Any]) -> None:
@@ -69,7 +72,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
         argv: `sys.argv` if `None`.
 
     Raises:
-        ValueError: with everything that is wrong with the file, each with its line.
+        ValueError: with everything that is wrong with the file, each with its line; for a config of DeepSpeed that
+            cannot be followed.
     """
     typed = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(prog=parser.prog, add_help=False)
@@ -78,6 +82,7 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     from_file = [] if file is None else _read(parser, Path(file))
     args = parser.parse_args([*from_file, *typed], RunArguments())
     del args.config  # what it said is among the flags
+    args.of_deepspeed = deepspeed_config.follow(args)
     args.parser, args.given = parser, copy.deepcopy(vars(args))
     return args
 

@@ -8,7 +8,7 @@ from apt_diffusion.training.text_to_image.base_precision import LIBRARIES, quant
 
 
 def need(precision: str) -> None:
-    """Skips where the library is missing: only gguf is among the tests' dependencies."""
+    """Skips where the library is missing: `make test-quantised` installs all of them."""
     library = LIBRARIES[precision]
     if importlib.util.find_spec(library) is None:
         pytest.skip(f'{library} is not installed: pip install "apt-diffusion[quantised]"')

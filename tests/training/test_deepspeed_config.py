@@ -112,6 +112,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(go, no_models, a
         go()
 
 
+def test_shards_and_a_quantised_base_are_refused_as_with_fsdp(go, no_models, asked):
+    asked({"zero_optimization": {"stage": 3}})
+    with pytest.raises(ValueError, match="--base_precision and the launcher's shards"):
+        go(base_precision="nf4")
+
+
 def test_a_precision_that_the_flag_denies_is_refused(asked):
     asked({"bf16": {"enabled": True}})
     with pytest.raises(ValueError, match="enables bf16, --mixed_precision says fp16: a run has one precision"):

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import logging
 import re
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...io.single_file import MOST_TENSORS
 from .. import sharding
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = {"nf4": "bitsandbytes", "int8": "torchao", "fp8": "torchao", "gguf": "gguf"}
 GGUF_SUFFIX = ".gguf"
 NOT_QUANTISED = re.compile("norm|mod|ada|embed", re.IGNORECASE)  # names inside a block, as `norm1.linear`, `img_mod.1`
+NF4_BLOCK = 64  # weights that share a scale
 SHOWN = 3  # names in a message
 
 
@@ -48,8 +51,8 @@ def check_precision(precision: str) -> None:
     """
     if sharding.is_asked_for():
         raise ValueError(
-            "--base_precision and the launcher's --use_fsdp exclude each other: quantised weights cannot be cut into "
-            "shards. Leave one of them out."
+            "--base_precision and the launcher's shards (--use_fsdp, DeepSpeed's stage 3) exclude each other: "
+            "quantised weights cannot be cut. Leave one of them out."
         )
     library = LIBRARIES["gguf" if precision.endswith(GGUF_SUFFIX) else precision]
     if importlib.util.find_spec(library) is None:
@@ -133,8 +136,13 @@ def _in_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}  # as diffusers has it
-    for name in quantised_maps(model):
-        linear = model.get_submodule(name)
+    maps = {name: model.get_submodule(name) for name in quantised_maps(model)}
+    # On CPUs with AVX-512, bitsandbytes 0.50 unpacks blocks wrongly that go from one row into the next.
+    whole = {name: linear for name, linear in maps.items() if linear.in_features % NF4_BLOCK == 0}
+    if len(whole) < len(maps):
+        left = len(maps) - len(whole)
+        logger.info("%d of %d maps keep their weights: their rows are no whole blocks of nf4.", left, len(maps))
+    for name, linear in whole.items():
         has_bias = linear.bias is not None
         with torch.device("meta"):
             small = Linear4bit(linear.in_features, linear.out_features, has_bias, dtype, **kind)
@@ -204,6 +212,10 @@ def _gguf_header(path: str, skeleton: Any) -> dict[str, torch.Tensor]:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
+    with open(path, "rb") as file:
+        letters, *counts = struct.unpack("<4s4xQQ", file.read(24).ljust(24, b"\0"))
+    if letters == b"GGUF" and max(counts) > MOST_TENSORS:
+        raise ValueError(f"{path} announces {max(counts)} entries, more than any base model has: it is not read.")
     try:
         tensors = gguf.GGUFReader(path).tensors
     except Exception as error:  # of many kinds: it reads whatever the first bytes say

@@ -51,6 +51,6 @@ def _check_offload(args: argparse.Namespace) -> None:
         )
     if sharding.is_asked_for():
         raise ValueError(
-            "--group_offload and the launcher's --use_fsdp exclude each other: shards have an offloading of their own "
-            "(--fsdp_offload_params true)."
+            "--group_offload and the launcher's shards (--use_fsdp, DeepSpeed's stage 3) exclude each other: "
+            "shards have an offloading of their own (--fsdp_offload_params true)."
         )

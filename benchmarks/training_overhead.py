@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What a training step costs beside the frozen base alone: everywhere, and where only the deeper half is adapted.
 
-    python benchmarks/training_overhead.py                 # float32 and bf16; --only "SD 1.5" for one model
+    python benchmarks/training_overhead.py                 # float32 and bf16, 30 GiB; --only "SDXL" for one model
 
 The baseline is the frozen base's forward pass, and its backward pass down to the latents. Beside it stand whole steps
 with clipping and AdamW: APT with the defaults, APT in the up blocks (SD3: the second half of the blocks), and LoRA of
@@ -11,13 +11,15 @@ The embedded model of emoji is itself, with the eight pictures of a step of the 
 "keeps" is what a forward pass leaves for its backward pass, weights aside.
 """
 
+import gc
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from _models import filled, sd15_unet, twin, with_lora
-from _timing import arguments, compare, report
+from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import APTConfig, add_apt, freeze_base
@@ -162,29 +164,32 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
+def measure(name: str, dtype: torch.dtype, device: str, rounds: int, group: str) -> tuple[list[Result], str]:
+    """Times of all variants of a model, and what each keeps for the backward pass; nothing stays in memory."""
+    make, inputs_of, deeper = MODELS[name]
+    torch.manual_seed(0)
+    models = variants_of(make(device).to(dtype), deeper)
+    for model in models.values():  # what is trained stays in float32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    steps = {key: make_step(model, moved(inputs_of(), device, dtype), dtype) for key, model in models.items()}
+    kept = {key: kept_bytes(models[key], forward) / 2**20 for key, (_, forward) in steps.items()}
+    results = compare({key: step for key, (step, _) in steps.items()}, rounds, group)
+    return results, ", ".join(f"{key} {size:.0f} MiB" for key, size in kept.items())
+
+
 def main() -> None:
     """Measures and reports."""
     parser = arguments(__doc__, rounds=5)
-    parser.add_argument("--only", default="", help="models whose name begins so")
+    parser.add_argument("--only", default="", help="groups whose names begin so, as SDXL")
     args = parser.parse_args()
+    precisions = {"float32": torch.float32, "bf16": torch.bfloat16}
     groups, notes = {}, {}
-    for name, (make, inputs_of, deeper) in MODELS.items():
-        if not name.startswith(args.only):
-            continue
-        for label, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
-            torch.manual_seed(0)
-            models = variants_of(make(args.device).to(dtype), deeper)
-            for model in models.values():  # what is trained stays in float32
-                for parameter in model.parameters():
-                    parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-            steps = {
-                key: make_step(model, moved(inputs_of(), args.device, dtype), dtype) for key, model in models.items()
-            }
-            group = f"{name}, {label}"
-            notes[f"{group}, keeps"] = ", ".join(
-                f"{key} {kept_bytes(models[key], forward) / 2**20:.0f} MiB" for key, (_, forward) in steps.items()
-            )
-            groups[group] = compare({key: step for key, (step, _) in steps.items()}, args.rounds, group)
+    for name, (label, dtype) in itertools.product(MODELS, precisions.items()):
+        group = f"{name}, {label}"
+        if group.startswith(args.only):
+            groups[group], notes[f"{group}, keeps"] = measure(name, dtype, args.device, args.rounds, group)
+            gc.collect()  # modules are in cycles with their hooks
     report("Training overhead", groups, args.output_dir, notes)
 
 

@@ -45,12 +45,14 @@ def test_two_shards_are_one_model_with_twice_the_batch(tiny_sd_path, instance_di
 
 
 @pytest.mark.slow
-def test_a_diffusion_transformer_is_sharded_too(instance_dir, tmp_path):
+@pytest.mark.parametrize("model", ["miniature-sd3", "flux"])
+def test_a_diffusion_transformer_is_sharded_too(tiny_transformer_path, instance_dir, tmp_path, model):
+    path = model if model.startswith("miniature") else tiny_transformer_path(model)
     flags = {"max_train_steps": 2, "resolution": 32, "cache_text_embeddings": True, "cache_latents": True}
-    words = command("miniature-sd3", instance_dir, tmp_path / "two", train_batch_size=1, **flags)
+    words = command(path, instance_dir, tmp_path / "two", train_batch_size=1, **flags)
     output = in_two_processes(COUNTER, SCRIPT, *words, how=FSDP)
     assert len(re.findall(r"<share: 0\.\d+, adapter whole: True>", output)) == 2
-    one = train("miniature-sd3", instance_dir, tmp_path / "one", train_batch_size=2, **flags)
+    one = train(path, instance_dir, tmp_path / "one", train_batch_size=2, **flags)
     assert_same_adapter(one, tmp_path / "two", tolerance=1e-5)
 
 

@@ -40,7 +40,7 @@ def sd15_text_encoder(device: str = "cpu") -> nn.Module:
     return filled(model, device)
 
 
-def sd15_vae(device: str = "cpu") -> nn.Module:
+def sd15_vae(device: str = "cpu", latent_channels: int = 4) -> nn.Module:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
@@ -49,6 +49,7 @@ def sd15_vae(device: str = "cpu") -> nn.Module:
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
+            latent_channels=latent_channels,
             sample_size=512,
         )
     return filled(model, device)

@@ -14,93 +14,17 @@ The embedded model of emoji is itself, with the eight pictures of a step of the 
 import gc
 import itertools
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
-from _models import filled, sd15_unet, twin, with_lora
+from _denoisers import EMOJI, REAL, Inputs, moved
+from _models import twin, with_lora
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import APTConfig, add_apt, freeze_base
 
 BASE, APT, DEEPER, LORA = "the frozen base, forward and backward", "APT", "APT, the deeper half", "LoRA r4"
-Inputs = dict[str, Any]
-
-
-def sdxl_unet(device: str) -> nn.Module:
-    """SDXL's UNet with fewer transformer blocks."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        model = UNet2DConditionModel(
-            sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 1, 2),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
-    return filled(model, device)
-
-
-def sd3_transformer(device: str) -> nn.Module:
-    """SD 3.5 medium's transformer with four blocks, without its second attention."""
-    from diffusers import SD3Transformer2DModel
-
-    with torch.device("meta"):
-        model = SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=64,
-            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536,
-            pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
-        )  # fmt: skip
-    return filled(model, device)
-
-
-def emoji_unet(device: str) -> nn.Module:
-    """The embedded model's UNet."""
-    from apt_diffusion import StableDiffusionAPTPipeline
-
-    return StableDiffusionAPTPipeline.from_pretrained("miniature-emoji").unet.requires_grad_(False).to(device)
-
-
-def emoji_inputs() -> Inputs:
-    """Four pictures of the thing and four of its class."""
-    return {
-        "sample": torch.randn(8, 8, 16, 16),
-        "timestep": torch.full((8,), 500),
-        "encoder_hidden_states": torch.randn(8, 32, 192),
-    }
-
-
-def unet_inputs(latent: int, width: int, pooled: int = 0) -> Inputs:
-    """One noisy picture and its text."""
-    inputs: Inputs = {
-        "sample": torch.randn(1, 4, latent, latent),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 77, width),
-    }
-    if pooled:
-        inputs["added_cond_kwargs"] = {"text_embeds": torch.randn(1, pooled), "time_ids": torch.ones(1, 6)}
-    return inputs
-
-
-def sd3_inputs(latent: int) -> Inputs:
-    """The same for SD3."""
-    return {
-        "hidden_states": torch.randn(1, 16, latent, latent),
-        "timestep": torch.tensor([500.0]),
-        "encoder_hidden_states": torch.randn(1, 154, 4096),
-        "pooled_projections": torch.randn(1, 2048),
-    }
-
-
-MODELS: dict[str, tuple[Callable[[str], nn.Module], Callable[[], Inputs], str]] = {
-    "embedded, 64 x 64": (emoji_unet, emoji_inputs, r"up_blocks\..*\.attn2"),
-    "SD 1.5, 256 x 256": (sd15_unet, partial(unet_inputs, 32, 768), r"up_blocks\..*\.attn2"),
-    "SD 1.5, 512 x 512": (sd15_unet, partial(unet_inputs, 64, 768), r"up_blocks\..*\.attn2"),
-    "SDXL, fewer blocks, 512 x 512": (sdxl_unet, partial(unet_inputs, 64, 2048, 1280), r"up_blocks\..*\.attn2"),
-    "SD3, 4 blocks, 512 x 512": (sd3_transformer, partial(sd3_inputs, 64), r"transformer_blocks\.[23]\.attn"),
-}
+MODELS = {"embedded, 64 x 64": EMOJI} | REAL
 
 
 def variants_of(base: nn.Module, deeper: str) -> dict[str, nn.Module]:
@@ -112,15 +36,6 @@ def variants_of(base: nn.Module, deeper: str) -> dict[str, nn.Module]:
         freeze_base(models[name])
     models[LORA] = with_lora(twin(base))
     return models
-
-
-def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
-    """Inputs on the device, numbers other than the time in the model's precision."""
-    if isinstance(value, dict):
-        return {
-            key: item.to(device) if key == "timestep" else moved(item, device, dtype) for key, item in value.items()
-        }
-    return value.to(device, dtype)
 
 
 def make_step(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], Tensor]]:
@@ -166,13 +81,13 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def measure(name: str, dtype: torch.dtype, device: str, rounds: int, group: str) -> tuple[list[Result], str]:
     """Times of all variants of a model, and what each keeps for the backward pass; nothing stays in memory."""
-    make, inputs_of, deeper = MODELS[name]
+    shape = MODELS[name]
     torch.manual_seed(0)
-    models = variants_of(make(device).to(dtype), deeper)
+    models = variants_of(shape.make(device).to(dtype), shape.deeper)
     for model in models.values():  # what is trained stays in float32
         for parameter in model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    steps = {key: make_step(model, moved(inputs_of(), device, dtype), dtype) for key, model in models.items()}
+    steps = {key: make_step(model, moved(shape.inputs(), device, dtype), dtype) for key, model in models.items()}
     kept = {key: kept_bytes(models[key], forward) / 2**20 for key, (_, forward) in steps.items()}
     results = compare({key: step for key, (step, _) in steps.items()}, rounds, group)
     return results, ", ".join(f"{key} {size:.0f} MiB" for key, size in kept.items())

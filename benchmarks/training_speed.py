@@ -1,68 +1,73 @@
 #!/usr/bin/env python
-"""Steps per second and peak memory of training: this library compared with diffusers' `train_dreambooth_lora.py`.
+"""Steps per second and peak memory of training: this library compared with diffusers' LoRA scripts for DreamBooth.
 
-    python benchmarks/training_speed.py                  # Stable Diffusion 1.5's shapes, and the embedded model
+    python benchmarks/training_speed.py                  # all shapes, float32 and bf16; --only SDXL for one model
 
-The peer's step is done with the peer's libraries: VAE encoding and text encoding in every step, LoRA of rank 4 on all
-attention projections of the UNet. Ours reads kept latents and embeddings and trains APT with the defaults. Shapes are
-those of Stable Diffusion 1.5 at 256 x 256 and of the embedded model at 64 x 64, one picture a step, float32, text
-encoder frozen. Peak memory is that of a fresh process which does nothing else.
+The peer's step is done with the peer's libraries: VAE encoding in every step, for Stable Diffusion 1.5 and the
+embedded model text encoding, too (the scripts for SDXL and SD3 encode the one prompt before the first step), LoRA of
+rank 4 on all attention projections of the denoiser. Ours reads kept latents and embeddings and trains APT with the
+defaults. Shapes are those of Stable Diffusion 1.5, of SDXL with 1 and 2 in place of 2 and 10 transformer blocks a
+stage, of SD 3.5 medium with 4 of its 24 blocks, and of the embedded model; one picture a step. In bf16 the VAE of SDXL
+and SD3 stays in float32, as in the scripts. Peak memory is that of a fresh process which does nothing else.
 """
 
+import gc
+import itertools
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from _models import sd15_text_encoder, sd15_unet, sd15_vae, twin, with_lora
+from _denoisers import MINIATURE, REAL, SD15_256, Inputs, Shape, moved
+from _models import sd15_text_encoder, sd15_vae, twin, with_lora
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
 
 from apt_diffusion import add_apt, freeze_base
 
 VARIANTS = ("LoRA r4, as diffusers' script", "APT, as our trainer")
+SHAPES = {"miniature, 64 x 64": MINIATURE} | REAL
 Step = Callable[[], None]
 
 
 @dataclass
-class Base:
-    """A UNet, the size of what it is trained on, and what makes that of pictures and words."""
+class Encoders:
+    """What makes latents and embeddings in each of the peer's steps; ours needs neither."""
 
-    unet: nn.Module
-    pixels: int
-    latents: tuple[int, int, int, int]
-    tokens: int
-    vae: nn.Module | None = None  # ours needs neither in a step
-    text_encoder: nn.Module | None = None
+    vae: nn.Module
+    text_encoder: nn.Module | None
 
 
-def sd15(device: str, encoders: bool = True) -> Base:
-    vae, text_encoder = (sd15_vae(device), sd15_text_encoder(device)) if encoders else (None, None)
-    return Base(sd15_unet(device), 256, (1, 4, 32, 32), 77, vae, text_encoder)
+def encoders_of(shape: Shape, channels: int, width: int, device: str, dtype: torch.dtype) -> Encoders:
+    """The autoencoder, and the text encoder if each step of the peer runs it."""
+    if shape.embedded is not None:
+        from apt_diffusion import StableDiffusionAPTPipeline
+
+        pipe = StableDiffusionAPTPipeline.from_pretrained(shape.embedded)
+        parts = [part.requires_grad_(False).to(device, dtype) for part in (pipe.vae, pipe.text_encoder)]
+        return Encoders(*parts)
+    is_first = width == 768
+    vae = sd15_vae(device, channels).to(dtype if is_first else torch.float32)
+    return Encoders(vae, sd15_text_encoder(device).to(dtype) if is_first else None)
 
 
-def miniature(device: str) -> Base:
-    from apt_diffusion import StableDiffusionAPTPipeline
-
-    pipe = StableDiffusionAPTPipeline.from_pretrained("miniature").to(device)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False)
-    return Base(pipe.unet, 64, (1, 4, 16, 16), 32, pipe.vae, pipe.text_encoder)
-
-
-def make_step(unet: nn.Module, inputs: Callable[[], tuple[Tensor, Tensor]]) -> Step:
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+def make_step(model: nn.Module, inputs: Callable[[], Inputs], dtype: torch.dtype) -> Step:
+    """A step on what `inputs` gives, the latents first."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    unet.train()
+    model.train()
 
     def step() -> None:
-        latents, states = inputs()
-        noise = torch.randn_like(latents)
-        prediction = unet(0.7 * latents + 0.7 * noise, torch.randint(1000, (1,), device=latents.device), states).sample
-        (prediction - noise).square().mean().backward()
+        given = inputs()
+        first = next(iter(given))
+        noise = torch.randn_like(given[first])
+        with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
+            prediction = model(**given | {first: 0.7 * given[first] + 0.7 * noise}, return_dict=False)[0]
+        (prediction.float() - noise.float()).square().mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -70,37 +75,46 @@ def make_step(unet: nn.Module, inputs: Callable[[], tuple[Tensor, Tensor]]) -> S
     return step
 
 
-def lora_step(base: Base, device: str) -> tuple[Step, dict[str, Callable[[], Tensor]]]:
+def lora_step(shape: Shape, base: nn.Module, kept: Inputs, dtype: torch.dtype) -> tuple[Step, dict[str, Step]]:
     """The step, and its parts but for the backward pass and the optimizer."""
-    pixels = torch.randn(1, 3, base.pixels, base.pixels, device=device)
-    tokens = torch.randint(0, base.text_encoder.config.vocab_size - 1, (1, base.tokens), device=device)
+    first = next(iter(kept))
+    latents, states = kept[first], kept["encoder_hidden_states"]
+    encoders = encoders_of(shape, latents.shape[1], states.shape[-1], str(latents.device), dtype)
+    vae, text_encoder = encoders.vae, encoders.text_encoder
+    pixels = torch.randn(1, 3, shape.pixels, shape.pixels, device=latents.device, dtype=vae.dtype)
 
     @torch.no_grad()
     def encode() -> Tensor:
-        return base.vae.encode(pixels).latent_dist.sample() * 0.18215
+        return (vae.encode(pixels).latent_dist.sample() * 0.18215).to(dtype)
 
-    @torch.no_grad()
-    def read() -> Tensor:
-        return base.text_encoder(tokens).last_hidden_state
+    parts: dict[str, Callable[[], Tensor]] = {"of it VAE encoding": encode}
+    if text_encoder is not None:
+        tokens = torch.randint(0, text_encoder.config.vocab_size - 1, states.shape[:2], device=latents.device)
 
-    unet = with_lora(twin(base.unet))
-    step = make_step(unet, lambda: (encode(), read()))
-    latents, states = encode(), read()
+        @torch.no_grad()
+        def read() -> Tensor:
+            return text_encoder(tokens).last_hidden_state
+
+        parts["of it text encoder"] = read
+    model = with_lora(twin(base))
 
     @torch.no_grad()
     def forward() -> Tensor:
-        return unet(latents, 500, states).sample
+        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
+            return model(**kept, return_dict=False)[0]
 
-    return step, {"of it VAE encoding": encode, "of it text encoder": read, "of it UNet forward": forward}
+    def inputs() -> Inputs:
+        return kept | {first: encode()} | ({"encoder_hidden_states": read()} if text_encoder is not None else {})
+
+    return make_step(model, inputs, dtype), parts | {"of it the denoiser's forward pass": forward}
 
 
-def apt_step(base: Base, device: str) -> Step:
-    unet = twin(base.unet)
-    add_apt(unet)
-    freeze_base(unet)
-    latents = torch.randn(base.latents, device=device)
-    states = torch.randn(1, base.tokens, base.unet.config.cross_attention_dim, device=device)
-    return make_step(unet, lambda: (latents, states))
+def apt_step(base: nn.Module, kept: Inputs, dtype: torch.dtype) -> Step:
+    """A step on kept latents and embeddings."""
+    model = twin(base)
+    add_apt(model)
+    freeze_base(model)
+    return make_step(model, lambda: kept, dtype)
 
 
 def peak_memory(variant: str) -> float:
@@ -110,9 +124,10 @@ def peak_memory(variant: str) -> float:
 
 
 def run_alone(variant: str, device: str) -> None:
-    ours = variant == VARIANTS[1]
-    base = sd15(device, encoders=not ours)
-    step = apt_step(base, device) if ours else lora_step(base, device)[0]
+    """Prints the peak memory of three steps at the shapes of Stable Diffusion 1.5, 256 x 256, float32."""
+    base, kept = SD15_256.make(device), moved(SD15_256.inputs(), device, torch.float32)
+    is_ours = variant == VARIANTS[1]
+    step = apt_step(base, kept, torch.float32) if is_ours else lora_step(SD15_256, base, kept, torch.float32)[0]
     for _ in range(3):
         step()
     used = (
@@ -123,32 +138,36 @@ def run_alone(variant: str, device: str) -> None:
     print(used / 2**30)
 
 
-def side_by_side(base: Base, rounds: int, device: str) -> list[Result]:
-    theirs, parts = lora_step(base, device)
-    return compare({VARIANTS[0]: theirs, VARIANTS[1]: apt_step(base, device)} | parts, rounds, "steps")
+def side_by_side(shape: Shape, dtype: torch.dtype, device: str, rounds: int, group: str) -> list[Result]:
+    """Times of both steps and of the peer's parts; nothing stays in memory."""
+    torch.manual_seed(0)
+    base, kept = shape.make(device).to(dtype), moved(shape.inputs(), device, dtype)
+    theirs, parts = lora_step(shape, base, kept, dtype)
+    return compare({VARIANTS[0]: theirs, VARIANTS[1]: apt_step(base, kept, dtype)} | parts, rounds, group)
 
 
 def main() -> None:
+    """Measures and reports."""
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--alone", choices=VARIANTS, help="only measure the memory of this variant, in this process")
+    parser.add_argument("--only", default="", help="groups whose names begin so, as SDXL; without memory")
     args = parser.parse_args()
-    torch.manual_seed(0)
     if args.alone:
         run_alone(args.alone, args.device)
         return
-    memory = {variant: peak_memory(variant) for variant in VARIANTS}
+    precisions = {"float32": torch.float32, "bf16": torch.bfloat16}
     groups, notes = {}, {}
-    sizes: dict[str, tuple[Callable[[], Base], int]] = {
-        "Stable Diffusion 1.5, 256 x 256": (partial(sd15, args.device), args.rounds),
-        "miniature, 64 x 64": (partial(miniature, args.device), 20 * args.rounds),
-    }
-    for name, (make, rounds) in sizes.items():
-        groups[name] = side_by_side(make(), rounds, args.device)
-        notes[f"Steps per second, APT / LoRA, {name}"] = f"{1 / groups[name][1].ratio:.2f}"
-    notes["Peak memory, Stable Diffusion 1.5"] = (
-        ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items())
-        + f"; ratio {memory[VARIANTS[1]] / memory[VARIANTS[0]]:.2f}"
-    )
+    for name, (label, dtype) in itertools.product(SHAPES, precisions.items()):
+        group = f"{name}, {label}"
+        if group.startswith(args.only):
+            rounds = args.rounds * (20 if SHAPES[name].embedded else 1)
+            groups[group] = side_by_side(SHAPES[name], dtype, args.device, rounds, group)
+            notes[f"Steps per second, APT / LoRA, {group}"] = f"{1 / groups[group][1].ratio:.2f}"
+            gc.collect()  # modules are in cycles with their hooks
+    if not args.only:
+        memory = {variant: peak_memory(variant) for variant in VARIANTS}
+        shown = ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items())
+        notes["Peak memory, SD 1.5, 256 x 256"] = f"{shown}; ratio {memory[VARIANTS[1]] / memory[VARIANTS[0]]:.2f}"
     report("Training speed", groups, args.output_dir, notes)
 
 

@@ -290,11 +290,19 @@ def test_metrics_are_those_of_prometheus(site):
     assert samples[("apt_http_request_seconds_count", route)] > 0
 
 
+def logged(caplog, count):
+    """The line of the request with this number; it is written after the answer is sent."""
+    end = time.monotonic() + 30
+    while len(caplog.records) < count and time.monotonic() < end:
+        time.sleep(0.01)
+    return json.loads(caplog.records[count - 1].getMessage())
+
+
 def test_the_log_has_ids_and_no_prompts_unless_they_are_asked_for(tiny_sd_path, folder, caplog, site):
     body = {"prompt": "a secret wish", "size": "16x16"} | FEW
     with caplog.at_level(logging.INFO, "apt_diffusion.server"):
         httpx.post(f"{site[0]}/v1/images/generations", json=body, headers={"X-Request-Id": "mine-1"}, timeout=60)
-        line = json.loads(caplog.records[-1].getMessage())
+        line = logged(caplog, 1)
         assert (line["request_id"], line["status"], line["route"]) == ("mine-1", 200, "/v1/images/generations")
         assert "secret" not in caplog.text
         with served(load(tiny_sd_path), ServerSettings(adapters=str(folder), log_prompts=True)) as (address, _):

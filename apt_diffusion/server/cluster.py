@@ -5,6 +5,8 @@ replaces those that die, and updates them one by one. Here is only what is ours:
 another one, once; the door answers 503 with `Retry-After` while everything ends.
 """
 
+import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -67,9 +69,19 @@ class ReplicaPainter(Painter):
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self.under_way = 0  # pictures
 
     async def draw(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
         """See `Painter`."""
+        self.under_way += 1
+        try:
+            async with contextlib.aclosing(self._drawn_by_any(request)) as steps:
+                async for drawn in steps:
+                    yield drawn
+        finally:
+            self.under_way -= 1
+
+    async def _drawn_by_any(self, request: ImageRequest) -> AsyncGenerator[Drawn, None]:
         for is_last_try in (False, True):
             steps = self.handle.options(stream=True).draw.remote(request)
             try:
@@ -112,12 +124,15 @@ class Door:
         logging.getLogger(__package__).setLevel(logging.INFO)
 
     def __serve_build_asgi_app__(self) -> Any:
-        self.application = build_app(ReplicaPainter(self.engines), open_store(self.settings), self.settings)
+        self.painter = ReplicaPainter(self.engines)
+        self.application = build_app(self.painter, open_store(self.settings), self.settings)
         return self.application
 
     async def drain(self) -> None:
-        """From now on new requests get 503."""
+        """From now on new requests get 503; returns once all accepted pictures are drawn."""
         self.application.state.server.draining = True
+        while self.painter.under_way:
+            await asyncio.sleep(0.1)
 
 
 def build(args: dict[str, Any]) -> Any:
@@ -192,8 +207,10 @@ def run(settings: ServerSettings, replicas: int, host: str, port: int) -> None:
         logger.warning("Serving %s on http://%s:%d by %d replicas", settings.model, host, port, replicas)
         ended.wait()
         logger.warning("Draining: accepted requests are finished, new ones get 503.")
-        serve.get_app_handle(APP).drain.remote().result(timeout_s=10)
-        serve.delete(APP)  # waits for requests under way, up to the deployments' graceful_shutdown_timeout_s
+        # Before the application goes: from then on Ray's proxy knows no route, and answers 404.
+        with contextlib.suppress(TimeoutError):
+            serve.get_app_handle(APP).drain.remote().result(timeout_s=DRAIN_S)
+        serve.delete(APP)
     finally:
         serve.shutdown()
         ray.shutdown()

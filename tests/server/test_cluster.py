@@ -171,7 +171,7 @@ def test_at_its_end_it_finishes_what_it_has_accepted(server):
     """The last test of this file: the server is gone after it."""
     address, process = server
     with ThreadPoolExecutor(2) as pool:
-        body = SIZE | {"num_inference_steps": 400}
+        body = SIZE | {"num_inference_steps": 900}
         last = pool.submit(httpx.post, f"{address}/v1/images/generations", json=body, timeout=120)
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
@@ -179,6 +179,8 @@ def test_at_its_end_it_finishes_what_it_has_accepted(server):
         while status == 200:
             with contextlib.suppress(httpx.HTTPError):
                 status = httpx.get(f"{address}/readyz", timeout=5).status_code
+        assert status == 503
+        time.sleep(1)  # until Ray's proxy has heard of an application that is gone
         refused = httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         assert last.result().status_code == 200

@@ -72,6 +72,15 @@ def test_who_waits_and_who_finds_no_place_in_the_queue_is_told_so(visit):
     assert first.inner_text("#status") == "Stopped."
 
 
+def test_gradios_own_word_for_errors_covers_nothing(visit):
+    page = visit()
+    draw(page, "a sks glyph", 1, steps=1)
+    said = wait_for(page, "#status", "Done")
+    mark = '<div data-testid="status-tracker"><span class="error">Error</span></div>'
+    page.evaluate("mark => document.querySelector('#status').insertAdjacentHTML('afterbegin', mark)", mark)
+    assert page.inner_text("#status").strip() == said.strip()
+
+
 def test_adapters_that_cannot_be_used_get_a_sentence_without_a_path(visit, adapters):
     page = visit()
     page.on("dialog", lambda dialog: pytest.fail(f"a script ran: {dialog.message}"))

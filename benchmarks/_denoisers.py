@@ -1,13 +1,15 @@
 """Denoisers of the shapes that people train, with random weights, and embedded ones; what each is asked in a step."""
 
-from collections.abc import Callable
+import gc
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from _models import filled, sd15_unet
-from torch import nn
+from torch import Tensor, nn
 
 Inputs = dict[str, Any]
 
@@ -21,6 +23,7 @@ class Shape:
         inputs: its keyword arguments; the first are the latents.
         deeper: a regex of the attentions in its deeper half.
         pixels: the size of a picture.
+        encodes_text: whether diffusers' trainer encodes its text in every step, and not once before the first.
         embedded: the name of the embedded model that it is from, whose autoencoder and text encoder go with it.
     """
 
@@ -28,6 +31,7 @@ class Shape:
     inputs: Callable[[], Inputs]
     deeper: str
     pixels: int
+    encodes_text: bool = True
     embedded: str | None = None
 
 
@@ -107,12 +111,42 @@ def moved(value: Any, device: str, dtype: torch.dtype) -> Any:
 
 
 _UP, _LATER = r"up_blocks\..*\.attn2", r"transformer_blocks\.[23]\.attn"
-EMOJI = Shape(partial(embedded_unet, "miniature-emoji"), emoji_inputs, _UP, 64, "miniature-emoji")
-MINIATURE = Shape(partial(embedded_unet, "miniature"), partial(unet_inputs, 16, 128, tokens=32), _UP, 64, "miniature")
+EMOJI = Shape(partial(embedded_unet, "miniature-emoji"), emoji_inputs, _UP, 64, embedded="miniature-emoji")
+MINIATURE = Shape(
+    partial(embedded_unet, "miniature"), partial(unet_inputs, 16, 128, tokens=32), _UP, 64, embedded="miniature"
+)
 SD15_256 = Shape(sd15_unet, partial(unet_inputs, 32, 768), _UP, 256)
 REAL = {
     "SD 1.5, 256 x 256": SD15_256,
     "SD 1.5, 512 x 512": Shape(sd15_unet, partial(unet_inputs, 64, 768), _UP, 512),
-    "SDXL, fewer blocks, 512 x 512": Shape(sdxl_unet, partial(unet_inputs, 64, 2048, 1280), _UP, 512),
-    "SD3, 4 blocks, 512 x 512": Shape(sd3_transformer, partial(sd3_inputs, 64), _LATER, 512),
+    "SDXL, fewer blocks, 512 x 512": Shape(sdxl_unet, partial(unet_inputs, 64, 2048, 1280), _UP, 512, False),
+    "SD3, 4 blocks, 512 x 512": Shape(sd3_transformer, partial(sd3_inputs, 64), _LATER, 512, False),
 }
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def groups_of(shapes: dict[str, Shape], only: str) -> Iterator[tuple[str, Shape, torch.dtype]]:
+    """Each shape in each precision, with a name for its figures, if that begins with `only`.
+
+    A group's models are freed before the next: modules are in cycles with their hooks.
+    """
+    for (name, shape), (label, dtype) in itertools.product(shapes.items(), PRECISIONS.items()):
+        group = f"{name}, {label}"
+        if group.startswith(only):
+            gc.collect()
+            yield group, shape, dtype
+
+
+def predict(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """The denoiser's output in float32, under autocast in half precision."""
+    first = next(iter(inputs.values()))
+    with torch.autocast(first.device.type, dtype, enabled=dtype != torch.float32):
+        return model(**inputs, return_dict=False)[0].float()
+
+
+def trained_in_float32(model: nn.Module) -> list[nn.Parameter]:
+    """What is trained, which stays in float32 next to a base in half precision."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters

@@ -11,12 +11,10 @@ The embedded model of emoji is itself, with the eight pictures of a step of the 
 "keeps" is what a forward pass leaves for its backward pass, weights aside.
 """
 
-import gc
-import itertools
 from collections.abc import Callable
 
 import torch
-from _denoisers import EMOJI, REAL, Inputs, moved
+from _denoisers import EMOJI, REAL, Inputs, Shape, groups_of, moved, predict, trained_in_float32
 from _models import twin, with_lora
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
@@ -40,14 +38,13 @@ def variants_of(base: nn.Module, deeper: str) -> dict[str, nn.Module]:
 
 def make_step(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], Tensor]]:
     """A step, and its forward pass alone."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trained_in_float32(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True) if parameters else None
     first = next(iter(inputs))  # the latents
     inputs = inputs | {first: inputs[first].clone().requires_grad_(optimizer is None)}
 
     def forward() -> Tensor:
-        with torch.autocast(inputs[first].device.type, dtype, enabled=dtype != torch.float32):
-            return model(**inputs, return_dict=False)[0].float().square().mean()
+        return predict(model, inputs, dtype).square().mean()
 
     def step() -> None:
         forward().backward()
@@ -79,14 +76,10 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def measure(name: str, dtype: torch.dtype, device: str, rounds: int, group: str) -> tuple[list[Result], str]:
+def measure(shape: Shape, dtype: torch.dtype, device: str, rounds: int, group: str) -> tuple[list[Result], str]:
     """Times of all variants of a model, and what each keeps for the backward pass; nothing stays in memory."""
-    shape = MODELS[name]
     torch.manual_seed(0)
     models = variants_of(shape.make(device).to(dtype), shape.deeper)
-    for model in models.values():  # what is trained stays in float32
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     steps = {key: make_step(model, moved(shape.inputs(), device, dtype), dtype) for key, model in models.items()}
     kept = {key: kept_bytes(models[key], forward) / 2**20 for key, (_, forward) in steps.items()}
     results = compare({key: step for key, (step, _) in steps.items()}, rounds, group)
@@ -98,13 +91,9 @@ def main() -> None:
     parser = arguments(__doc__, rounds=5)
     parser.add_argument("--only", default="", help="groups whose names begin so, as SDXL")
     args = parser.parse_args()
-    precisions = {"float32": torch.float32, "bf16": torch.bfloat16}
     groups, notes = {}, {}
-    for name, (label, dtype) in itertools.product(MODELS, precisions.items()):
-        group = f"{name}, {label}"
-        if group.startswith(args.only):
-            groups[group], notes[f"{group}, keeps"] = measure(name, dtype, args.device, args.rounds, group)
-            gc.collect()  # modules are in cycles with their hooks
+    for group, shape, dtype in groups_of(MODELS, args.only):
+        groups[group], notes[f"{group}, keeps"] = measure(shape, dtype, args.device, args.rounds, group)
     report("Training overhead", groups, args.output_dir, notes)
 
 

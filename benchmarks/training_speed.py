@@ -11,8 +11,6 @@ stage, of SD 3.5 medium with 4 of its 24 blocks, and of the embedded model; one 
 and SD3 stays in float32, as in the scripts. Peak memory is that of a fresh process which does nothing else.
 """
 
-import gc
-import itertools
 import resource
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from _denoisers import MINIATURE, REAL, SD15_256, Inputs, Shape, moved
+from _denoisers import MINIATURE, REAL, SD15_256, Inputs, Shape, groups_of, moved, predict, trained_in_float32
 from _models import sd15_text_encoder, sd15_vae, twin, with_lora
 from _timing import Result, arguments, compare, report
 from torch import Tensor, nn
@@ -40,7 +38,7 @@ class Encoders:
     text_encoder: nn.Module | None
 
 
-def encoders_of(shape: Shape, channels: int, width: int, device: str, dtype: torch.dtype) -> Encoders:
+def encoders_of(shape: Shape, channels: int, device: str, dtype: torch.dtype) -> Encoders:
     """The autoencoder, and the text encoder if each step of the peer runs it."""
     if shape.embedded is not None:
         from apt_diffusion import StableDiffusionAPTPipeline
@@ -48,16 +46,14 @@ def encoders_of(shape: Shape, channels: int, width: int, device: str, dtype: tor
         pipe = StableDiffusionAPTPipeline.from_pretrained(shape.embedded)
         parts = [part.requires_grad_(False).to(device, dtype) for part in (pipe.vae, pipe.text_encoder)]
         return Encoders(*parts)
-    is_first = width == 768
-    vae = sd15_vae(device, channels).to(dtype if is_first else torch.float32)
-    return Encoders(vae, sd15_text_encoder(device).to(dtype) if is_first else None)
+    if shape.encodes_text:
+        return Encoders(sd15_vae(device, channels).to(dtype), sd15_text_encoder(device).to(dtype))
+    return Encoders(sd15_vae(device, channels), None)
 
 
 def make_step(model: nn.Module, inputs: Callable[[], Inputs], dtype: torch.dtype) -> Step:
     """A step on what `inputs` gives, the latents first."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in parameters:
-        parameter.data = parameter.data.float()
+    parameters = trained_in_float32(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     model.train()
 
@@ -65,9 +61,8 @@ def make_step(model: nn.Module, inputs: Callable[[], Inputs], dtype: torch.dtype
         given = inputs()
         first = next(iter(given))
         noise = torch.randn_like(given[first])
-        with torch.autocast(noise.device.type, dtype, enabled=dtype != torch.float32):
-            prediction = model(**given | {first: 0.7 * given[first] + 0.7 * noise}, return_dict=False)[0]
-        (prediction.float() - noise.float()).square().mean().backward()
+        prediction = predict(model, given | {first: 0.7 * given[first] + 0.7 * noise}, dtype)
+        (prediction - noise.float()).square().mean().backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -79,7 +74,7 @@ def lora_step(shape: Shape, base: nn.Module, kept: Inputs, dtype: torch.dtype) -
     """The step, and its parts but for the backward pass and the optimizer."""
     first = next(iter(kept))
     latents, states = kept[first], kept["encoder_hidden_states"]
-    encoders = encoders_of(shape, latents.shape[1], states.shape[-1], str(latents.device), dtype)
+    encoders = encoders_of(shape, latents.shape[1], str(latents.device), dtype)
     vae, text_encoder = encoders.vae, encoders.text_encoder
     pixels = torch.randn(1, 3, shape.pixels, shape.pixels, device=latents.device, dtype=vae.dtype)
 
@@ -100,8 +95,7 @@ def lora_step(shape: Shape, base: nn.Module, kept: Inputs, dtype: torch.dtype) -
 
     @torch.no_grad()
     def forward() -> Tensor:
-        with torch.autocast(latents.device.type, dtype, enabled=dtype != torch.float32):
-            return model(**kept, return_dict=False)[0]
+        return predict(model, kept, dtype)
 
     def inputs() -> Inputs:
         return kept | {first: encode()} | ({"encoder_hidden_states": read()} if text_encoder is not None else {})
@@ -155,15 +149,11 @@ def main() -> None:
     if args.alone:
         run_alone(args.alone, args.device)
         return
-    precisions = {"float32": torch.float32, "bf16": torch.bfloat16}
     groups, notes = {}, {}
-    for name, (label, dtype) in itertools.product(SHAPES, precisions.items()):
-        group = f"{name}, {label}"
-        if group.startswith(args.only):
-            rounds = args.rounds * (20 if SHAPES[name].embedded else 1)
-            groups[group] = side_by_side(SHAPES[name], dtype, args.device, rounds, group)
-            notes[f"Steps per second, APT / LoRA, {group}"] = f"{1 / groups[group][1].ratio:.2f}"
-            gc.collect()  # modules are in cycles with their hooks
+    for group, shape, dtype in groups_of(SHAPES, args.only):
+        rounds = args.rounds * (20 if shape.embedded else 1)
+        groups[group] = side_by_side(shape, dtype, args.device, rounds, group)
+        notes[f"Steps per second, APT / LoRA, {group}"] = f"{1 / groups[group][1].ratio:.2f}"
     if not args.only:
         memory = {variant: peak_memory(variant) for variant in VARIANTS}
         shown = ", ".join(f"{name} {value:.2f} GiB" for name, value in memory.items())

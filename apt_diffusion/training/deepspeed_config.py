@@ -83,9 +83,10 @@ def _read() -> dict[str, Any]:
             "gradient_accumulation_steps": steps if steps == "auto" else int(steps),
             "gradient_clipping": clipping if clipping == "auto" else float(clipping),
         }
+    text = read_text(_FLAG, file)
     try:
-        config = json.loads(read_text(_FLAG, file))
-    except (json.JSONDecodeError, RecursionError) as error:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
         raise ValueError(f"{_FLAG}: {file} is no JSON: {error}.") from error
     if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in _SECTIONS):
         raise ValueError(f"{_FLAG}: {file} is no config of DeepSpeed: an object whose sections are objects.")
@@ -105,7 +106,12 @@ def _stage_and_offload(zero: dict[str, Any]) -> tuple[int, str]:
 
 
 def _follow_precision(config: dict[str, Any], args: argparse.Namespace) -> None:
-    asked = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled") is True]
+    asked = []
+    for name in ("fp16", "bf16"):
+        enabled = config.get(name, {}).get("enabled", "auto")
+        if enabled != "auto" and not isinstance(enabled, bool):
+            raise ValueError(f'DeepSpeed\'s {name}.enabled is {enabled!r}: true, false or "auto".')
+        asked += [name] if enabled is True else []
     chosen = {*asked} | ({args.mixed_precision} - {None})
     if len(asked) == 2 or (asked and len(chosen) == 2):
         flag = f", --mixed_precision says {args.mixed_precision}" if args.mixed_precision else ""

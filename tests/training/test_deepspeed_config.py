@@ -98,12 +98,14 @@ def test_the_launchers_own_flags_are_a_config_too(asked):
         ({"optimizer": {"type": "AdamW"}}, "has 'optimizer': take it out, and give --optimizer and --learning_rate"),
         ({"scheduler": {}}, "has 'scheduler': take it out, and give --lr_scheduler"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "enables fp16 and bf16: a run has one precision"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled is 'yes': true, false or"),
         ({"zero_optimization": {"stage": 4}}, "stage is 4: it can be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param is 'nvme'"),
         ({"zero_optimization": 3}, "is no config of DeepSpeed: an object whose sections are objects"),
         ([], "is no config of DeepSpeed"),
         ("{stage: 2}", r"ds\.json is no JSON: "),
         ("[" * 100_000, r"ds\.json is no JSON: "),
+        ('{"train_batch_size": ' + "9" * 5000 + "}", r"ds\.json is no JSON: "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(go, no_models, asked, config, message):
@@ -114,7 +116,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(go, no_models, a
 
 def test_shards_and_a_quantised_base_are_refused_as_with_fsdp(go, no_models, asked):
     asked({"zero_optimization": {"stage": 3}})
-    with pytest.raises(ValueError, match="--base_precision and the launcher's shards"):
+    with pytest.raises(ValueError, match=r"--base_precision and the launcher's shards \(.* 3\) exclude each other"):
         go(base_precision="nf4")
 
 

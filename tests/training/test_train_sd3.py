@@ -178,11 +178,18 @@ def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(go):
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        ({}, {"transformer.apt"}),
-        ({"streams": ["query", "text"]}, {"transformer.apt", "transformer.apt_text"}),
-        ({"train_text_encoder": True}, {"transformer.apt", "text_encoder.apt", "text_encoder_2.apt"}),
+        ({}, {"transformer.apt", "transformer.apt_text"}),
+        ({"streams": ["query"]}, {"transformer.apt"}),
+        ({"target_modules": ["attn"]}, {"transformer.apt"}),
+        (
+            {"train_text_encoder": True},
+            {"transformer.apt", "transformer.apt_text", "text_encoder.apt", "text_encoder_2.apt"},
+        ),
         ({"train_text_encoder": True, "no_train_unet": True}, {"text_encoder.apt", "text_encoder_2.apt"}),
-        ({"gradient_checkpointing": True, "cache_latents": True, "loss_type": "huber"}, {"transformer.apt"}),
+        (
+            {"gradient_checkpointing": True, "cache_latents": True, "loss_type": "huber", "streams": ["query"]},
+            {"transformer.apt"},
+        ),
     ],
 )
 def test_what_is_trained(go, flags, parts):

@@ -134,7 +134,13 @@ def _adapter_flags(add) -> None:
         choices=QUERY_SOURCES,
         help="Queries of the UNet's adapter: the attention's input (the paper, the default) or its output.",
     )
-    add("--streams", nargs="+", choices=STREAMS, help="What is corrected in the UNet; only the query if unset.")
+    add(
+        "--streams",
+        nargs="+",
+        choices=STREAMS,
+        help="What is corrected in the denoiser. If unset only the query, "
+        "the image; for Stable Diffusion 3 the text, too.",
+    )
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
     new_word_flags(add)
     add("--train_text_encoder", action="store_true", help="Adapt CLIP, too (both in SDXL and SD3).")

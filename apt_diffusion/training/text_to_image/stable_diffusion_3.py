@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206) in the trainer: a transformer, two text encoders of CLIP, and T5."""
 
+import argparse
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class StableDiffusion3Base(StableDiffusionBase):
         self.native_resolution = self.transformer["sample_size"] * self.stride
         self.has_class_embedding = False
         self.check_channels(name_or_path, "transformer", self.transformer)
+
+    def configure(self, args: argparse.Namespace) -> None:
+        """See `StableDiffusionBase`. Unless flags say otherwise image and text are corrected."""
+        # With both streams the embedded model draws subjects better: see docs/miniature.md.
+        if args.streams is None and args.target_modules is None and not args.no_train_unet:
+            args.streams = ["query", "text"]
 
     def check_resolution(self, resolution: int | None) -> int:
         """The size of the training squares; `ValueError` for one that is no whole number of patches, or too many."""

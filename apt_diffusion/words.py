@@ -10,6 +10,7 @@ axes: B batch, L tokens, n words of an adapter, d width
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ MOST_WORDS = 1000
 _LEGACY_EOS = 2  # CLIP's settings before they named the right token: the pooled token is that of the highest id
 
 
+@dataclass(frozen=True)
+class AdapterWords:
+    """The new words of one adapter: `names`, and `rows`, their embeddings by text encoder, `(n, d)` each."""
+
+    names: tuple[str, ...]
+    rows: Mapping[str, Tensor]
+
+
 class Words(nn.Module):
     """The embeddings of the new words of all adapters of one text encoder.
 
@@ -29,6 +38,7 @@ class Words(nn.Module):
         rows: adapter name -> embeddings, `(n, d)`.
         names: adapter name -> its words.
         starts: adapter name -> id of its first word; the others follow.
+        lent: `(id of the first word, embeddings)` of what is here for one call only, see `lent_words`.
         tokenizer: the text encoder's own, without new words.
     """
 
@@ -37,14 +47,15 @@ class Words(nn.Module):
         self.rows = nn.ParameterDict()
         self.names: dict[str, tuple[str, ...]] = {}
         self.starts: dict[str, int] = {}
+        self.lent: tuple[tuple[int, Tensor], ...] = ()
         self.tokenizer = tokenizer
         self.legacy_eos = legacy_eos
 
     def embed(self, table: nn.Embedding, ids: Tensor) -> Tensor:
         """Embeddings of token ids, `(B, L) -> (B, L, d)`; those of the base come from `table`."""
         embeddings = table(ids.where(ids < table.num_embeddings, 0))  # (B, L, d)
-        for name, rows in self.rows.items():
-            places = ids - self.starts[name]
+        for start, rows in (*((self.starts[name], rows) for name, rows in self.rows.items()), *self.lent):
+            places = ids - start
             own = (places >= 0) & (places < len(rows))  # (B, L)
             found = functional.embedding(places.where(own, 0), rows.to(embeddings))
             embeddings = torch.where(own[..., None], found, embeddings)
@@ -114,20 +125,11 @@ def add_words(text_encoder: nn.Module, tokenizer: Any, adapter_name: str, words:
     text = _text_model(text_encoder)
     if text is None:
         raise ValueError(f"New words are for text encoders of CLIP, not for a {type(text_encoder).__name__}.")
-    present = words_of(text_encoder)
-    own = tokenizer if present is None else present.tokenizer
-    check_words(words, own, [] if present is None else [one for known in present.names.values() for one in known])
+    _check_new(text, tokenizer, words)
     width = text.embeddings.token_embedding.embedding_dim
     if tuple(rows.shape) != (len(words), width):
         raise ValueError(f"{len(words)} new words of width {width} need other rows than {tuple(rows.shape)}.")
-    if len(own) < text.embeddings.token_embedding.num_embeddings:
-        raise ValueError("The tokenizer knows fewer tokens than its text encoder: they do not belong together.")
-    if present is None:
-        present = Words(own, text.eos_token_id == _LEGACY_EOS)
-        text.embeddings.add_module(CHILD, present)
-        text.embeddings.register_forward_pre_hook(look_up, with_kwargs=True)
-        if present.legacy_eos:
-            text.eos_token_id = own.eos_token_id  # the highest id is a new word's now
+    present = words_of(text_encoder) or _register(text, tokenizer)
     present.names[adapter_name] = tuple(words)
     table = text.embeddings.token_embedding.weight
     present.rows[adapter_name] = nn.Parameter(rows.detach().to(table.device, copy=True))
@@ -142,9 +144,7 @@ def remove_words(text_encoder: nn.Module, adapter_name: str) -> Any:
     del words.rows[adapter_name], words.names[adapter_name]
     if words.names:
         return _taught(words)
-    _unregister(text.embeddings)
-    if words.legacy_eos:
-        text.eos_token_id = _LEGACY_EOS
+    _unregister(text, words)
     return words.tokenizer
 
 
@@ -155,11 +155,64 @@ def teach(tokenizer: Any, words: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(word, single_word=word.isalnum()) for word in words])
 
 
-def _unregister(embeddings: nn.Module) -> None:
+def taught_copy(tokenizer: Any, words: Sequence[str]) -> Any:
+    """A copy of a tokenizer that knows more words; their ids follow its own."""
+    taught = copy.deepcopy(tokenizer)
+    teach(taught, words)
+    assert taught.convert_tokens_to_ids(list(words)) == list(range(len(tokenizer), len(tokenizer) + len(words)))
+    return taught
+
+
+@contextlib.contextmanager
+def lent_words(text_encoder: nn.Module, tokenizer: Any, rows: Sequence[Tensor]) -> Iterator[None]:
+    """Context manager: a text encoder knows words that no other call of it does.
+
+    Args:
+        text_encoder: of CLIP.
+        tokenizer: without these words; `taught_copy` of it gives them their ids.
+        rows: embeddings of the words, in their order, `(n, d)` for each adapter.
+    """
+    text, present = _text_model(text_encoder), words_of(text_encoder)
+    words = present or _register(text, tokenizer)
+    start, lent = len(tokenizer), []
+    for embeddings in rows:
+        lent.append((start, embeddings))
+        start += len(embeddings)
+    words.lent = tuple(lent)
+    try:
+        yield
+    finally:
+        words.lent = ()
+        if present is None:
+            _unregister(text, words)
+
+
+def _check_new(text: Any, tokenizer: Any, words: Sequence[str]) -> None:
+    """`ValueError` for words that a text encoder with this tokenizer cannot learn beside those that it has."""
+    present = getattr(text.embeddings, CHILD, None)
+    own = tokenizer if present is None else present.tokenizer
+    check_words(words, own, [] if present is None else [one for known in present.names.values() for one in known])
+    if len(own) < text.embeddings.token_embedding.num_embeddings:
+        raise ValueError("The tokenizer knows fewer tokens than its text encoder: they do not belong together.")
+
+
+def _register(text: Any, tokenizer: Any) -> Words:
+    words = Words(tokenizer, text.eos_token_id == _LEGACY_EOS)
+    text.embeddings.add_module(CHILD, words)
+    text.embeddings.register_forward_pre_hook(look_up, with_kwargs=True)
+    if words.legacy_eos:
+        text.eos_token_id = tokenizer.eos_token_id  # the highest id is a new word's now
+    return words
+
+
+def _unregister(text: Any, words: Words) -> None:
+    embeddings = text.embeddings
     del embeddings._modules[CHILD]
     for key in [key for key, hook in embeddings._forward_pre_hooks.items() if hook is look_up]:
         del embeddings._forward_pre_hooks[key]
         embeddings._forward_pre_hooks_with_kwargs.pop(key, None)
+    if words.legacy_eos:
+        text.eos_token_id = _LEGACY_EOS
 
 
 def _taught(words: Words) -> Any:
@@ -197,9 +250,15 @@ def check_pipeline(pipeline: Any, rows: Mapping[str, Tensor], words: Sequence[st
             raise ValueError(f"The new words do not fit: {part} needs others than rows of {tuple(values.shape)}.")
         if not values.is_floating_point() or not bool(values.float().isfinite().all()):
             raise ValueError(f"The file is damaged: its new words in {part} are no finite numbers.")
-        present = words_of(encoders[part])
-        own = _slot(pipeline, slot) if present is None else present.tokenizer
-        check_words(words, own, [] if present is None else [one for known in present.names.values() for one in known])
+        _check_new(text, _slot(pipeline, slot), words)
+
+
+def check_apart(adapters: Sequence[AdapterWords]) -> None:
+    """`ValueError` where two adapters of one picture have a word in common."""
+    names = [name for words in adapters for name in words.names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two adapters of this picture have the word {twice[0]!r}: ask for one of them.")
 
 
 def add_to_pipeline(pipeline: Any, adapter_name: str, rows: Mapping[str, Tensor], words: Sequence[str]) -> None:

@@ -27,6 +27,16 @@ class AdapterFile:
     word_rows: dict[str, Tensor] = field(default_factory=dict)  # embeddings of new words, by component
 
     @property
+    def all_tensors(self) -> dict[str, Tensor]:
+        """What a file holds: the tensors, and the embeddings of new words."""
+        return self.tensors | {f"{part}.{WORDS_KEY}": rows for part, rows in self.word_rows.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.all_tensors.values())
+
+    @property
     def words(self) -> list[str]:
         """The new words that the adapter brings."""
         try:
@@ -99,8 +109,8 @@ def read_adapter_file(file: Path, with_words: bool = False) -> AdapterFile:
         raise ValueError(f"{file} is damaged: it has new words without embeddings, or the other way round.")
     if rows and not with_words:
         raise ValueError(
-            f"{file} brings new words ({', '.join(found.words[:4])}), which only a pipeline of its own can learn: use "
-            "it with load_apt_weights on a pipeline, or with apt-diffusion generate."
+            f"{file} brings new words ({', '.join(found.words[:4])}), which only tokenizers can learn: use it with "
+            "load_apt_weights on a pipeline, apt-diffusion generate, the studio or the server."
         )
     return found
 

@@ -139,14 +139,19 @@ def load_apt_weights(
     return [join(part, name) for part, plan in plans.items() for name in dict.fromkeys(n for n, _ in plan.groups)]
 
 
+def check_words_fit(file: AdapterFile, pipeline: Any, rows: dict[str, Tensor]) -> None:
+    """`ValueError` where a file's new words, with these embeddings by component, cannot be given to a pipeline."""
+    if rows:
+        try:
+            check_pipeline(pipeline, rows, file.words)
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error} {file.made_for}") from error
+
+
 def _check_words(file: AdapterFile, model: Any, rows: dict[str, Tensor], adapter_name: str, hotswap: bool) -> None:
     if hotswap and (rows or has_words(model, adapter_name)):
         raise ValueError(f"{file.name}: adapters with new words cannot be swapped in place; load and unload them.")
-    if rows:
-        try:
-            check_pipeline(model, rows, file.words)
-        except ValueError as error:
-            raise ValueError(f"{file.name}: {error} {file.made_for}") from error
+    check_words_fit(file, model, rows)
 
 
 # Which components

@@ -73,7 +73,7 @@ class LocalPainter(Painter):
 
     async def check_adapter(self, file: Path) -> None:
         """See `Painter`."""
-        await asyncio.to_thread(lambda: self.engine.check_adapter(read_adapter_file(file)))
+        await asyncio.to_thread(lambda: self.engine.check_adapter(read_adapter_file(file, with_words=True)))
 
     async def statistics(self) -> dict[str, Any]:
         """See `Painter`."""

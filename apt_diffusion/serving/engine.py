@@ -330,6 +330,7 @@ class Engine:
                 row.held.append(taken)
                 sample[name] = request.adapters[version[0]] * request.apt_scale
             row.sample = sample or None
+            row.words = self._residents.words(row.held)
         except Exception as error:
             failure = error
             self._end(row, lambda: self._fail(row.ticket, failure))
@@ -387,7 +388,8 @@ class Engine:
         if not first.is_denoising:
             if adapters is not None:
                 adapters.share_out((first.row.sample,))
-            return [first.function(**first.arguments)]
+            with self._easel.with_words(first):
+                return [first.function(**first.arguments)]
         sizes = [batch_size(call.arguments) for call in group]
         assert adapters is not None  # denoisers are components that can carry adapters
         adapters.share_out(

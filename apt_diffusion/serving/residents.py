@@ -2,14 +2,15 @@
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..components import components_of, cores_of
 from ..io.files import AdapterFile
-from ..io.load import load_apt_weights
+from ..io.load import check_words_fit, load_apt_weights
 from ..model import ModelAdapters
+from ..words import AdapterWords, check_apart
 from .store import AdapterStore, Stamp
 
 Version = tuple[str, Stamp | None]  # an adapter's name, and its file as it was
@@ -19,6 +20,7 @@ Version = tuple[str, Stamp | None]  # an adapter's name, and its file as it was
 class _Resident:
     name: str  # that it is attached under
     size: int  # bytes
+    words: AdapterWords | None  # known only to prompts of pictures that are drawn with it
     users: int = 0  # pictures that are being drawn with it
 
 
@@ -77,7 +79,7 @@ class Residents:
         """Whether these can be attached beside those that are in use."""
         used = sum(r.size for version, r in self._attached.items() if r.users and version not in wanted)
         new = sum(
-            self._attached[version].size if version in self._attached else _size(adapter) if adapter else 0
+            self._attached[version].size if version in self._attached else adapter.num_bytes if adapter else 0
             for version, adapter in wanted.items()
         )
         return not used or used + new <= self.max_bytes
@@ -104,6 +106,13 @@ class Residents:
         with self._lock:
             resident.users += 1
         return version, resident.name
+
+    def words(self, versions: Sequence[Version]) -> list[AdapterWords]:
+        """The new words of adapters in use; `ValueError` where two of them have the same."""
+        residents = [self._attached[version] for version in versions if version[1] is not None]
+        found = [resident.words for resident in residents if resident.words is not None]
+        check_apart(found)
+        return found
 
     def try_out(self, adapter: AdapterFile) -> None:
         """Attaches an adapter and takes it off; `ValueError` where it does not fit, or is too large."""
@@ -132,11 +141,12 @@ class Residents:
         return len(self._attached)
 
     def _attach(self, version: Version, adapter: AdapterFile) -> _Resident:
-        size = _size(adapter)
-        self._make_room(size)
+        words = AdapterWords(tuple(adapter.words), adapter.word_rows) if adapter.word_rows else None
+        check_words_fit(adapter, self.pipeline, adapter.word_rows)
+        self._make_room(adapter.num_bytes)
         self._count += 1
-        resident = _Resident(f"{version[0]}#{self._count}", size)
-        load_apt_weights(self.pipeline, adapter, resident.name, activate=False)
+        resident = _Resident(f"{version[0]}#{self._count}", adapter.num_bytes, words)
+        load_apt_weights(self.pipeline, replace(adapter, word_rows={}), resident.name, activate=False)
         self._attached[version] = resident
         try:
             for component in components_of(self.pipeline).values():
@@ -150,8 +160,8 @@ class Residents:
         return resident
 
     def _check_size(self, what: str, adapter: AdapterFile) -> None:
-        if _size(adapter) > self.max_bytes:
-            raise ValueError(f"The server holds {self.max_bytes} bytes of adapters; {what} has {_size(adapter)}.")
+        if adapter.num_bytes > self.max_bytes:
+            raise ValueError(f"The server holds {self.max_bytes} bytes of adapters; {what} has {adapter.num_bytes}.")
 
     def _count_found(self, tier: str) -> None:
         with self._lock:
@@ -170,7 +180,3 @@ class Residents:
             adapters = ModelAdapters.of(component)
             if name in adapters.configs:
                 adapters.delete(name)
-
-
-def _size(adapter: AdapterFile) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())

@@ -5,11 +5,13 @@ may join it with the calls of other rows. So every row has its own scheduler, ti
 picture is the one that the pipeline draws alone, up to the kernels' rounding in larger batches.
 """
 
+import contextlib
 import copy
+import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +22,12 @@ from torch import nn
 from ..architectures import DENOISERS
 from ..pipelines.samplers import make_sampler
 from ..processor import Sample
+from ..words import TOKENIZERS, AdapterWords, lent_words, taught_copy
 from .batches import Arguments, arguments_of
 from .requests import ImageRequest, Ticket
 
 MAX_IMAGE_PIXELS = 2**26
+MAX_TAUGHT = 16  # tokenizers with new words that are kept
 
 _here = threading.local()
 
@@ -62,13 +66,14 @@ class Row:
         self.sample = sample
         self.easel = easel
         self.held: list[Any] = []  # versions of adapters, to release at the end
+        self.words: list[AdapterWords] = []  # that its prompts may have
         self.expected = True  # its next call is to come soon
 
     def draw(self, hand_over: Callable[[ModelCall], Any]) -> Image.Image:
         """The picture. `hand_over` runs a call of a model and returns its result."""
         _here.row, _here.hand_over = self, hand_over
         try:
-            return self.easel.draw(self.ticket)
+            return self.easel.draw(self.ticket, self.words)
         finally:
             del _here.row, _here.hand_over
 
@@ -84,12 +89,13 @@ class Easel:
         self.pipeline = pipeline
         self.text_to_image = _stock(pipeline)
         self.image_to_image = _image_to_image(self.text_to_image)
-        tokenizers = {
+        self._tokenizers = {
             name: _OneAtATime(part) for name, part in pipeline.components.items() if _is_tokenizer(name, part)
         }
+        self._taught = functools.lru_cache(MAX_TAUGHT)(lambda slot, words: self._tokenizers[slot].taught(words))
         for view in filter(None, (self.text_to_image, self.image_to_image)):
             view.set_progress_bar_config(disable=True)
-            vars(view).update(tokenizers)
+            vars(view).update(self._tokenizers)
         self.denoiser = next(
             getattr(pipeline, part) for part in DENOISERS if getattr(pipeline, part, None) is not None
         )
@@ -142,12 +148,20 @@ class Easel:
         if unknown:
             raise ValueError(f"{type(template).__name__} has no {' and no '.join(unknown)}.")
 
-    def draw(self, ticket: Ticket) -> Image.Image:
-        """The picture of one request, by the stock pipeline."""
+    def draw(self, ticket: Ticket, words: Sequence[AdapterWords] = ()) -> Image.Image:
+        """The picture of one request, by the stock pipeline.
+
+        Args:
+            ticket: the request's.
+            words: new ones of its adapters, which its prompts may have.
+        """
         request = ticket.request
         template = self.text_to_image if request.image is None else self.image_to_image
         pipeline = copy.copy(template)
         vars(pipeline)["scheduler"] = self._scheduler(request)
+        for part, slot in TOKENIZERS.items():
+            if names := tuple(name for one in words if part in one.rows for name in one.names):
+                vars(pipeline)[slot] = self._taught(slot, names)
         settings: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -166,6 +180,14 @@ class Easel:
         if "callback_on_step_end" in known:
             settings["callback_on_step_end"] = _Watcher(self, ticket)
         return pipeline(**settings).images[0]
+
+    def with_words(self, call: ModelCall) -> contextlib.AbstractContextManager[None]:
+        """Context manager: a text encoder knows the new words of the row that calls it."""
+        rows = [words.rows[call.part] for words in call.row.words if call.part in words.rows]
+        if not rows:
+            return contextlib.nullcontext()
+        tokenizer = self._tokenizers[TOKENIZERS[call.part]].tokenizer
+        return lent_words(getattr(self.pipeline, call.part), tokenizer, rows)
 
     def _scheduler(self, request: ImageRequest) -> Any:
         if request.scheduler:
@@ -222,15 +244,20 @@ class _OneAtATime:
     """A tokenizer for several threads: the fast ones change while they are used."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._lock = threading.RLock()
+
+    def taught(self, words: Sequence[str]) -> "_OneAtATime":
+        """A copy that knows more words."""
+        with self._lock:
+            return _OneAtATime(taught_copy(self.tokenizer, words))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
-            return self._tokenizer(*args, **kwargs)
+            return self.tokenizer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._tokenizer, name)
+        value = getattr(self.tokenizer, name)
         if not callable(value):
             return value
 

@@ -19,6 +19,7 @@ from ..components import components_of
 from ..io.files import WEIGHTS_NAME, AdapterFile, read_adapter_file
 from ..io.load import load_apt_weights
 from ..model import ModelAdapters
+from ..words import remove_from_pipeline
 
 Stamp = tuple[int, int, int]
 
@@ -92,7 +93,7 @@ class AdapterStore:
                 if kept is not None and kept.stamp == stamp:
                     self._kept.move_to_end(name)
                     return kept.adapter
-            adapter = _in_memory(read_adapter_file(file))
+            adapter = _in_memory(read_adapter_file(file, with_words=True))
             self._keep(name, adapter, stamp)
             return adapter
 
@@ -100,14 +101,14 @@ class AdapterStore:
     def attached(self, model: Any, names: str | Sequence[str]) -> Iterator[None]:
         """Context manager: attaches the named adapters to `model` in addition to its own, without activating them.
 
-        One that `model` has already is left alone. A failure attaches none.
+        One that `model` has already is left alone. A failure attaches none. New words are known as long as this holds.
 
         Args:
             model: a model, a pipeline, or a dict of components.
             names: of the store.
 
         Raises:
-            ValueError: as `get`, and for an adapter that does not fit this model.
+            ValueError: as `get`, for an adapter that does not fit this model, and for new words that two of them have.
         """
         components = components_of(model)
         present = {name for component in components.values() for name in ModelAdapters.of(component).configs}
@@ -120,8 +121,9 @@ class AdapterStore:
                 attached.append(name)
             yield
         finally:
-            for component in map(ModelAdapters.of, components.values()):
-                for name in attached:
+            for name in attached:
+                remove_from_pipeline(model, name)
+                for component in map(ModelAdapters.of, components.values()):
                     if name in component.configs:  # it may have been deleted meanwhile
                         component.delete(name)
 
@@ -138,12 +140,11 @@ class AdapterStore:
             return list(self._kept)
 
     def _keep(self, name: str, adapter: AdapterFile, stamp: Stamp) -> None:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.tensors.values())
         with self._lock:
             self._kept.pop(name, None)
-            if size > self.max_bytes:
+            if adapter.num_bytes > self.max_bytes:
                 return
-            self._kept[name] = _Kept(adapter, stamp, size)
+            self._kept[name] = _Kept(adapter, stamp, adapter.num_bytes)
             while sum(kept.size for kept in self._kept.values()) > self.max_bytes:
                 self._kept.popitem(last=False)
 
@@ -171,4 +172,5 @@ def _stamp(file: Path) -> Stamp:
 
 def _in_memory(file: AdapterFile) -> AdapterFile:
     # What safetensors hands out is mapped from the file, and would change with it.
-    return replace(file, tensors={key: tensor.clone() for key, tensor in file.tensors.items()})
+    tensors, rows = ({key: tensor.clone() for key, tensor in held.items()} for held in (file.tensors, file.word_rows))
+    return replace(file, tensors=tensors, word_rows=rows)

@@ -113,7 +113,7 @@ class Adapter:
         from safetensors.torch import save
 
         whole = self.load()
-        return save(whole.tensors, metadata=public_metadata(whole.metadata, self.name))
+        return save(whole.all_tensors, metadata=public_metadata(whole.metadata, self.name))
 
 
 def download_name(name: str) -> str:
@@ -217,7 +217,7 @@ class Library:
         self.check_room(visitor)
         name = self.new_name(visitor, wanted)
         metadata = public_metadata(tensors.metadata, name)
-        write_safetensors(tensors.tensors, self.own_folder(visitor) / name / WEIGHTS_NAME, metadata)
+        write_safetensors(tensors.all_tensors, self.own_folder(visitor) / name / WEIGHTS_NAME, metadata)
         return self.find(visitor, f"own/{name}")
 
     def check_room(self, visitor: str) -> None:

@@ -99,7 +99,7 @@ class Studio:
             raise ValueError(f"{name} is too large: an adapter may have {MAX_ADAPTER_BYTES // 2**20} MB here.")
         self.library.check_room(visitor)
         try:
-            tensors = read_adapter_file(file)
+            tensors = read_adapter_file(file, with_words=True)
         except ValueError as error:
             raise ValueError(str(error).replace(str(file), name)) from error
         kind = self.library.kind_of(tensors)

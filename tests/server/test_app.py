@@ -245,7 +245,7 @@ def test_who_leaves_is_not_drawn_for(site):
         time.sleep(0.05)
     assert engine.statistics()["cancelled"] == before + 1
     with httpx.stream(
-        "POST", f"{address}/v1/images/generations", json=body | {"stream": True, "partial_images": 3}
+        "POST", f"{address}/v1/images/generations", json=body | {"stream": True, "partial_images": 3}, timeout=60
     ) as s:
         next(s.iter_lines())
     while engine.statistics()["drawing"] and time.monotonic() < until:

@@ -17,8 +17,8 @@ from apt_diffusion import (
     load_apt_weights,
     remove_apt,
 )
+from apt_diffusion.convert.peft import apt_to_peft
 from apt_diffusion.io.files import read_adapter_file
-from apt_diffusion.serving.store import AdapterStore
 from apt_diffusion.training.text_to_image.bases import open_base
 from apt_diffusion.training.text_to_image.prompts import Prompts
 from apt_diffusion.words import add_words, words_of
@@ -248,8 +248,8 @@ def test_what_cannot_learn_words_says_so(pipe, trained, tmp_path):
     with pytest.raises(ValueError, match="has new words for text_encoder, but there is no text_encoder with a tokeni"):
         load_apt_weights(models, trained)
     assert pipe.get_list_apt_adapters() == {}
-    with pytest.raises(ValueError, match=r"brings new words \(<sks>, <big>\), which only a pipeline of its own"):
-        AdapterStore(trained.parent).get(trained.name)
+    with pytest.raises(ValueError, match=r"brings new words \(<sks>, <big>\), which only tokenizers can learn"):
+        apt_to_peft(trained, tmp_path / "peft")
     pipe.load_apt_weights(trained)
     with pytest.raises(ValueError, match="adapters with new words cannot be swapped in place"):
         pipe.load_apt_weights(trained, hotswap=True)

@@ -39,6 +39,7 @@ from apt_diffusion.models.clip_classifier import ClipClassifier, add_linear_clas
 from apt_diffusion.training.checkpoints import find_checkpoint
 from apt_diffusion.training.methods import trained_parameters
 from apt_diffusion.training.metrics import RESULTS_NAME, write_json
+from apt_diffusion.training.processes import leave
 from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.clip_arguments import RECIPES, parse_args
@@ -252,3 +253,4 @@ def make_card(
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -29,6 +29,7 @@ from apt_diffusion.data.nlvr2 import (
 from apt_diffusion.models.meter import MeterForImagesAndTextClassification
 from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import trained_parameters
+from apt_diffusion.training.processes import leave
 from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import HelpFormatter, add_shared_flags, check_shared
@@ -190,3 +191,4 @@ def make_card(
 
 if __name__ == "__main__":
     main()
+    leave()

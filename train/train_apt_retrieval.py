@@ -44,6 +44,7 @@ from apt_diffusion.models.retrieval import (
 )
 from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import trained_parameters
+from apt_diffusion.training.processes import leave
 from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
@@ -294,3 +295,4 @@ def make_card(
 
 if __name__ == "__main__":
     main()
+    leave()

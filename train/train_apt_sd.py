@@ -30,6 +30,7 @@ from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_w
 from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
 from apt_diffusion.training.optimizer import make_schedule
 from apt_diffusion.training.optimizer_choice import parse_settings
+from apt_diffusion.training.processes import leave
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image import samples
 from apt_diffusion.training.text_to_image.arguments import apt_config, build_parser, parse_args, weighting_of
@@ -381,3 +382,4 @@ def unwrapped(session: Session, learner: Learner) -> Learner:
 
 if __name__ == "__main__":
     main()
+    leave()

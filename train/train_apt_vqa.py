@@ -34,6 +34,7 @@ from apt_diffusion.models.meter import MeterForQuestionAnswering
 from apt_diffusion.training import run_config
 from apt_diffusion.training.methods import answers_of, tensor_shapes, trained_parameters
 from apt_diffusion.training.metrics import write_json
+from apt_diffusion.training.processes import leave
 from apt_diffusion.training.run_config import RunArguments
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.vision_language.arguments import (
@@ -281,3 +282,4 @@ def make_card(
 
 if __name__ == "__main__":
     main()
+    leave()

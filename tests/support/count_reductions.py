@@ -1,5 +1,6 @@
 """Runs a script as `count_reductions.py SCRIPT ARGS` and prints how often gradients were averaged over processes."""
 
+import atexit
 import runpy
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ def init(self, *args, **kwargs):
 
 
 DistributedDataParallel.__init__ = init
+# In one piece: another process prints beside it.
+atexit.register(lambda: sys.stdout.write(f"<reductions: {reductions}>\n"))
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
-sys.stdout.write(f"<reductions: {reductions}>\n")  # in one piece: another process prints beside it

@@ -9,6 +9,8 @@ axes: B batch, L tokens, n words of an adapter, d width
 
 import contextlib
 import copy
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from torch.nn import functional
 CHILD = "apt_words"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # of CLIP; no other encoder learns words
 MOST_WORDS = 1000
+LONGEST_WORD = 100  # characters
 _LEGACY_EOS = 2  # CLIP's settings before they named the right token: the pooled token is that of the highest id
 
 
@@ -28,7 +31,7 @@ class AdapterWords:
     """The new words of one adapter: `names`, and `rows`, their embeddings by text encoder, `(n, d)` each."""
 
     names: tuple[str, ...]
-    rows: Mapping[str, Tensor]
+    rows: dict[str, Tensor]
 
 
 class Words(nn.Module):
@@ -38,7 +41,7 @@ class Words(nn.Module):
         rows: adapter name -> embeddings, `(n, d)`.
         names: adapter name -> its words.
         starts: adapter name -> id of its first word; the others follow.
-        lent: `(id of the first word, embeddings)` of what is here for one call only, see `lent_words`.
+        lent: `(id of the first word, embeddings)` of what is here for one call only, see `Lender`.
         tokenizer: the text encoder's own, without new words.
     """
 
@@ -81,7 +84,7 @@ def has_words(model: Any, adapter_name: str | None = None) -> bool:
     """Whether an adapter (`None`: any) of a pipeline, a dict of components, or a model has new words."""
     encoders = [model] if isinstance(model, nn.Module) else list(_encoders(model).values())
     found = [words for encoder in encoders if (words := words_of(encoder)) is not None]
-    return any(adapter_name is None or adapter_name in words.rows for words in found)
+    return any(words.names if adapter_name is None else adapter_name in words.names for words in found)
 
 
 def check_words(words: Sequence[str], tokenizer: Any, there: Sequence[str] = ()) -> None:
@@ -96,8 +99,10 @@ def check_words(words: Sequence[str], tokenizer: Any, there: Sequence[str] = ())
         raise ValueError(f"New words must be different ones, from 1 to {MOST_WORDS}, got {list(words)[:8]}.")
     known = tokenizer.get_vocab()  # made anew in each call
     for word in words:
-        if not isinstance(word, str) or not word or len(word) > 100 or any(letter.isspace() for letter in word):
-            raise ValueError(f"A new word must be one short word without blanks, got {word!r}.")
+        if not isinstance(word, str) or not 0 < len(word) <= LONGEST_WORD or any(map(str.isspace, word)):
+            raise ValueError(f"A new word must be one short word without blanks, got {str(word)[:LONGEST_WORD]!r}.")
+        if re.search(r"_\d+$", word):
+            raise ValueError(f"To diffusers {word!r} is a part of another word: leave out the number at its end.")
         if word != word.lower():
             raise ValueError(f"CLIP's tokenizers read small letters only, got {word!r}: write {word.lower()!r}.")
         if word in there:
@@ -163,28 +168,59 @@ def taught_copy(tokenizer: Any, words: Sequence[str]) -> Any:
     return taught
 
 
-@contextlib.contextmanager
-def lent_words(text_encoder: nn.Module, tokenizer: Any, rows: Sequence[Tensor]) -> Iterator[None]:
-    """Context manager: a text encoder knows words that no other call of it does.
+class Lender:
+    """A text encoder that is lent words for one call, which no other call reads.
+
+    Words that it has itself are away until `close`.
 
     Args:
         text_encoder: of CLIP.
-        tokenizer: without these words; `taught_copy` of it gives them their ids.
-        rows: embeddings of the words, in their order, `(n, d)` for each adapter.
+        tokenizer: its own.
+
+    Attributes:
+        own_tokenizer: its own, without new words.
+        tokenizer: a copy of that one.
+        own: the words that are away, `None` where there are none.
+
+    Raises:
+        ValueError: for a text encoder of another kind.
     """
-    text, present = _text_model(text_encoder), words_of(text_encoder)
-    words = present or _register(text, tokenizer)
-    start, lent = len(tokenizer), []
-    for embeddings in rows:
-        lent.append((start, embeddings))
-        start += len(embeddings)
-    words.lent = tuple(lent)
-    try:
-        yield
-    finally:
-        words.lent = ()
-        if present is None:
-            _unregister(text, words)
+
+    def __init__(self, text_encoder: nn.Module, tokenizer: Any) -> None:
+        self._text = _text_model(text_encoder)
+        if self._text is None:
+            raise ValueError(f"New words are for text encoders of CLIP, not for a {type(text_encoder).__name__}.")
+        self.own = words_of(text_encoder)
+        self.own_tokenizer = tokenizer if self.own is None else self.own.tokenizer
+        self.tokenizer = copy.deepcopy(self.own_tokenizer)
+        if self.own is None:
+            self._words = _register(self._text, self.tokenizer)
+        else:
+            self._words = self._text.embeddings._modules[CHILD] = Words(self.tokenizer, self.own.legacy_eos)
+
+    @contextlib.contextmanager
+    def lend(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Context manager: calls read these words, whose ids follow those of `tokenizer`.
+
+        Args:
+            rows: embeddings, `(n, d)` for each adapter.
+        """
+        start, lent = len(self.tokenizer), []
+        for embeddings in rows:
+            lent.append((start, embeddings))
+            start += len(embeddings)
+        self._words.lent = tuple(lent)
+        try:
+            yield
+        finally:
+            self._words.lent = ()
+
+    def close(self) -> None:
+        """The text encoder as it was."""
+        if self.own is None:
+            _unregister(self._text, self._words)
+        else:
+            self._text.embeddings._modules[CHILD] = self.own
 
 
 def _check_new(text: Any, tokenizer: Any, words: Sequence[str]) -> None:
@@ -254,11 +290,10 @@ def check_pipeline(pipeline: Any, rows: Mapping[str, Tensor], words: Sequence[st
 
 
 def check_apart(adapters: Sequence[AdapterWords]) -> None:
-    """`ValueError` where two adapters of one picture have a word in common."""
-    names = [name for words in adapters for name in words.names]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    """`ValueError` where two adapters that are used at once have a word in common."""
+    twice = [name for name, count in Counter(name for words in adapters for name in words.names).items() if count > 1]
     if twice:
-        raise ValueError(f"Two adapters of this picture have the word {twice[0]!r}: ask for one of them.")
+        raise ValueError(f"Two of the adapters have the word {twice[0]!r}: ask for one of them at a time.")
 
 
 def add_to_pipeline(pipeline: Any, adapter_name: str, rows: Mapping[str, Tensor], words: Sequence[str]) -> None:

@@ -38,6 +38,7 @@ from apt_diffusion.io.atomic import write_text
 from apt_diffusion.serving.engine import Engine
 from apt_diffusion.serving.requests import ImageRequest
 from apt_diffusion.serving.residents import Residents
+from apt_diffusion.serving.vocabulary import Vocabulary
 
 ZIPF = 1.1
 Done = Callable[[], None]
@@ -73,7 +74,7 @@ class BatchServer:
 
     def __init__(self, pipe: Any, store: AdapterStore, settings: Settings, rule: Callable[[list], list]) -> None:
         self.pipe, self.settings, self.rule = pipe, settings, rule
-        self.residents = Residents(pipe, store, settings.max_device_bytes)
+        self.residents = Residents(pipe, store, settings.max_device_bytes, Vocabulary(pipe))
         self.waiting: deque[tuple[ImageRequest, Done]] = deque()
         self.changed = threading.Condition()
         self.closing = False

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import APTConfig
+from ..words import LONGEST_WORD, MOST_WORDS
 from .atomic import replacing
 from .former import current_header, current_names, method_in_header
 from .names import WORDS_KEY, is_adapter_tensor, split_component
@@ -45,6 +46,11 @@ class AdapterFile:
             raise ValueError(f"{self.name} has a header that cannot be used: {error}") from error
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{self.name} has a header that cannot be used: apt_words is no list of words.")
+        if len(words) > MOST_WORDS or any(len(word) > LONGEST_WORD for word in words):
+            raise ValueError(
+                f"{self.name} has a header that cannot be used: apt_words has more than {MOST_WORDS} words, or one of "
+                f"more than {LONGEST_WORD} characters."
+            )
         return words
 
     @property

@@ -81,8 +81,8 @@ class Engine:
         check_idle(pipeline)
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
-        self._residents = Residents(pipeline, store, max_device_bytes)
         self._easel = Easel(pipeline)
+        self._residents = Residents(pipeline, store, max_device_bytes, self._easel.vocabulary)
         self.max_pixels = max_pixels or max_batch_size * self._easel.size**2
         self._components = {part: ModelAdapters.of(model) for part, model in components_of(pipeline).items()}
         self._changed = threading.Condition()
@@ -388,7 +388,7 @@ class Engine:
         if not first.is_denoising:
             if adapters is not None:
                 adapters.share_out((first.row.sample,))
-            with self._easel.with_words(first):
+            with self._easel.vocabulary.lent(first.part, first.row.words):
                 return [first.function(**first.arguments)]
         sizes = [batch_size(call.arguments) for call in group]
         assert adapters is not None  # denoisers are components that can carry adapters

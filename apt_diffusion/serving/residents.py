@@ -8,10 +8,11 @@ from typing import Any
 
 from ..components import components_of, cores_of
 from ..io.files import AdapterFile
-from ..io.load import check_words_fit, load_apt_weights
+from ..io.load import load_apt_weights
 from ..model import ModelAdapters
 from ..words import AdapterWords, check_apart
 from .store import AdapterStore, Stamp
+from .vocabulary import Vocabulary
 
 Version = tuple[str, Stamp | None]  # an adapter's name, and its file as it was
 
@@ -34,12 +35,14 @@ class Residents:
         pipeline: to attach to. The adapters that it has already stay.
         store: where the others come from, or `None`.
         max_bytes: of attached adapters. One that is larger is refused.
+        vocabulary: of the pipeline.
     """
 
-    def __init__(self, pipeline: Any, store: AdapterStore | None, max_bytes: int) -> None:
+    def __init__(self, pipeline: Any, store: AdapterStore | None, max_bytes: int, vocabulary: Vocabulary) -> None:
         self.pipeline = pipeline
         self.store = store
         self.max_bytes = max_bytes
+        self.vocabulary = vocabulary
         self.found = Counter({"device": 0, "memory": 0, "disk": 0})  # where adapters were, when they were asked for
         components = [ModelAdapters.of(component) for component in components_of(pipeline).values()]
         self.own = {name for component in components for name in component.configs}
@@ -109,8 +112,8 @@ class Residents:
 
     def words(self, versions: Sequence[Version]) -> list[AdapterWords]:
         """The new words of adapters in use; `ValueError` where two of them have the same."""
-        residents = [self._attached[version] for version in versions if version[1] is not None]
-        found = [resident.words for resident in residents if resident.words is not None]
+        words = [self._words_of(version) for version in versions]
+        found = [one for one in words if one is not None]
         check_apart(found)
         return found
 
@@ -142,7 +145,7 @@ class Residents:
 
     def _attach(self, version: Version, adapter: AdapterFile) -> _Resident:
         words = AdapterWords(tuple(adapter.words), adapter.word_rows) if adapter.word_rows else None
-        check_words_fit(adapter, self.pipeline, adapter.word_rows)
+        self.vocabulary.check(adapter)
         self._make_room(adapter.num_bytes)
         self._count += 1
         resident = _Resident(f"{version[0]}#{self._count}", adapter.num_bytes, words)
@@ -158,6 +161,9 @@ class Residents:
             if not core.keep_folded:
                 core.set_keep_folded(True)
         return resident
+
+    def _words_of(self, version: Version) -> AdapterWords | None:
+        return self.vocabulary.own.get(version[0]) if version[1] is None else self._attached[version].words
 
     def _check_size(self, what: str, adapter: AdapterFile) -> None:
         if adapter.num_bytes > self.max_bytes:

@@ -5,9 +5,7 @@ may join it with the calls of other rows. So every row has its own scheduler, ti
 picture is the one that the pipeline draws alone, up to the kernels' rounding in larger batches.
 """
 
-import contextlib
 import copy
-import functools
 import inspect
 import math
 import threading
@@ -22,12 +20,12 @@ from torch import nn
 from ..architectures import DENOISERS
 from ..pipelines.samplers import make_sampler
 from ..processor import Sample
-from ..words import TOKENIZERS, AdapterWords, lent_words, taught_copy
+from ..words import AdapterWords
 from .batches import Arguments, arguments_of
 from .requests import ImageRequest, Ticket
+from .vocabulary import Vocabulary
 
 MAX_IMAGE_PIXELS = 2**26
-MAX_TAUGHT = 16  # tokenizers with new words that are kept
 
 _here = threading.local()
 
@@ -89,13 +87,6 @@ class Easel:
         self.pipeline = pipeline
         self.text_to_image = _stock(pipeline)
         self.image_to_image = _image_to_image(self.text_to_image)
-        self._tokenizers = {
-            name: _OneAtATime(part) for name, part in pipeline.components.items() if _is_tokenizer(name, part)
-        }
-        self._taught = functools.lru_cache(MAX_TAUGHT)(lambda slot, words: self._tokenizers[slot].taught(words))
-        for view in filter(None, (self.text_to_image, self.image_to_image)):
-            view.set_progress_bar_config(disable=True)
-            vars(view).update(self._tokenizers)
         self.denoiser = next(
             getattr(pipeline, part) for part in DENOISERS if getattr(pipeline, part, None) is not None
         )
@@ -105,6 +96,10 @@ class Easel:
         self.size = _sample_size(self.denoiser) * pipeline.vae_scale_factor
         self._vae_dtype = pipeline.vae.dtype
         self._wrapped: list[tuple[nn.Module, str]] = []
+        self.vocabulary = Vocabulary(pipeline)
+        for view in filter(None, (self.text_to_image, self.image_to_image)):
+            view.set_progress_bar_config(disable=True)
+            vars(view).update(self.vocabulary.tokenizers)
         if pipeline.vae.dtype == torch.float16 and getattr(pipeline.vae.config, "force_upcast", False):
             pipeline.vae.to(torch.float32)  # once for all: rows must not change it under each other
         for part, model in pipeline.components.items():
@@ -117,6 +112,7 @@ class Easel:
         """The pipeline as it was."""
         for model, name in self._wrapped:
             vars(model).pop(name, None)
+        self.vocabulary.close()
         if self.pipeline.vae.dtype != self._vae_dtype:
             self.pipeline.vae.to(self._vae_dtype)
 
@@ -159,9 +155,7 @@ class Easel:
         template = self.text_to_image if request.image is None else self.image_to_image
         pipeline = copy.copy(template)
         vars(pipeline)["scheduler"] = self._scheduler(request)
-        for part, slot in TOKENIZERS.items():
-            if names := tuple(name for one in words if part in one.rows for name in one.names):
-                vars(pipeline)[slot] = self._taught(slot, names)
+        vars(pipeline).update(self.vocabulary.taught(words, (request.prompt, request.negative_prompt)))
         settings: dict[str, Any] = {
             "prompt": request.prompt,
             "negative_prompt": request.negative_prompt,
@@ -180,14 +174,6 @@ class Easel:
         if "callback_on_step_end" in known:
             settings["callback_on_step_end"] = _Watcher(self, ticket)
         return pipeline(**settings).images[0]
-
-    def with_words(self, call: ModelCall) -> contextlib.AbstractContextManager[None]:
-        """Context manager: a text encoder knows the new words of the row that calls it."""
-        rows = [words.rows[call.part] for words in call.row.words if call.part in words.rows]
-        if not rows:
-            return contextlib.nullcontext()
-        tokenizer = self._tokenizers[TOKENIZERS[call.part]].tokenizer
-        return lent_words(getattr(self.pipeline, call.part), tokenizer, rows)
 
     def _scheduler(self, request: ImageRequest) -> Any:
         if request.scheduler:
@@ -240,34 +226,6 @@ class _Watcher:
         return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
 
 
-class _OneAtATime:
-    """A tokenizer for several threads: the fast ones change while they are used."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._lock = threading.RLock()
-
-    def taught(self, words: Sequence[str]) -> "_OneAtATime":
-        """A copy that knows more words."""
-        with self._lock:
-            return _OneAtATime(taught_copy(self.tokenizer, words))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._lock:
-            return self.tokenizer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.tokenizer, name)
-        if not callable(value):
-            return value
-
-        def locked(*args: Any, **kwargs: Any) -> Any:
-            with self._lock:
-                return value(*args, **kwargs)
-
-        return locked
-
-
 def _parameters(pipeline: Any) -> set[str]:
     """Names of the arguments of a pipeline's call."""
     return set(inspect.signature(type(pipeline).__call__).parameters)
@@ -289,10 +247,6 @@ def _image_to_image(pipeline: Any) -> Any:
         return AutoPipelineForImage2Image.from_pipe(pipeline)
     except ValueError:
         return None
-
-
-def _is_tokenizer(name: str, part: Any) -> bool:
-    return name.startswith("tokenizer") and part is not None
 
 
 def _sample_size(denoiser: Any) -> int:

@@ -2,16 +2,21 @@
 
 import base64
 import io
+import json
+import re
 
 import httpx
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.new_words import save_with_words
 from support.server import served
 
-from apt_diffusion import AdapterStore, StableDiffusionXLAPTPipeline
+from apt_diffusion import AdapterStore, StableDiffusion3APTPipeline, StableDiffusionXLAPTPipeline
 from apt_diffusion.server.settings import ServerSettings
 from apt_diffusion.serving.engine import Engine
 from apt_diffusion.serving.requests import ImageRequest
@@ -49,6 +54,10 @@ def alone(pipe, wanted: ImageRequest, folder) -> np.ndarray:
     return np.asarray(picture)
 
 
+def same(first, second) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
 def state_of(text_encoder) -> list[tuple[int, int | None]]:
     """What words change: hooks, and the id of the token that is pooled."""
     return [(len(m._forward_pre_hooks), getattr(m, "eos_token_id", None)) for m in text_encoder.modules()]
@@ -63,65 +72,124 @@ def test_pictures_drawn_together_read_their_own_words(pipe, store):
         request("ad", "a <sks> and an <odd>"),
         request("bc", "a <sks> and an <odd>", negative_prompt="<big>"),
         request("a", "without any", seed=6),
-        request("b", PROMPT, image=Image.new("RGB", (16, 16), "red"), strength=1.0),
     ]
-    expected = [alone(pipe, one, store.folder) for one in wanted[:6]]
+    expected = [alone(pipe, one, store.folder) for one in wanted]
     assert len({picture.tobytes() for picture in expected}) == 6  # words and adapters act
     with Engine(pipe, store) as engine:
         tickets = [engine.submit(one) for one in wanted]
-        pictures = [np.asarray(ticket.result(60)) for ticket in tickets]
+        pictures = [ticket.result(60) for ticket in tickets]
         assert max(engine.statistics()["batch_sizes"]) > 1
-        again = np.asarray(engine.submit(wanted[1]).result(60))
-        untold = np.asarray(engine.submit(request()).result(60))
-    assert [np.array_equal(a, b) for a, b in zip(expected, pictures[:6], strict=True)] == [True] * 6
-    assert np.array_equal(again, expected[1]) and np.array_equal(untold, expected[0])
-    assert not np.array_equal(pictures[6], expected[2])  # it started from a picture, and read its word
+        again = engine.submit(wanted[1]).result(60)
+        untold = engine.submit(request()).result(60)
+    assert [same(*both) for both in zip(expected, pictures, strict=True)] == [True] * 6
+    assert same(again, expected[1]) and same(untold, expected[0])
     assert pipe.tokenizer is tokenizer and words_of(pipe.text_encoder) is None
     assert state_of(pipe.text_encoder) == before
 
 
 def test_a_word_that_two_adapters_of_a_picture_have_is_refused(pipe, store):
     with Engine(pipe, store) as engine:
-        with pytest.raises(
-            ValueError, match=r"Two adapters of this picture have the word '<sks>': ask for one of them"
-        ):
+        with pytest.raises(ValueError, match=r"Two of the adapters have the word '<sks>': ask for one of them"):
             engine.submit(request("ab")).result(60)
         assert engine.submit(request("ad")).result(60).size == (16, 16)  # nothing is left of the refused one
 
 
-def test_words_beside_those_that_the_pipeline_has_itself(pipe, store, tmp_path):
-    pipe.load_apt_weights(save_with_words(pipe, tmp_path / "own.safetensors", ["<mine>"], 8), "own")
-    pipe.set_apt_adapters([])
-    wanted = request("b", "a <mine> beside <sks>")
-    expected = alone(pipe, wanted, tmp_path)
+def test_a_picture_that_starts_from_another_reads_its_words(pipe, store):
+    start = Image.new("RGB", (16, 16), "red")
+    pipe.load_apt_weights(store.get("b"), "b")
+    pipe.set_apt_adapters("b", 0.8)
+    sibling = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    expected = sibling(
+        PROMPT, image=start, strength=1.0, num_inference_steps=3, guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
+    pipe.unload_apt_weights()
     with Engine(pipe, store) as engine:
-        assert np.array_equal(np.asarray(engine.submit(wanted).result(60)), expected)
+        assert same(expected, engine.submit(request("b", image=start, strength=1.0)).result(60))
+        assert not same(expected, engine.submit(request("b", "a glyph", image=start, strength=1.0)).result(60))
+
+
+def test_words_of_the_pipelines_own_adapters_are_theirs_alone(pipe, store, tmp_path):
+    save_with_words(pipe, tmp_path / "same.safetensors", ["<mine>"], 7)
+    save_with_words(pipe, tmp_path / "own.safetensors", ["<mine>"], 8)
+    wanted = [
+        request(prompt="a <mine> beside <sks>", adapters={"own": 0.8, "b": 0.8}),
+        request(prompt="a <mine>", adapters={"same": 0.8}),
+        request(prompt="a <mine>"),
+    ]
+    expected = [alone(pipe, one, tmp_path) for one in wanted]
+    pipe.load_apt_weights(tmp_path / "own.safetensors", "own")
+    tokenizer, before = pipe.tokenizer, state_of(pipe.text_encoder)
+    with Engine(pipe, store) as engine:
+        pictures = [ticket.result(60) for ticket in [engine.submit(one) for one in wanted]]
+        with pytest.raises(ValueError, match="Two of the adapters have the word '<mine>'"):
+            engine.submit(request(adapters={"own": 1.0, "same": 1.0})).result(60)
+    assert [same(*both) for both in zip(expected, pictures, strict=True)] == [True] * 3
     assert list(words_of(pipe.text_encoder).names) == ["own"]
+    assert pipe.tokenizer is tokenizer and state_of(pipe.text_encoder) == before
 
 
 def test_words_that_do_not_fit_are_refused_before_anything_is_attached(pipe, store, tmp_path):
-    save_with_words(pipe, tmp_path / "same.safetensors", ["<mine>"], 7)
-    pipe.load_apt_weights(save_with_words(pipe, tmp_path / "own.safetensors", ["<mine>"], 8), "own")
+    tensors = load_file(tmp_path / "b.safetensors")
+    with safe_open(tmp_path / "b.safetensors", framework="pt") as content:
+        metadata = content.metadata()
+    cases = {
+        "wide": ({"text_encoder.apt_words": torch.zeros(1, 33)}, {}, "The new words do not fit"),
+        "part": ({}, {"apt_words": '["<sks>_1"]'}, "To diffusers '<sks>_1' is a part of another word"),
+        "many": ({}, {"apt_words": json.dumps([f"<{index}>" for index in range(1001)])}, "has more than 1000 words"),
+        "long": ({}, {"apt_words": json.dumps(["x" * 10**6])}, "or one of more than 100 characters"),
+    }
     with Engine(pipe, store) as engine:
-        with pytest.raises(ValueError, match="Another adapter has the word '<mine>', too"):
-            engine.check_adapter(store.get("same"))
-        with pytest.raises(ValueError, match="Another adapter has the word '<mine>', too"):
-            engine.submit(request(prompt="a", adapters={"same": 1.0})).result(60)
+        for name, (other_tensors, other_metadata, message) in cases.items():
+            save_file(tensors | other_tensors, tmp_path / f"{name}.safetensors", metadata | other_metadata)
+            with pytest.raises(ValueError, match=re.escape(message)) as error:
+                engine.submit(request(adapters={name: 1.0})).result(60)
+            assert len(str(error.value)) < 500
         assert engine.statistics()["resident_adapters"] == 0
         engine.check_adapter(store.get("b"))
 
 
-def test_both_text_encoders_of_sdxl_know_the_words(tiny_sdxl_path, tmp_path):
-    pipe = StableDiffusionXLAPTPipeline.from_pretrained(tiny_sdxl_path)
+def test_prompts_are_read_rightly_while_the_words_of_another_adapter_are_checked(pipe, store, tmp_path):
+    save_with_words(pipe, tmp_path / "many.safetensors", [f"<w{index}>" for index in range(300)], 9)
+    wanted = [request("b", PROMPT, seed=seed, num_inference_steps=1) for seed in range(24)]
+    expected = [alone(pipe, one, tmp_path) for one in wanted]
+    with Engine(pipe, store) as engine:
+        tickets = []
+        for one in wanted:
+            tickets.append(engine.submit(one))
+            engine.check_adapter(store.get("many"))
+        pictures = [ticket.result(60) for ticket in tickets]
+    assert [same(*both) for both in zip(expected, pictures, strict=True)] == [True] * len(wanted)
+
+
+def test_tokenizers_that_are_not_kept_are_taught_again(pipe, store, monkeypatch):
+    monkeypatch.setattr("apt_diffusion.serving.vocabulary.MAX_TAUGHT", 1)
+    wanted = [request("a"), request("b"), request("a"), request("c", "an <odd>")]
+    expected = [alone(pipe, one, store.folder) for one in wanted]
+    with Engine(pipe, store) as engine:
+        pictures = [engine.submit(one).result(60) for one in wanted]
+    assert [same(*both) for both in zip(expected, pictures, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3"])
+def test_all_text_encoders_of_clip_know_the_words(tiny_sdxl_path, tmp_path, kind):
+    if kind == "sdxl":
+        pipe = StableDiffusionXLAPTPipeline.from_pretrained(tiny_sdxl_path)
+        text = getattr(pipe.text_encoder_2, "text_model", pipe.text_encoder_2)
+        text.eos_token_id = 2  # as in SDXL's files: the token of the highest id is pooled
+    else:
+        pipe = StableDiffusion3APTPipeline.from_pretrained("miniature-sd3")
     pipe.set_progress_bar_config(disable=True)
     for seed, name in enumerate("ab"):
         save_with_words(pipe, tmp_path / f"{name}.safetensors", WORDS[name], seed)
     pipe.to(torch.float64)
-    wanted = [request("a"), request("b")]
+    before = state_of(pipe.text_encoder_2)
+    wanted = [request("a"), request("b"), request()]
     expected = [alone(pipe, one, tmp_path) for one in wanted]
     with Engine(pipe, AdapterStore(tmp_path)) as engine:
         pictures = [ticket.result(60) for ticket in [engine.submit(one) for one in wanted]]
-    assert [np.array_equal(a, np.asarray(b)) for a, b in zip(expected, pictures, strict=True)] == [True] * 2
+    assert [same(*both) for both in zip(expected, pictures, strict=True)] == [True] * 3
+    assert state_of(pipe.text_encoder_2) == before
 
 
 def test_a_pipeline_with_a_store_knows_the_words_for_one_call(pipe, store):
@@ -132,13 +200,13 @@ def test_a_pipeline_with_a_store_knows_the_words_for_one_call(pipe, store):
     settings = {"width": 16, "height": 16, "num_inference_steps": 3, "guidance_scale": 3.0}
     generator = torch.Generator().manual_seed(5)
     picture = pipe(PROMPT, generator=generator, apt_scale={"b": 0.8}, **settings).images[0]
-    assert np.array_equal(np.asarray(picture), expected)
+    assert same(picture, expected)
     assert pipe.tokenizer is tokenizer and words_of(pipe.text_encoder) is None
-    with pytest.raises(ValueError, match="Another adapter has the word '<sks>', too"):
+    with pytest.raises(ValueError, match="Two of the adapters have the word '<sks>': ask for one"):
         pipe([PROMPT, PROMPT], apt_adapter_names=["a", "b"], **settings)
     assert pipe.tokenizer is tokenizer and pipe.get_list_apt_adapters() == {}
-    assert store.bytes_in_memory == sum(store.get(name).num_bytes for name in store.names_in_memory)
-    assert store.get("b").word_rows["text_encoder"].shape == (1, 32)
+    files = [store.folder / f"{name}.safetensors" for name in store.names_in_memory]
+    assert store.bytes_in_memory == sum(tensor.nbytes for file in files for tensor in load_file(file).values())
 
 
 def test_the_server_takes_and_draws_an_adapter_with_words(pipe, tmp_path):
@@ -163,4 +231,4 @@ def test_the_server_takes_and_draws_an_adapter_with_words(pipe, tmp_path):
         assert told != drawn("a <sks>") and told != drawn("a sks", "mine:0")
         both = ask("a <sks>", "mine+yours")
         assert both.status_code == 400
-        assert both.json()["error"]["message"].startswith("Two adapters of this picture have the word '<sks>'")
+        assert both.json()["error"]["message"].startswith("Two of the adapters have the word '<sks>'")

@@ -53,7 +53,7 @@ def test_two_adapters_with_one_word_are_not_mixed(studio, pipe, tmp_path):
     for seed, name in enumerate(("first", "second")):
         file = save_with_words(pipe, tmp_path / f"{name}.safetensors", ["<sks>"], seed)
         keys.append(studio.add_adapter(ANNA, file, NOBODY).key)
-    with pytest.raises(ValueError, match="Two adapters of this picture have the word '<sks>': ask for one"):
+    with pytest.raises(ValueError, match="Two of the adapters have the word '<sks>': ask for one"):
         drawn(studio, keys)
     assert drawn(studio, keys[:1]).shape == (16, 16, 3)
     assert studio.painter.pipe.get_list_apt_adapters() == {}

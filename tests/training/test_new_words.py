@@ -141,6 +141,7 @@ def test_prompts_without_the_words_are_named(go, caplog):
         ({"new_tokens": ["two words"]}, "one short word without blanks, got 'two words'"),
         ({"new_tokens": ["<Anna>"]}, "CLIP's tokenizers read small letters only, got '<Anna>'"),
         ({"new_tokens": ["<a>", "<a>"]}, "must be different ones"),
+        ({"new_tokens": ["<a>", "<a>_12"]}, "To diffusers '<a>_12' is a part of another word"),
         ({"new_tokens": ["<|endoftext|>"]}, "is a word that the tokenizer knows already"),
     ],
 )

@@ -40,10 +40,10 @@ def reads(monkeypatch):
     """Names of the files that were read."""
     files = []
 
-    def read(file):
+    def read(file, with_words):
         files.append(file.parent.name if file.name == WEIGHTS_NAME else file.stem)
         time.sleep(0.01)  # as a large file would take: long enough for another thread to ask
-        return read_adapter_file(file)
+        return read_adapter_file(file, with_words)
 
     monkeypatch.setattr(store, "read_adapter_file", read)
     return files

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import APTConfig
-from ..words import LONGEST_WORD, MOST_WORDS
+from ..words import LONGEST_WORD, MOST_WORDS, AdapterWords
 from .atomic import replacing
 from .former import current_header, current_names, method_in_header
 from .names import WORDS_KEY, is_adapter_tensor, split_component
@@ -52,6 +52,11 @@ class AdapterFile:
                 f"more than {LONGEST_WORD} characters."
             )
         return words
+
+    @property
+    def new_words(self) -> AdapterWords:
+        """`words` with their embeddings; none of either in most files."""
+        return AdapterWords(tuple(self.words), self.word_rows)
 
     @property
     def configs(self) -> dict[str, APTConfig] | None:

@@ -21,7 +21,7 @@ Version = tuple[str, Stamp | None]  # an adapter's name, and its file as it was
 class _Resident:
     name: str  # that it is attached under
     size: int  # bytes
-    words: AdapterWords | None  # known only to prompts of pictures that are drawn with it
+    words: AdapterWords  # known only to prompts of pictures that are drawn with it
     users: int = 0  # pictures that are being drawn with it
 
 
@@ -113,9 +113,8 @@ class Residents:
     def words(self, versions: Sequence[Version]) -> list[AdapterWords]:
         """The new words of adapters in use; `ValueError` where two of them have the same."""
         words = [self._words_of(version) for version in versions]
-        found = [one for one in words if one is not None]
-        check_apart(found)
-        return found
+        check_apart(words)
+        return words
 
     def try_out(self, adapter: AdapterFile) -> None:
         """Attaches an adapter and takes it off; `ValueError` where it does not fit, or is too large."""
@@ -144,11 +143,10 @@ class Residents:
         return len(self._attached)
 
     def _attach(self, version: Version, adapter: AdapterFile) -> _Resident:
-        words = AdapterWords(tuple(adapter.words), adapter.word_rows) if adapter.word_rows else None
         self.vocabulary.check(adapter)
         self._make_room(adapter.num_bytes)
         self._count += 1
-        resident = _Resident(f"{version[0]}#{self._count}", adapter.num_bytes, words)
+        resident = _Resident(f"{version[0]}#{self._count}", adapter.num_bytes, adapter.new_words)
         load_apt_weights(self.pipeline, replace(adapter, word_rows={}), resident.name, activate=False)
         self._attached[version] = resident
         try:
@@ -162,8 +160,8 @@ class Residents:
                 core.set_keep_folded(True)
         return resident
 
-    def _words_of(self, version: Version) -> AdapterWords | None:
-        return self.vocabulary.own.get(version[0]) if version[1] is None else self._attached[version].words
+    def _words_of(self, version: Version) -> AdapterWords:
+        return self.vocabulary.words_of_own(version[0]) if version[1] is None else self._attached[version].words
 
     def _check_size(self, what: str, adapter: AdapterFile) -> None:
         if adapter.num_bytes > self.max_bytes:

@@ -144,7 +144,7 @@ class Easel:
         if unknown:
             raise ValueError(f"{type(template).__name__} has no {' and no '.join(unknown)}.")
 
-    def draw(self, ticket: Ticket, words: Sequence[AdapterWords] = ()) -> Image.Image:
+    def draw(self, ticket: Ticket, words: Sequence[AdapterWords]) -> Image.Image:
         """The picture of one request, by the stock pipeline.
 
         Args:

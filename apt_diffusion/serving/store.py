@@ -19,7 +19,7 @@ from ..components import components_of
 from ..io.files import WEIGHTS_NAME, AdapterFile, read_adapter_file
 from ..io.load import load_apt_weights
 from ..model import ModelAdapters
-from ..words import AdapterWords, check_apart, remove_from_pipeline
+from ..words import check_apart, remove_from_pipeline
 
 Stamp = tuple[int, int, int]
 
@@ -114,7 +114,7 @@ class AdapterStore:
         present = {name for component in components.values() for name in ModelAdapters.of(component).configs}
         wanted = dict.fromkeys([names] if isinstance(names, str) else names)
         adapters = {name: self.get(name) for name in wanted if name not in present}
-        check_apart([AdapterWords(tuple(adapter.words), adapter.word_rows) for adapter in adapters.values()])
+        check_apart([adapter.new_words for adapter in adapters.values()])
         attached = []
         try:
             for name, adapter in adapters.items():

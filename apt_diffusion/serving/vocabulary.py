@@ -48,7 +48,6 @@ class Vocabulary:
 
     Attributes:
         tokenizers: those without new words, by their names in the pipeline, for several threads.
-        own: the pipeline's words, by adapter.
     """
 
     def __init__(self, pipeline: Any) -> None:
@@ -64,18 +63,24 @@ class Vocabulary:
             for name, part in parts.items()
             if name.startswith("tokenizer") and part is not None
         }
-        self.own: dict[str, AdapterWords] = {}
+        self._own: dict[str, AdapterWords] = {}  # by adapter of the pipeline
         for part, lender in self._lenders.items():
             if lender.own is not None:
                 for name, rows in lender.own.rows.items():
-                    self.own.setdefault(name, AdapterWords(lender.own.names[name], {})).rows[part] = rows
+                    self._own.setdefault(name, AdapterWords(lender.own.names[name], {})).rows[part] = rows
         # What is checked and copied is not what pictures' threads use meanwhile.
         self._components = dict(parts) | {TOKENIZERS[part]: one.tokenizer for part, one in self._lenders.items()}
         self._taught: OrderedDict[tuple[str, tuple[str, ...]], OneAtATime] = OrderedDict()
         self._lock = threading.Lock()  # of the lenders' tokenizers, and of those that are kept
 
+    def words_of_own(self, adapter_name: str) -> AdapterWords:
+        """The words of an adapter that the pipeline has itself."""
+        return self._own.get(adapter_name, AdapterWords((), {}))
+
     def check(self, adapter: AdapterFile) -> None:
         """`ValueError` where the new words of a file do not fit the pipeline."""
+        if not adapter.word_rows:
+            return
         with self._lock:
             check_words_fit(adapter, self._components, adapter.word_rows)
 

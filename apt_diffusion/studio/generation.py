@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from .. import pipelines
 from ..miniature import resolve_model
 from ..pipelines.samplers import make_sampler, samplers_for
-from ..words import AdapterWords, check_apart
+from ..words import check_apart
 from .background import Watcher, in_background
 from .embedded import EMBEDDED, Embedded
 from .gates import recorded_gates, step_maps
@@ -153,7 +153,7 @@ class Painter:
         """The order's adapters, on the pipeline only as long as this drawing. Call it within a turn."""
         names = [f"slot{index}" for index in range(len(order.adapters))]
         files = [adapter.load() for adapter, _ in order.adapters]
-        check_apart([AdapterWords(tuple(file.words), file.word_rows) for file in files])
+        check_apart([file.new_words for file in files])
         try:
             for name, file in zip(names, files, strict=True):
                 self.pipe.load_apt_weights(file, adapter_name=name)

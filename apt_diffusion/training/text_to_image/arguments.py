@@ -138,8 +138,8 @@ def _adapter_flags(add) -> None:
         "--streams",
         nargs="+",
         choices=STREAMS,
-        help="What is corrected in the denoiser. If unset only the query, "
-        "the image; for Stable Diffusion 3 the text, too.",
+        help="What is corrected in the denoiser. If unset the query, which is the image; "
+        "in Stable Diffusion 3 the text, too, unless --target_modules is given.",
     )
     add("--dropout", "--lora_dropout", type=fraction, default=0.0, help="Dropout on the affinities to the prompts.")
     new_word_flags(add)

@@ -55,7 +55,8 @@ class StableDiffusion3Base(StableDiffusionBase):
 
     def configure(self, args: argparse.Namespace) -> None:
         """See `StableDiffusionBase`. Unless flags say otherwise image and text are corrected."""
-        # With both streams the embedded model draws subjects better: see docs/miniature.md.
+        # With both streams the embedded model draws subjects better: see docs/miniature.md. Places that
+        # --target_modules names may have no text output.
         if args.streams is None and args.target_modules is None and not args.no_train_unet:
             args.streams = ["query", "text"]
 

@@ -29,7 +29,7 @@ test-fast: $(VENV)/ready
 # bitsandbytes and torchao make every start of Python a second slower, so the other tests do without them.
 test-quantised: $(VENV)/ready
 	$(RUN) -m pip install --quiet -e ".[quantised]" -c constraints.txt
-	$(PYTEST) tests/training/test_base_precision.py
+	$(PYTEST) tests/training/test_base_precision.py tests/training/test_optimizers.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

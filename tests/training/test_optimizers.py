@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 from support.training_helpers import assert_same_adapter, command, losses, tensors, train
 from torch import nn
 
-from apt_diffusion.training.checkpoints import TRAINED_NAME
+from apt_diffusion.training.checkpoints import OPTIMIZER_NAME, TRAINED_NAME
 from apt_diffusion.training.optimizer_choice import NAMED, make_optimizer, parse_settings, takes
 from apt_diffusion.training.text_to_image.arguments import parse_args
 
 OPTIMIZERS = {
     "adamw": {},
+    "adamw8bit": {"num_prompts": 200},  # fewer numbers are kept in float32
     "adafactor": {},
     "sgd": {"optimizer_args": ["nesterov=True"]},
     "lion": {"learning_rate": 1e-3},
@@ -54,6 +55,8 @@ def test_three_steps_and_three_resumed_are_six_straight(go, name):
     assert_same_adapter(straight, parts)
     middle = tensors(straight)
     assert any(not torch.equal(value, middle[key]) for key, value in tensors(parts / "checkpoint-3").items())
+    states = load_file(parts / "checkpoint-3" / OPTIMIZER_NAME).values()
+    assert any(state.dtype == torch.uint8 for state in states) == (name == "adamw8bit")
 
 
 def test_state_that_stands_with_the_settings_is_kept(go):

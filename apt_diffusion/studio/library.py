@@ -97,7 +97,8 @@ class Adapter:
         folder = self.file.parent / "samples"
         if self.file.name != WEIGHTS_NAME or not folder.is_dir() or folder.is_symlink():
             return []
-        return sorted((file for file in folder.glob("*.png") if not file.is_symlink()), reverse=True)[:MAX_SAMPLES]
+        # A hidden one is being written by a training.
+        return sorted((file for file in folder.glob("[!.]*.png") if not file.is_symlink()), reverse=True)[:MAX_SAMPLES]
 
     def published_by(self, visitor: str) -> bool:
         """Whether this visitor has published it."""

@@ -16,6 +16,7 @@ from support.studio_helpers import ANNA, BERT, bomb, copy_adapter, cut_off, disg
 from apt_diffusion.costs import published_tables
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing
 from apt_diffusion.data.folders import find_pictures
+from apt_diffusion.io.atomic import replacing
 from apt_diffusion.studio import charts, costs, uploads
 from apt_diffusion.studio.axes import STRENGTHS, cells_of, values_of
 from apt_diffusion.studio.background import in_background
@@ -252,6 +253,18 @@ def test_publishing_shows_a_copy_to_everybody_and_takes_no_ones_name(library, pa
     with pytest.raises(ValueError, match="not there any more"):
         library.publish(BERT, "own/mine")
     assert not [path for path in library.folder.iterdir() if path.name.startswith(".mine")]
+
+
+def test_a_sample_that_is_being_written_is_not_shown_and_not_published(library):
+    samples = library.own_folder(ANNA) / "mine" / "samples"
+    samples.mkdir()
+    picture(samples / "step-000002.png")
+    with replacing(samples / "step-000004.png") as unfinished:
+        picture(unfinished)
+        assert [file.name for file in library.get(ANNA, "own/mine").samples] == ["step-000002.png"]
+        published = library.publish(ANNA, "own/mine")
+    assert [file.name for file in published.file.parent.glob("samples/*")] == ["step-000002.png"]
+    assert [file.name for file in library.get(ANNA, "own/mine").samples] == ["step-000004.png", "step-000002.png"]
 
 
 def test_cards_show_no_paths_of_this_computer(tiny_sd_path, tmp_path):

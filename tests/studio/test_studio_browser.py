@@ -131,6 +131,11 @@ def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
     wait_for(page, "#train-status", "Stopped")
 
 
+def class_pictures(job):
+    """How many are drawn; the one that is being written has a hidden name."""
+    return len(list(job.parent.glob("class/[!.]*.png")))
+
+
 def suspended_at_its_first_class_picture(adapters, training):
     """The job file of a training that is about to begin, and its suspended process."""
     end = time.monotonic() + 120
@@ -139,7 +144,7 @@ def suspended_at_its_first_class_picture(adapters, training):
         time.sleep(0.01)
     (job,) = found
     trainer = psutil.Process(json.loads(job.read_text())["pid"])
-    while not list(job.parent.glob("class/*.png")):
+    while not class_pictures(job):
         assert time.monotonic() < end
         time.sleep(0.01)
     trainer.suspend()
@@ -162,7 +167,7 @@ def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_pa
         job, trainer = suspended.result()
     try:
         said = wait_for(page, "#train-status", "Drawing pictures of “a glyph”")
-        drawn = len(list(job.parent.glob("class/*.png")))
+        drawn = class_pictures(job)
         assert f"{drawn} of 64" in said
         bar = page.locator("#train-status progress")
         assert float(bar.get_attribute("value")) == pytest.approx(drawn / 64, abs=1e-3)

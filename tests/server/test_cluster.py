@@ -170,20 +170,27 @@ def test_an_engine_that_dies_is_replaced_and_loses_no_picture(server, tiny_sd_pa
 def test_at_its_end_it_finishes_what_it_has_accepted(server):
     """The last test of this file: the server is gone after it."""
     address, process = server
-    with ThreadPoolExecutor(2) as pool:
-        body = SIZE | {"num_inference_steps": 900}
-        last = pool.submit(httpx.post, f"{address}/v1/images/generations", json=body, timeout=120)
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        status = 200
-        while status == 200:
-            with contextlib.suppress(httpx.HTTPError):
-                status = httpx.get(f"{address}/readyz", timeout=5).status_code
-        assert status == 503
-        time.sleep(1)  # until Ray's proxy has heard of an application that is gone
-        refused = httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
-        assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
-        assert last.result().status_code == 200
+    engines = [psutil.Process(number) for number in engines_of(process)]
+    drawing = SIZE | {"num_inference_steps": 900, "stream": True, "partial_images": 2}
+    with httpx.stream("POST", f"{address}/v1/images/generations", json=drawing, timeout=120) as last:
+        events = last.iter_lines()
+        assert next(events) == "event: image_generation.partial_image"
+        for engine in engines:
+            engine.suspend()  # the picture now lasts until all that follows is done
+        try:
+            process.send_signal(signal.SIGTERM)
+            status = 200
+            while status == 200:
+                with contextlib.suppress(httpx.HTTPError):
+                    status = httpx.get(f"{address}/readyz", timeout=5).status_code
+            assert status == 503
+            time.sleep(1)  # until Ray's proxy has heard of an application that is gone
+            refused = httpx.post(f"{address}/v1/images/generations", json=drawing, timeout=60)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+        finally:
+            for engine in engines:
+                engine.resume()
+        assert "event: image_generation.completed" in list(events)
     assert process.wait(60) == 0
 
 

@@ -376,7 +376,7 @@ def test_who_waits_reads_the_position(visit):
     first, second = visit(), visit()
     choose(first, "#adapters", "shared")
     wait_for(first, "#adapters", "shared")
-    draw(first, "a glyph", 1, steps=100, count=8)
+    draw(first, "a glyph", 1, steps=100, count=8, side=64)  # takes long enough for the other to come
     wait_for(first, "#status", r"Step \d+ of 200")
     second.click("#draw")
     wait_for(second, "#status", "one request is before yours|you are next")

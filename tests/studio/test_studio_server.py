@@ -55,9 +55,7 @@ def test_who_waits_and_who_finds_no_place_in_the_queue_is_told_so(visit):
     wait_for(first, "#adapters", "shared")
     draw(first, "a sks glyph", 1, steps=1)
     wait_for(first, "#status", "Done")
-    for side in ("width", "height"):
-        first.fill(f"#{side} input[type=number]", "64")
-    draw(first, "a sks glyph", 1, steps=100, count=8)  # takes long enough for the others to come
+    draw(first, "a sks glyph", 1, steps=100, count=8, side=64)  # takes long enough for the others to come
     wait_for(first, "#status", "Step")
     second.click("#draw")
     wait_for(second, "#status", "Waiting for the model")

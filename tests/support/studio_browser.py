@@ -173,7 +173,7 @@ def as_file(name, image_path):
     return {"name": name, "mimeType": "image/png", "buffer": Path(image_path).read_bytes()}
 
 
-def draw(page, prompt, seed, steps=4, count=1):
+def draw(page, prompt, seed, steps=4, count=1, side=None):
     page.fill("#prompt textarea", prompt)
     if page.is_checked("#new-seed input"):
         page.uncheck("#new-seed input")
@@ -183,6 +183,9 @@ def draw(page, prompt, seed, steps=4, count=1):
         page.get_by_text("More settings").click()
         page.wait_for_selector("#steps input[type=number]:visible")
     page.fill("#steps input[type=number]", str(steps))
+    if side is not None:
+        page.fill("#width input[type=number]", str(side))
+        page.fill("#height input[type=number]", str(side))
     page.keyboard.press("Tab")
     page.click("#draw")
 

@@ -10,7 +10,8 @@ The command line is that of diffusers' `train_dreambooth_lora.py` and more; see 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -95,8 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         if not args.check_data:
             instance, held_out = hold_out(session, sets)
             of_class = used_class_pictures(args, sets.of_class)
-            split = held_out if args.validation_split else []
-            record_data(session, "subject", [*instance, *split], [scan.folder for scan in sets.subject])
         for path in args.validation_images or ():
             check_picture(Path(path), args.instance_prompt)
         with session.accelerator.local_main_process_first():  # a base in one file is converted once
@@ -122,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # 2. Pictures, and how they become samples.
         of_class = complete_class_pictures(args, of_class, base, session.accelerator, session.seed)
-        class_folders = [scan.folder for scan in sets.of_class] or [Path(args.class_data_dir or "")]
-        record_data(session, "class", of_class, class_folders)
+        record_class(session, sets, of_class)
         counts = len(set(instance)), len(of_class), len(held_out)
         session.logger.info("%d pictures of the subject, %d of its class, %d held out.", *counts)
         latent_shape = base.latent_shape(args.resolution)
@@ -192,7 +190,11 @@ def read_prompts(
     args: argparse.Namespace, base: StableDiffusionBase, pictures: list[Picture], sampled: list[SamplePrompt]
 ) -> Prompts | KeptPrompts:
     """All texts of the run as tokens; warns of those that are too long."""
-    named = [(picture.path.name, picture.prompt) for picture in dict.fromkeys(pictures)]
+    named = [
+        (picture.path.name, prompt)
+        for picture in dict.fromkeys(pictures)
+        for prompt in dict.fromkeys([picture.prompt, *picture.longest_prompts])
+    ]
     named += [("--class_prompt", args.class_prompt)] if args.with_prior_preservation and args.class_prompt else []
     named += [("the samples' prompt", samples.grid_prompt(args)), *samples.texts_of(sampled), ("", "")]
     return make_prompts(named, base, args)
@@ -202,19 +204,48 @@ def end_with_report(
     session: Session, sets: PictureSets, framing: Framing, base: StableDiffusionBase, sampled: list[SamplePrompt]
 ) -> None:
     """What `--check_data` prints; `SystemExit` with 1 where something stops the run."""
+    problems = [] if sets.problems else list(run_problems(session, sets, base))
     if session.is_main:
         read_prompts(session.args, base, [picture for scan in sets.scans for picture in scan.pictures], sampled)
-        print(data_report(session.args, sets, framing.size_of))
-    if sets.problems:
+        encoding = sys.stdout.encoding or "utf-8"  # names of files may be no text of it
+        report = data_report(session.args, sets, framing.size_of, problems)
+        print(report.encode(encoding, "backslashreplace").decode(encoding))
+    if sets.problems or problems:
         raise SystemExit(1)
 
 
+def run_problems(session: Session, sets: PictureSets, base: StableDiffusionBase) -> Iterator[str]:
+    """What stops the run although each picture can be read."""
+    args = session.args
+    of_class = used_class_pictures(args, sets.of_class)
+    is_complete = args.dataset_config is not None or len(of_class) == args.num_class_images
+    checks: list[Callable[[], object]] = [
+        lambda: hold_out(session, sets),
+        lambda: record_class(session, sets, of_class if is_complete else []),
+        lambda: check_group(args, session.resumed, session.accelerator.num_processes),
+        lambda: check_fit(args, base),
+    ]
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+
+
 def hold_out(session: Session, sets: PictureSets) -> tuple[list[Picture], list[Picture]]:
-    """Pictures to train on, and those whose loss is measured."""
-    instance = sets.pictures()
+    """Pictures to train on, which a resumed run must know, and those whose loss is measured."""
+    instance, held_out = sets.pictures(), [] if sets.held_out is None else sets.held_out.checked()
+    folders = [scan.folder for scan in sets.subject]
+    record_data(session, "subject", list(dict.fromkeys(instance)), folders)
     if session.args.validation_split:
         return split_off(instance, session.args.validation_split, session.seed)
-    return instance, [] if sets.held_out is None else sets.held_out.checked()
+    return instance, held_out
+
+
+def record_class(session: Session, sets: PictureSets, of_class: list[Picture]) -> None:
+    """A resumed run must know these pictures, too."""
+    folders = [scan.folder for scan in sets.of_class] or [Path(session.args.class_data_dir or "")]
+    record_data(session, "class", of_class, folders)
 
 
 def load(

@@ -5,6 +5,7 @@ training.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +55,26 @@ class CaptionOptions:
         """A caption as one sample has it, between prefix and suffix."""
         return self._finished(self._chosen(caption, draws), draws)
 
-    def check(self, caption: str, source: str) -> None:
-        """`ValueError` where a caption has a place for a trigger word, and there is none."""
+    def longest(self, caption: str) -> list[str]:
+        """Texts that samples may have, between prefix and suffix: of each line the one with the longest choices."""
+        if not self.wildcards:
+            return [self.whole(caption)]
+        chosen = [_resolved(line, lambda choices: max(choices, key=len)) for line in _lines(caption)]
+        return [self._finished(line, None) for line in chosen] or [self.whole(caption)]
+
+    def check(self, caption: str, source: str, of_class: bool = False) -> None:
+        """`ValueError` where a caption has a place for a trigger word, and there is none.
+
+        Args:
+            caption: as it is written.
+            source: where.
+            of_class: whether its picture shows the class, which has no trigger word.
+        """
         if TRIGGER in caption and not self.trigger:
-            raise ValueError(f"The caption in {source} has {TRIGGER}: say with --trigger_word what that stands for.")
+            remedy = "say with --trigger_word what that stands for"
+            if of_class:
+                remedy = "it is of the class, which the trigger word does not stand for, so take that out"
+            raise ValueError(f"The caption in {source} has {TRIGGER}: {remedy}.")
 
     def _chosen(self, caption: str, draws: np.random.Generator | None) -> str:
         """The caption with one of the alternatives at each place."""
@@ -67,11 +84,8 @@ class CaptionOptions:
         def one_of(values: list[str]) -> str:
             return values[0 if draws is None or len(values) == 1 else int(draws.integers(len(values)))]
 
-        def replaced(match: re.Match[str]) -> str:
-            return one_of(match[1].split("|")) if match[1] is not None else match[0][0]
-
-        lines = [line for line in caption.split("\n") if line.strip()]
-        return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", replaced, one_of(lines)) if lines else ""
+        lines = _lines(caption)
+        return _resolved(one_of(lines), one_of) if lines else ""
 
     def _finished(self, caption: str, draws: np.random.Generator | None) -> str:
         is_changed = draws is not None and (self.shuffle or self.tag_dropout > 0)
@@ -101,6 +115,19 @@ class CaptionOptions:
     def _joined(self, tags: list[str]) -> str:
         space = "" if self.separator[-1:].isspace() else " "
         return (self.separator + space).join(tags)
+
+
+def _lines(caption: str) -> list[str]:
+    return [line for line in caption.split("\n") if line.strip()]
+
+
+def _resolved(line: str, choose: Callable[[list[str]], str]) -> str:
+    """A line with one choice for each `{red|green}`."""
+
+    def replaced(match: re.Match[str]) -> str:
+        return choose(match[1].split("|")) if match[1] is not None else match[0][0]
+
+    return re.sub(r"\{\{|\}\}|\{([^{}]*)\}", replaced, line)
 
 
 UNCHANGED = CaptionOptions()

@@ -8,6 +8,7 @@
 The keys are the names of the trainer's flags; what a folder does not say is as the command line has it.
 """
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 from . import kohya_config
 from .captions import CaptionOptions
-from .folders import MAX_REPEATS, FolderOptions
+from .folders import MAX_REPEATS, SIDECARS, FolderOptions
 from .settings_file import read_toml, refuse
 from .toml_lines import TomlLines
 
@@ -73,7 +74,8 @@ KEYS = {
     "caption_dropout_rate": _SHARE,
     "shuffle_caption": _SWITCH,
     "keep_tokens": _Key((int,), "a whole number of at least 0", lambda value: value >= 0),
-    "caption_separator": _NAME,
+    "caption_extension": _Key((str,), f"{' or '.join(SIDECARS)}", lambda value: value in SIDECARS),
+    "caption_separator": _Key((str,), "more than spaces", lambda value: bool(value.strip(" "))),
     "caption_tag_dropout_rate": _SHARE,
     "caption_prefix": _TEXT,
     "caption_suffix": _TEXT,
@@ -111,10 +113,22 @@ def _folders(content: Mapping[str, Any], where: Path, defaults: Mapping[str, Any
         values = {**defaults, **own}
         folders.append(_folder(where, values))
         if "class_data_dir" in values:
-            options = FolderOptions(values["caption_column"], values["recursive"], "class_prompt")
             path = where / Path(values["class_data_dir"]).expanduser()
-            of_class.append(ConfiguredFolder(path, values["class_prompt"], options))
-    return DatasetConfig(folders, of_class, [])
+            options = dataclasses.replace(folders[-1].options, prompt_from="class_prompt")
+            of_class.append(ConfiguredFolder(path, values["class_prompt"], _of_class(options)))
+    return DatasetConfig(folders, _each_once(of_class), [])
+
+
+def _of_class(options: FolderOptions) -> FolderOptions:
+    """How the class of a folder is read: as it is, and each picture once."""
+    return FolderOptions(
+        options.caption_column, options.recursive, options.prompt_from, sidecars=options.sidecars, of_class=True
+    )
+
+
+def _each_once(folders: list[ConfiguredFolder]) -> list[ConfiguredFolder]:
+    """Several folders of the subject may have the same class."""
+    return [folder for index, folder in enumerate(folders) if folder not in folders[:index]]
 
 
 def _kohyas_folders(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
@@ -124,11 +138,10 @@ def _kohyas_folders(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         values = {**defaults, **own}
         folder = _folder(Path(), values, "class_tokens")
         if is_class:
-            options = FolderOptions(values["caption_column"], values["recursive"], "class_tokens")
-            of_class.append(ConfiguredFolder(folder.path, folder.prompt, options))
+            of_class.append(ConfiguredFolder(folder.path, folder.prompt, _of_class(folder.options)))
         else:
             folders.append(folder)
-    return DatasetConfig(folders, of_class, kohya_config.for_the_run(content))
+    return DatasetConfig(folders, _each_once(of_class), kohya_config.for_the_run(content))
 
 
 def _folder(where: Path, values: Mapping[str, Any], prompt_from: str = "instance_prompt") -> ConfiguredFolder:
@@ -155,6 +168,7 @@ def _folder(where: Path, values: Mapping[str, Any], prompt_from: str = "instance
         None if masks is None else where / Path(masks).expanduser(),
         values.get("repeats", 1),
         values.get("weight", 1.0),
+        (values["caption_extension"],) if "caption_extension" in values else SIDECARS,
     )
     return ConfiguredFolder(where / Path(values["instance_data_dir"]).expanduser(), values["instance_prompt"], options)
 
@@ -201,6 +215,9 @@ def _kohyas_mistakes(content: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         if "instance_prompt" not in values and (is_class or not defaults.get("instance_prompt")):
             hint = "" if is_class else ", and there is no --instance_prompt"
             yield *places[""], f"this subset has no class_tokens{hint}."
+        masks = values.get("mask_data_dir")
+        if masks is not None and not is_class and not values.get("masked_loss", defaults.get("masked_loss")):
+            yield *places["mask_data_dir"], "conditioning_data_dir needs --masked_loss, or alpha_mask = true."
 
 
 def _mistake(key: str, name: str, value: Any, where: Path) -> str:
@@ -212,6 +229,13 @@ def _mistake(key: str, name: str, value: Any, where: Path) -> str:
     known = KEYS[key]
     if type(value) not in known.kinds or not known.is_allowed(value):
         return f"{name} must be {known.wanted}, got {value!r}."
-    if key.endswith("_data_dir") and not (where / Path(value).expanduser()).is_dir():
+    if key.endswith("_data_dir") and not _is_folder(where / Path(value).expanduser()):
         return f"{name}: there is no folder {where / value}."
     return ""
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False

@@ -8,6 +8,7 @@ from .pictures import Picture
 from .reading import PictureFile
 
 # By the name of a picture: hashes of its file, its mask and its caption; empty where it has none of its own.
+# Where several folders hold it, of its masks and captions together.
 Prints = dict[str, list[str]]
 KINDS = ("content", "mask", "caption")
 LENGTH = 16  # digits of a hash
@@ -26,8 +27,13 @@ def fingerprint(pictures: Iterable[Picture], roots: Sequence[Path], prompts: Col
         own_mask = picture.mask not in (None, picture.path)
         caption = "" if picture.caption in prompts else _hash(picture.caption.encode())
         mask = hash_file(picture.mask) if picture.mask is not None and own_mask else ""
-        found[_name(picture.path, roots)] = [hash_file(picture.path), mask, caption]
+        name, prints = _name(picture.path, roots), [hash_file(picture.path), mask, caption]
+        found[name] = [_both(*pair) for pair in zip(found.get(name, prints), prints, strict=True)]
     return found
+
+
+def _both(before: str, now: str) -> str:
+    return now if before == now else _hash(f"{before} {now}".encode())
 
 
 def hash_file(file: PictureFile) -> str:

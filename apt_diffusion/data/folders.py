@@ -4,9 +4,10 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from .captions import UNCHANGED, CaptionOptions
 from .masks import check_mask, mask_files, masks_in
@@ -17,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 CAPTIONS_FILE = "metadata.jsonl"
 SIDECARS = (".txt", ".caption")
+REPEATED = re.compile(r"(\d+)_(.+)")  # kohya's name of a folder
+NO_OTHERS: Mapping[Path, str] = MappingProxyType({})
 MAX_REPEATS = 10_000
 SUBFOLDER = "a subfolder with pictures, which --recursive reads"
 
@@ -65,6 +68,8 @@ class FolderOptions:
         mask_folder: where masks are, by the names of their pictures; also beside the pictures.
         repeats: how often an epoch shows each picture.
         weight: what its error is multiplied by.
+        sidecars: endings of the files beside pictures that hold their captions.
+        of_class: whether the pictures show the class.
     """
 
     caption_column: str = "text"
@@ -75,6 +80,8 @@ class FolderOptions:
     mask_folder: Path | None = None
     repeats: int = 1
     weight: float = 1.0
+    sidecars: tuple[str, ...] = SIDECARS
+    of_class: bool = False
 
 
 AS_IT_IS = FolderOptions()
@@ -102,7 +109,9 @@ def find_pictures(
     return scan_pictures(folder, prompt, FolderOptions(caption_column, recursive)).checked()
 
 
-def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_IT_IS) -> Scan:
+def scan_pictures(
+    folder: str | Path, prompt: str, options: FolderOptions = AS_IT_IS, others: Mapping[Path, str] = NO_OTHERS
+) -> Scan:
     """What a folder holds, and everything that is wrong with it.
 
     Captions come from `<name>.txt` or `<name>.caption` next to a picture, else from `metadata.jsonl`, else they are
@@ -114,15 +123,19 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
         folder: where the pictures are.
         prompt: of pictures without a caption.
         options: how it is read.
+        others: folders that hold something else, as the run's class or masks, and what; they are not read.
     """
     scan = Scan(Path(folder))
+    others = {path.resolve(): what for path, what in others.items()}
+    if options.mask_folder is not None:
+        others[options.mask_folder.resolve()] = "the folder of masks"
     if not scan.folder.is_dir():
         scan.problems.append(f"There is no folder {folder} with pictures.")
         return scan
-    places = list(_places(_Place(scan.folder, 1, prompt, options.prompt_from), options.recursive, scan))
+    places = list(_places(_Place(scan.folder, 1, prompt, options.prompt_from), options.recursive, scan, others))
     read = {place.path for place in places}
     masks_of: dict[Path, list[Path]] = {}
-    paths_in = {place: _pictures_in(place, read, options.masked, masks_of, scan) for place in places}
+    paths_in = {place: _pictures_in(place, read, options, masks_of, scan, others) for place in places}
     if options.masked and options.mask_folder is not None:
         _add_masks(options.mask_folder, paths_in, masks_of, scan)
     captions = _listed_captions(paths_in, options.caption_column, scan)
@@ -130,8 +143,9 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
         found = []
         for path in paths:
             try:
-                caption, source = _own_caption(path) or captions.get(path) or (place.prompt, place.prompt_from)
-                options.captions.check(caption, f"{source} of {path}")
+                own = _own_caption(path, options.sidecars) or captions.get(path)
+                caption, source = own or (place.prompt, place.prompt_from)
+                options.captions.check(caption, f"{source} of {path}", options.of_class)
                 picture = Picture(path, caption, *picture_size(path), options.captions, weight=options.weight)
                 if options.masked:
                     picture = dataclasses.replace(picture, mask=check_mask(picture, masks_of.get(path, [])))
@@ -147,11 +161,12 @@ def scan_pictures(folder: str | Path, prompt: str, options: FolderOptions = AS_I
     return scan
 
 
-def has_pictures(folder: str | Path, recursive: bool = False) -> bool:
-    """Whether `find_pictures` would find any."""
+def has_pictures(folder: str | Path, recursive: bool = False, others: Mapping[Path, str] = NO_OTHERS) -> bool:
+    """Whether `scan_pictures` would find any."""
     folder = Path(folder)
-    top = _Place(folder, 1, "", "")
-    return folder.is_dir() and any(_holds_pictures(place.path) for place in _places(top, recursive, Scan(folder)))
+    top, others = _Place(folder, 1, "", ""), {path.resolve(): what for path, what in others.items()}
+    places = _places(top, recursive, Scan(folder), others) if folder.is_dir() else ()
+    return any(_holds_pictures(place.path) for place in places)
 
 
 def check_picture(path: Path, prompt: str) -> Picture:
@@ -163,11 +178,13 @@ def _holds_pictures(folder: Path) -> bool:
     return any(map(is_picture, folder.iterdir()))
 
 
-def _places(place: _Place, recursive: bool, scan: Scan) -> Iterator[_Place]:
+def _places(place: _Place, recursive: bool, scan: Scan, others: Collection[Path]) -> Iterator[_Place]:
     """A folder, then those of its subfolders that are read, by name."""
     yield place
     for subfolder in sorted(path for path in place.path.iterdir() if path.is_dir()):
-        name = re.fullmatch(r"(\d+)_(.+)", subfolder.name)
+        name = REPEATED.fullmatch(subfolder.name)
+        if subfolder.resolve() in others:
+            continue
         if name and _holds_pictures(subfolder):
             try:
                 child = _Place(subfolder, _repeats(subfolder, int(name[1])), name[2].strip(), "the folder's name")
@@ -179,7 +196,7 @@ def _places(place: _Place, recursive: bool, scan: Scan) -> Iterator[_Place]:
         else:
             continue
         if recursive and not subfolder.is_symlink():  # a link may lead back up
-            yield from _places(child, recursive, scan)
+            yield from _places(child, recursive, scan, others)
         else:
             yield child
 
@@ -191,7 +208,12 @@ def _repeats(folder: Path, number: int) -> int:
 
 
 def _pictures_in(
-    place: _Place, read: set[Path], masked: bool, masks_of: dict[Path, list[Path]], scan: Scan
+    place: _Place,
+    read: set[Path],
+    options: FolderOptions,
+    masks_of: dict[Path, list[Path]],
+    scan: Scan,
+    others: Mapping[Path, str],
 ) -> list[Path]:
     """The pictures of one folder; notes their masks, and all that is not used."""
     entries = sorted(place.path.iterdir())
@@ -199,12 +221,19 @@ def _pictures_in(
     masks_of |= (found := mask_files(paths))
     is_mask_of = {mask: picture for picture, masks in found.items() for mask in masks}
     paths = [path for path in paths if path not in is_mask_of]
-    if masked:
+    if options.masked:
         read = {*read, *is_mask_of}
-    known = {*paths, *read, place.path / CAPTIONS_FILE, *(file for path in paths for file in _sidecars(path))}
+    captions = {file for path in paths for file in _sidecars(path, SIDECARS)}
+    used = {file for file in captions if file.suffix in options.sidecars}
+    known = {*paths, *read, place.path / CAPTIONS_FILE, *used}
     for path in entries:
         if path not in known:
-            reason = f"the mask of {is_mask_of[path].name}, for --masked_loss" if path in is_mask_of else _reason(path)
+            if path in is_mask_of:
+                reason = f"the mask of {is_mask_of[path].name}, for --masked_loss"
+            elif path in captions:
+                reason = f"a caption, where {options.sidecars[0]} files are read"
+            else:
+                reason = _reason(path, others)
             scan.left_out[path.relative_to(scan.folder).as_posix()] = reason
     return paths
 
@@ -220,23 +249,27 @@ def _add_masks(folder: Path, paths_in: dict[_Place, list[Path]], masks_of: dict[
         scan.left_out |= {str(path): "a mask without a picture" for path in unused}
 
 
-def _reason(path: Path) -> str:
+def _reason(path: Path, others: Mapping[Path, str]) -> str:
     if path.name[0] == ".":
         return "hidden"
     if path.is_dir():
+        if path.resolve() in others:
+            return others[path.resolve()]
         if path.is_symlink():
             return "a link to a folder"
-        return SUBFOLDER if _holds_pictures(path) else "a folder without pictures"
+        if REPEATED.fullmatch(path.name) and _holds_pictures(path):
+            return "a folder with a number of repeats that cannot be"  # else it were read
+        return SUBFOLDER if any(map(is_picture, path.rglob("*"))) else "a folder without pictures"
     return "a caption without a picture" if path.suffix in SIDECARS else "no picture"
 
 
-def _sidecars(path: Path) -> list[Path]:
-    return [path.with_suffix(suffix) for suffix in SIDECARS if path.with_suffix(suffix).is_file()]
+def _sidecars(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return [path.with_suffix(suffix) for suffix in suffixes if path.with_suffix(suffix).is_file()]
 
 
-def _own_caption(path: Path) -> tuple[str, str] | None:
+def _own_caption(path: Path, suffixes: tuple[str, ...]) -> tuple[str, str] | None:
     """The text beside a picture and its file's name; `None` where there is none, or an empty one."""
-    sidecars = _sidecars(path)
+    sidecars = _sidecars(path, suffixes)
     if len(sidecars) > 1:
         raise ValueError(f"{path} has two captions, {' and '.join(file.name for file in sidecars)}: remove one.")
     text = _read_text(sidecars[0]).strip() if sidecars else ""
@@ -254,32 +287,39 @@ def _listed_captions(paths_in: dict[_Place, list[Path]], column: str, scan: Scan
         except ValueError as error:
             scan.problems.append(str(error))
             continue
+        of_file: dict[Path, str] = {}
         for number, line in enumerate(lines, start=1):
             try:
-                captions |= _row(file, number, line, column, every) if line.strip() else {}
+                path, caption = _row(file, number, line, column, every) if line.strip() else (file, "")
+                if of_file.setdefault(path, caption) != caption:
+                    raise ValueError(f"{file}, line {number}: {path.name} has another caption above: remove one.")
             except ValueError as error:
                 scan.problems.append(str(error))
+        captions |= {path: (caption, CAPTIONS_FILE) for path, caption in of_file.items() if caption}
     return captions
 
 
-def _row(file: Path, number: int, line: str, column: str, every: set[Path]) -> dict[Path, tuple[str, str]]:
-    """One line of `metadata.jsonl`."""
+def _row(file: Path, number: int, line: str, column: str, every: set[Path]) -> tuple[Path, str]:
+    """Picture and caption of one line of `metadata.jsonl`; no caption where it is null."""
     try:
         row = json.loads(line)
-        name, caption = str(row["file_name"]), str(row[column]).strip()
-    except (ValueError, KeyError, TypeError) as error:
+        name, caption = row["file_name"], row[column]
+        if not isinstance(name, str) or not isinstance(caption, str | None):
+            raise TypeError("texts were expected")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        hint = "" if f'"{column}"' in line else " (--caption_column names another key)"
         raise ValueError(
-            f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}, got {line[:200]!r}.'
+            f'{file}, line {number}: expected {{"file_name": "...", "{column}": "..."}}{hint}, got {line[:200]!r}.'
         ) from error
     path = file.parent / name
     if path not in every or file.parent not in path.parents:
         below = " Pictures in subfolders are read with --recursive." if "/" in name else ""
         raise ValueError(f"{file}, line {number}: there is no picture {name!r} in this folder.{below}")
-    return {path: (caption, CAPTIONS_FILE)} if caption else {}
+    return path, (caption or "").strip()
 
 
 def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"The captions in {file} are not UTF-8 text: {error}.") from error
+        raise ValueError(f"The captions in {file} are not UTF-8 text ({error}): save them as UTF-8.") from error

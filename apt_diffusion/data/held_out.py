@@ -18,18 +18,23 @@ SEED = 0  # of the noise: the same in every run
 
 
 def split_off(pictures: list[Picture], share: float, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Pictures to train on, and those held out: `share` of the distinct ones, at least one of either.
+    """Pictures to train on, and those held out: `share` of the distinct files, at least one of either.
+
+    A file that stands in several folders, with captions of their own, is held out of all.
 
     Raises:
         ValueError: where there are not two pictures.
     """
-    distinct = list(dict.fromkeys(pictures))
-    if len(distinct) < 2:
+    files = list(dict.fromkeys(picture.path for picture in pictures))
+    if len(files) < 2:
         raise ValueError("--validation_split needs two pictures at least: one to train on, and one to hold out.")
-    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
-    order = random_at(seed, 2**60, Purpose.ORDER).permutation(len(distinct))  # a place that no epoch reaches
-    held_out = {distinct[index] for index in order[:count]}
-    return [p for p in pictures if p not in held_out], [p for p in distinct if p in held_out]
+    count = min(max(1, round(share * len(files))), len(files) - 1)
+    order = random_at(seed, 2**60, Purpose.ORDER).permutation(len(files))  # a place that no epoch reaches
+    held_out = {files[index] for index in order[:count]}
+    return (
+        [picture for picture in pictures if picture.path not in held_out],
+        [picture for picture in dict.fromkeys(pictures) if picture.path in held_out],
+    )
 
 
 class HeldOutData(Dataset):

@@ -17,6 +17,7 @@ RENAMED = {
     "num_repeats": "repeats",
     "alpha_mask": "masked_loss",
     "conditioning_data_dir": "mask_data_dir",
+    "caption_extension": "caption_extension",
 }
 OF_A_SUBSET = RENAMED | dict(zip(SAME, SAME, strict=True))
 OF_THE_RUN = {
@@ -27,7 +28,6 @@ OF_THE_RUN = {
     "max_token_length": "--tokenizer_max_length", "resize_interpolation": "--image_interpolation_mode",
     "random_crop": "without --center_crop",
 }  # fmt: skip
-EXTENSIONS = (".txt", ".caption")
 WITHOUT_INFLUENCE = ("cache_info", "debug_dataset", "is_reg", "subsets", "validation_seed", "skip_image_resolution")
 Subset = dict[str, Any]
 
@@ -54,19 +54,35 @@ def subsets(content: Mapping[str, Any]) -> Iterator[tuple[Subset, dict[str, tupl
 
 def unknown(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Table, key and what is wrong, for settings that the trainer here does not have."""
+    yield from _wrong_types(content)
     for name, level in _levels(content):
         for key, value in level.items():
             if key in OF_A_SUBSET or key in OF_THE_RUN or key in WITHOUT_INFLUENCE:
                 continue
-            if key == "caption_extension" and value in EXTENSIONS:
-                continue
-            if key == "caption_extension":
-                yield name, key, f"captions are read from {' and '.join(EXTENSIONS)} files, not from {value!r}."
-            elif value is True or value not in (0, None, "", 1.0):  # those are off, or defaults
+            if value is True or value not in (0, None, "", 1.0):  # those are off, or defaults
                 yield name, key, f"{key!r} of kohya's scripts is not here: take it out, or leave it off."
     for key in content:
         if key not in ("general", "datasets"):
             yield "", key, f"{key!r} is not known here."
+
+
+def _wrong_types(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Whatever is no table where there should be one, and `is_reg` that is neither true nor false."""
+    if not isinstance(content.get("general", {}), dict):
+        yield "", "general", "[general] must be a table."
+    if not _is_list_of_tables(content["datasets"]):
+        yield "", "datasets", "each data set must be a table [[datasets]]."
+    for d, dataset in enumerate(_tables(content["datasets"])):
+        if not _is_list_of_tables(dataset.get("subsets", [])):
+            yield f"datasets[{d}]", "subsets", "each subset must be a table [[datasets.subsets]]."
+        for s, subset in enumerate(_tables(dataset.get("subsets"))):
+            if not isinstance(subset.get("is_reg", False), bool):
+                is_class = subset["is_reg"]
+                yield f"datasets[{d}].subsets[{s}]", "is_reg", f"is_reg must be true or false, got {is_class!r}."
+
+
+def _is_list_of_tables(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(table, dict) for table in value)
 
 
 def for_the_run(content: Mapping[str, Any]) -> list[str]:

@@ -75,13 +75,23 @@ def check_mask(picture: Picture, files: Sequence[Path]) -> PictureFile | None:
     return place
 
 
-def check_any_mask(pictures: Sequence[Picture], folder: Path) -> None:
-    """`ValueError` where there are pictures, and none has a mask."""
+def check_any_mask(pictures: Sequence[Picture], folder: Path, masks: Path | None = None) -> None:
+    """`ValueError` where there are pictures, and none has a mask.
+
+    Args:
+        pictures: of one folder or data set.
+        folder: its name.
+        masks: the folder of masks, if there is one.
+    """
+    is_folder = all(isinstance(picture.path, Path) for picture in pictures)
+    if masks is not None:
+        remedy = f"In {masks} the mask of dog.jpg is called dog.png, white where it counts."
+    elif is_folder:
+        remedy = "Put dog-mask.png beside dog.jpg, white where it counts, or make it transparent where it does not."
+    else:
+        remedy = "In a data set the transparency of a picture is its mask."
     if pictures and all(picture.mask is None for picture in pictures):
-        raise ValueError(
-            f"--masked_loss: no picture in {folder} has a mask. Put dog-mask.png beside dog.jpg, white where it "
-            "counts, or make the picture transparent where it does not."
-        )
+        raise ValueError(f"--masked_loss: no picture in {folder} has a mask. {remedy}")
 
 
 def _read_mask(picture: PictureFile, place: PictureFile) -> Image.Image | None:
@@ -116,14 +126,16 @@ class Masks:
 
     def __init__(self, stride: int) -> None:
         self.stride = stride
-        self._made: dict[View, Tensor] = {}
+        # Two folders may have the same picture with masks of their own.
+        self._made: dict[tuple[PictureFile, View], Tensor] = {}
 
     def __call__(self, picture: Picture, view: View) -> Tensor | None:
         """`(1, h, w)`, or `None` where the picture has no mask."""
         if picture.mask is None:
             return None
-        if view not in self._made:
+        key = picture.mask, view
+        if key not in self._made:
             mask = cut_mask(picture, view, self.stride)
             assert mask is not None  # the picture has one
-            self._made[view] = mask
-        return self._made[view]
+            self._made[key] = mask
+        return self._made[key]

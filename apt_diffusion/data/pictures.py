@@ -43,6 +43,11 @@ class Picture:
         """The caption between its prefix and suffix."""
         return self.caption_options.whole(self.caption)
 
+    @property
+    def longest_prompts(self) -> list[str]:
+        """One for each line among which samples choose."""
+        return self.caption_options.longest(self.caption)
+
 
 @dataclass(frozen=True, order=True)
 class View:

@@ -70,8 +70,10 @@ class RowPicture:
         if name is None:
             raise ValueError("the row holds none")
         file = Path(name).resolve()
+        if "://" in name:
+            raise ValueError(f"it should be {name}: unpack the archive first")
         if not any(file.is_relative_to(root) for root in self.roots):
-            raise ValueError(f"it should be the file {name}, which is outside of the data set")
+            raise ValueError(f"it should be the file {file}, which is outside of the data set")
         return file.read_bytes()
 
 
@@ -128,7 +130,7 @@ def _size(image: Image.Image) -> tuple[int, int]:
         return as_rgb(image).size
     width, height = image.size
     turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    image.draft("RGB", (width // 8, height // 8))
+    image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
     image.load()
     return (height, width) if turned else (width, height)
 

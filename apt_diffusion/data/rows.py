@@ -33,9 +33,9 @@ def scan_rows(
         ValueError: where the data set, its split or a column is not there, or a column holds something else.
     """
     rows = _split(load_hub_splits(name, config), name)
-    check_columns(rows, [image_column], name)
+    check_columns(rows, [image_column], name, "Name the one with the pictures by --image_column.")
     if caption_column is not None:
-        check_columns(rows, [caption_column], name)
+        check_columns(rows, [caption_column], name, "Name the one with the captions by --caption_column.")
     elif CAPTION_COLUMN in rows.column_names:
         caption_column = CAPTION_COLUMN
     captions = [None] * len(rows) if caption_column is None else _texts(rows, caption_column, name)

@@ -97,17 +97,20 @@ def load_hub_splits(name: str, config: str | None = None) -> dict[str, Any]:
         ValueError: where the data set cannot be loaded, with the cause.
     """
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset, load_from_disk
     except ImportError as error:
         raise ImportError("Data sets of the hub need `pip install datasets`.") from error
     try:
+        if (Path(name) / "state.json").is_file():  # as `Dataset.save_to_disk` leaves it
+            return {"train": load_from_disk(name)}
         return dict(load_dataset(name, config))
     except Exception as error:  # the hub, the cache and every format fail with classes of their own
         raise ValueError(f"The data set {name!r} cannot be loaded: {error}") from error
 
 
-def check_columns(rows: Any, names: Iterable[str], data_set: str) -> None:
-    """`ValueError` where a split of a hub data set lacks a column."""
+def check_columns(rows: Any, names: Iterable[str], data_set: str, remedy: str = "") -> None:
+    """`ValueError` where a split of a hub data set lacks a column; `remedy` is a sentence on what to do."""
     missing = [name for name in names if name not in rows.column_names]
     if missing:
-        raise ValueError(f"The data set {data_set!r} has no column {missing}: its columns are {rows.column_names}.")
+        known = f"its columns are {rows.column_names}."
+        raise ValueError(f"The data set {data_set!r} has no column {missing}: {known} {remedy}".rstrip())

@@ -99,6 +99,13 @@ def test_wildcards_are_chosen_for_each_sample_alike():
     assert CaptionOptions().whole("{a|b}") == "{a|b}"
 
 
+def test_the_longest_of_what_can_be_drawn_is_known():
+    options = CaptionOptions(wildcards=True, prefix="photo of")
+    found = options.longest("a {red|reddish} dog\n\na {{x}}{|, far away}")
+    assert found == ["photo of a reddish dog", "photo of a {x}, far away"]
+    assert CaptionOptions(suffix="b").longest("{a|bb}\nc") == ["{a|bb}\nc b"] and options.longest("") == ["photo of"]
+
+
 def test_prefix_and_suffix_stay_where_they_are(tmp_path):
     data = data_of(tmp_path, CaptionOptions(shuffle=True, prefix="photo of", suffix="at home"))
     assert all(p.startswith("photo of ") and p.endswith(" at home") for p in prompts(data))

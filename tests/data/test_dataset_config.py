@@ -52,6 +52,15 @@ def test_the_example_of_the_docs_says_what_it_seems_to(tmp_path):
     assert (captions.shuffle, captions.keep_tokens, captions.suffix, captions.dropout) == (True, 1, "in pencil", 0.1)
 
 
+def test_folders_of_one_class_share_it(folders):
+    one = 'instance_prompt = "x"\nclass_data_dir = "dogs"\nclass_prompt = "a dog"\n'
+    text = f'[[folders]]\ninstance_data_dir = "dog"\n{one}[[folders]]\ninstance_data_dir = "cat"\n{one}'
+    config = read_dataset_config(written(folders, text), DEFAULTS)
+    assert len(config.folders) == 2 and len(config.of_class) == 1
+    other = text.replace('"a dog"', '"dogs"', 1)
+    assert len(read_dataset_config(written(folders, other), DEFAULTS).of_class) == 2
+
+
 def test_what_a_folder_leaves_out_is_as_the_command_line_says(folders):
     one = f'[[folders]]\ninstance_data_dir = "{folders}/dog"\n'
     file = written(folders, one + '[[folders]]\ninstance_data_dir = "cat"\nmasked_loss = false')

@@ -60,6 +60,26 @@ def test_every_kind_of_change_is_named(tmp_path):
     ]  # fmt: skip
 
 
+def test_masks_of_all_folders_that_have_a_picture_count(tmp_path):
+    save(tmp_path / "p" / "a.png")
+    for side in ("left", "right"):
+        save(tmp_path / side / "a.png", "white")
+
+    def of_both():
+        options = [FolderOptions(masked=True, mask_folder=tmp_path / side) for side in ("left", "right")]
+        pictures = [
+            p for number, option in enumerate(options) for p in scan_pictures(tmp_path / "p", "x", option).pictures
+        ]
+        return fingerprint(pictures, [tmp_path / "p", tmp_path / "p"], ("x",))
+
+    equal = of_both()
+    for side in ("left", "right"):
+        save(tmp_path / side / "a.png", "grey")
+        assert changes(equal, of_both()) == ["a.png of folder 1 (p) has another mask"]
+        save(tmp_path / side / "a.png", "white")
+    assert of_both() == equal
+
+
 # Resuming
 
 

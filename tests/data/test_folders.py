@@ -1,6 +1,8 @@
 """Subfolders, and what is found in a folder: pictures, where captions come from, what is left out, what is wrong."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,108 @@ def test_a_report_has_sizes_repeats_captions_and_reasons(tree):
     ]
 
 
+def test_folders_with_another_role_are_not_read_as_a_part_of_it(tmp_path):
+    for name in ("a.png", "masks/a.png", "class/b.png", "class/in/c.png", "in/d.png"):
+        save(tmp_path / name, (30, 20))
+    masked = FolderOptions(recursive=True, masked=True, mask_folder=tmp_path / "in" / ".." / "masks")
+    scan = scan_pictures(tmp_path, "x", masked, {tmp_path / "class": "the folder of the class"})
+    assert [p.path.relative_to(tmp_path).as_posix() for p in scan.checked()] == ["a.png", "in/d.png"]
+    assert scan.left_out == {"masks": "the folder of masks", "class": "the folder of the class"}
+    within = scan_pictures(tmp_path / "class", "x", FolderOptions(recursive=True), {tmp_path / "class": "itself"})
+    assert len(within.pictures) == 2
+    assert not has_pictures(
+        save(tmp_path / "other" / "in" / "e.png").parents[1], True, {tmp_path / "other" / "in": "the subject"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"file_name": "a.png", "text": null}', None),
+        ('{"file_name": "a.png", "text": ["x", "y"]}', "expected"),
+        ('{"file_name": "a.png", "text": 5}', "expected"),
+        ('{"file_name": 3, "text": "x"}', "expected"),
+        ('{"file_name": "a.png", "caption": "x"}', "--caption_column names another key"),
+        ("[" * 100_000, "expected"),
+        ('{"file_name": "a.png", "text": "one"}\n{"file_name": "a.png", "text": "two"}', "line 2: a.png has another"),
+    ],
+)
+def test_captions_that_are_no_text_are_refused_and_null_is_none(tmp_path, line, problem):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(line)
+    scan = scan_pictures(tmp_path, "x")
+    if problem is None:
+        assert [picture.caption for picture in scan.checked()] == ["x"]
+    else:
+        (found,) = scan.problems
+        assert problem in found and "line" in found
+
+
+def test_the_ending_of_captions_can_be_said(tmp_path):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b.png")
+    for name, text in {"a.txt": "tags", "a.caption": "prose", "b.txt": "tags"}.items():
+        (tmp_path / name).write_text(text)
+    scan = scan_pictures(tmp_path, "x", FolderOptions(sidecars=(".caption",)))
+    assert [picture.caption for picture in scan.checked()] == ["prose", "x"]
+    assert scan.left_out == dict.fromkeys(("a.txt", "b.txt"), "a caption, where .caption files are read")
+    assert "two captions, b.txt and b.caption" not in str(scan_pictures(tmp_path, "x").problems)
+
+
+def test_pictures_far_below_are_told_of_and_names_that_cannot_be_are_not_called_readable(tmp_path):
+    save(tmp_path / "img" / "10_sks dog" / "a.png")
+    assert "Its subfolders have some: --recursive reads them." in scan_pictures(tmp_path, "x").problems[0]
+    save(tmp_path / "0_x" / "a.png")
+    scan = scan_pictures(tmp_path, "x")
+    assert scan.left_out["0_x"] == "a folder with a number of repeats that cannot be"
+
+
+@pytest.mark.parametrize("size", [(6, 6), (300, 7), (1, 1)])
+def test_small_jpegs_are_read(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.jpg")
+    (picture,) = find_pictures(tmp_path, "x")
+    assert (picture.width, picture.height) == size
+
+
 # In the trainer
+
+
+def test_check_data_finds_what_stops_a_run_whose_pictures_can_be_read(go, instance_dir, tmp_path, capsys):
+    shutil.copytree(instance_dir, tmp_path / "p")
+    resumed = {"instance_data_dir": tmp_path / "p", "resume_from_checkpoint": "latest"}
+    go("run", instance_data_dir=tmp_path / "p", checkpointing_steps=1)
+    some = sorted((tmp_path / "p").iterdir())[0]
+    some.with_suffix(".txt").write_text("another caption")
+    with pytest.raises(SystemExit):
+        go("run", check_data=True, **resumed)
+    assert "Stops the run: The pictures of the subject are not those" in (printed := capsys.readouterr().out)
+    assert f"{some.name} has another caption" in printed and printed.endswith("Problems that stop the run: 1.\n")
+    go("run", check_data=True, allow_changed_data=True, **resumed)
+    save(tmp_path / "one" / "a.png")
+    with pytest.raises(SystemExit):
+        go(instance_data_dir=tmp_path / "one", check_data=True, validation_split=0.5)
+    assert "Stops the run: --validation_split needs two pictures" in capsys.readouterr().out
+
+
+def test_a_name_that_is_no_text_does_not_stop_the_report(go, tmp_path, no_models, capsys):
+    (tmp_path / "p").mkdir()
+    save(tmp_path / "p" / os.fsdecode(b"caf\xe9.png"))
+    go(instance_data_dir=tmp_path / "p", check_data=True)
+    assert "caf\\udce9.png" in capsys.readouterr().out
+
+
+def test_the_class_and_held_out_pictures_are_not_trained_on_as_the_subject(
+    go, instance_dir, tmp_path, no_models, capsys
+):
+    shutil.copytree(instance_dir, tmp_path / "all")
+    for role in ("class", "val"):
+        save(tmp_path / "all" / role / f"{role}.png")
+    flags = {"with_prior_preservation": True, "class_data_dir": tmp_path / "all" / "class", "class_prompt": "a dog"}
+    go(instance_data_dir=tmp_path / "all", recursive=True, check_data=True,
+       validation_data_dir=tmp_path / "all" / "val", **flags)  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "class/class.png" not in printed and "val/val.png" not in printed
+    assert "Left out: class (the folder of the class)" in printed and "Left out: val (held out)" in printed
 
 
 def test_check_data_ends_with_a_report_before_models_are_loaded(go, tree, tmp_path, no_models, capsys, caplog):

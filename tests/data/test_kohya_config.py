@@ -1,6 +1,7 @@
 """TOML files of kohya's scripts: what is taken from each level, what is said of the rest, and lines of mistakes."""
 
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -114,9 +115,37 @@ token_warmup_step = 0
     assert re.findall(r"line (\d+): (.{24})", str(error.value)) == [
         ("3", "'color_aug' of kohya's sc"[:24]), ("4", "keep_tokens must be a wh"), ("5", "'face_crop_aug_range' of"),
         ("8", "this subset has no class"), ("9", "image_dir: there is no f"), ("10", "num_repeats must be a wh"),
-        ("11", "this subset has no image"), ("13", "captions are read from ."), ("18", "'metadata_file' of kohya"),
+        ("11", "this subset has no image"), ("13", "caption_extension must b"), ("18", "'metadata_file' of kohya"),
         ("19", "this subset has no class"), ("22", "'other' is not known her"),
     ]  # fmt: skip
+
+
+def test_wrong_types_and_masks_without_their_switch_are_told(folders):
+    text = """general = 3
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = 'piyo'
+  class_tokens = 'x'
+  is_reg = "true"
+  [[datasets.subsets]]
+  image_dir = 'fuga'
+  class_tokens = 'x'
+  conditioning_data_dir = 'hoge'
+"""
+    with pytest.raises(ValueError, match="has 3 mistakes") as error:
+        read_dataset_config(written(folders, text), DEFAULTS)
+    assert re.findall(r"line (\d+): (.{24})", str(error.value)) == [
+        ("1", "[general] must be a tabl"), ("6", "is_reg must be true or f"), ("10", "conditioning_data_dir ne"),
+    ]  # fmt: skip
+    masked = text.replace("general = 3", "").replace('"true"', "true")
+    (folder,) = read_dataset_config(written(folders, masked), DEFAULTS | {"masked_loss": True}).folders
+    assert folder.options.mask_folder == Path("hoge")
+
+
+def test_the_ending_of_captions_is_that_of_the_file(folders):
+    text = "[[datasets]]\ncaption_extension = '.caption'\n[[datasets.subsets]]\nimage_dir = 'piyo'\nclass_tokens = 'x'"
+    (folder,) = read_dataset_config(written(folders, text), DEFAULTS).folders
+    assert folder.options.sidecars == (".caption",)
 
 
 @pytest.mark.parametrize("text", ["datasets = 3", "[[datasets]]\nbatch_size = 1", "[[datasets]]\nsubsets = 2"])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from support.training_helpers import assert_same_adapter, losses
 
 from apt_diffusion.data.dreambooth import DreamBoothData, Framing, collate
@@ -29,6 +29,28 @@ def half_white(path, size=(40, 30)):
 
 
 # Finding
+
+
+def test_each_folder_has_its_own_masks_of_the_same_pictures(tmp_path):
+    for name in ("p", "left", "right"):
+        (tmp_path / name).mkdir()
+    save(tmp_path / "p" / "a.png", size=(32, 32))
+    half_white(tmp_path / "left" / "a.png", (32, 32))
+    ImageOps.mirror(Image.open(tmp_path / "left" / "a.png")).save(tmp_path / "right" / "a.png")
+    pictures = [
+        picture
+        for side in ("left", "right")
+        for picture in scan_pictures(
+            tmp_path / "p", side, FolderOptions(masked=True, mask_folder=tmp_path / side)
+        ).checked()
+    ]
+    data = DreamBoothData(pictures, [], Framing(32, True, False, "bilinear", 4), (4, 8, 8), 0)
+    data.cache = {
+        view: (torch.zeros(4, 8, 8), torch.zeros(4, 8, 8)) for index in (0, 1) for view in data.views_at(index)
+    }
+    half = torch.cat([torch.ones(4), torch.zeros(4)])
+    found = {sample.prompt: sample.mask[0, 0] for index in (0, 1) for sample in data[index]}
+    assert torch.equal(found["left"], half) and torch.equal(found["right"], half.flip(0))
 
 
 def test_masks_are_found_by_name_then_by_transparency(tmp_path, caplog):

@@ -96,6 +96,14 @@ def test_splits_and_data_sets_that_are_not_there_are_refused(tmp_path):
         scan(tmp_path / "nowhere")
 
 
+def test_a_data_set_that_was_saved_to_disk_is_loaded(tmp_path):
+    datasets.Dataset.from_dict({"image": [{"bytes": png(), "path": None}], "text": ["a dog"]}).save_to_disk(
+        tmp_path / "s"
+    )
+    (picture,) = scan(tmp_path / "s").checked()
+    assert picture.caption == "a dog"
+
+
 def test_everything_wrong_with_rows_is_found_and_no_foreign_file_is_read(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png())

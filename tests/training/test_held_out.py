@@ -1,5 +1,6 @@
 """Held-out pictures: which they are, what is measured, that measuring changes nothing, and which adapter is kept."""
 
+import dataclasses
 import json
 import shutil
 
@@ -41,6 +42,14 @@ def test_a_share_is_split_off_by_the_seed(tmp_path):
         assert all(split_off(of_ten[:2], share, seed=0))  # never none
     with pytest.raises(ValueError, match="--validation_split needs two pictures"):
         split_off(of_ten[:1] * 5, 0.5, seed=0)
+
+
+def test_a_picture_of_two_folders_is_held_out_of_both(tmp_path):
+    of_four = pictures(tmp_path, 4)
+    elsewhere = [dataclasses.replace(picture, caption="another prompt") for picture in of_four]
+    trained, held_out = split_off([*of_four, *elsewhere], 0.25, seed=0)
+    assert len(held_out) == 2 and len({picture.path for picture in held_out}) == 1
+    assert not {picture.path for picture in trained} & {picture.path for picture in held_out} and len(trained) == 6
 
 
 def test_timesteps_are_spread_and_noise_is_fixed(tmp_path):

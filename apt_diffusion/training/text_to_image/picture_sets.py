@@ -2,11 +2,12 @@
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...data.buckets import Size, generate_buckets, parse_buckets
+from ...data.dataset_config import DatasetConfig
 from ...data.dreambooth import Framing
 from ...data.folders import FolderOptions, Scan, has_pictures, scan_pictures
 from ...data.masks import check_any_mask
@@ -56,37 +57,59 @@ def scan_picture_sets(args: argparse.Namespace) -> PictureSets:
     options = FolderOptions(
         column, args.recursive, "--instance_prompt", caption_options(args), args.masked_loss, masks
     )
+    config = None if args.dataset_config is None else dataset_config(args)
+    others = _folders_by_role(args, config)
     held_out = None
     if args.validation_data_dir is not None:
         of_folder = replace(options, mask_folder=None)  # which are those of the pictures that are trained on
-        held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, of_folder)
+        within = others | _subjects_folders(args, config)
+        held_out = scan_pictures(args.validation_data_dir, args.instance_prompt, of_folder, within)
     if args.dataset_name is not None:
         columns = args.image_column, args.caption_column
         scan = scan_rows(args.dataset_name, args.dataset_config_name, *columns, args.instance_prompt, options)
         return PictureSets([_with_masks(scan, options)], scan_class_folder(args), held_out)
-    if args.dataset_config is None:
-        subject = [_scan_subject(args.instance_data_dir, args.instance_prompt, options)]
+    if config is None:
+        subject = [_scan_subject(args.instance_data_dir, args.instance_prompt, options, others)]
         return PictureSets(subject, scan_class_folder(args), held_out)
-    config = dataset_config(args)
     if config.for_the_run:
         logger.warning(
             "Not taken from %s, as they are flags of the whole run here: %s.",
             args.dataset_config, ", ".join(config.for_the_run),
         )  # fmt: skip
-    subject = [_scan_subject(folder.path, folder.prompt, folder.options) for folder in config.folders]
-    of_class = [scan_pictures(folder.path, folder.prompt, folder.options) for folder in config.of_class]
+    subject = [_scan_subject(folder.path, folder.prompt, folder.options, others) for folder in config.folders]
+    within = others | _subjects_folders(args, config)
+    of_class = [scan_pictures(folder.path, folder.prompt, folder.options, within) for folder in config.of_class]
     return PictureSets(subject, of_class, held_out)
 
 
-def _scan_subject(folder: str | Path, prompt: str, options: FolderOptions) -> Scan:
-    return _with_masks(scan_pictures(folder, prompt, options), options)
+def _folders_by_role(args: argparse.Namespace, config: DatasetConfig | None) -> dict[Path, str]:
+    """What folders beside the subject's hold: one that lies within another is not read as a part of it."""
+    named: list[tuple[Path | str | None, str]] = [
+        (args.mask_data_dir, "the folder of masks"),
+        (args.class_data_dir if args.with_prior_preservation else None, "the folder of the class"),
+        (args.validation_data_dir, "held out"),
+    ]
+    for folder in () if config is None else config.folders:
+        named.append((folder.options.mask_folder, "the folder of masks"))
+    named += [(folder.path, "the folder of the class") for folder in (() if config is None else config.of_class)]
+    return {Path(folder): what for folder, what in named if folder is not None}
+
+
+def _subjects_folders(args: argparse.Namespace, config: DatasetConfig | None) -> dict[Path, str]:
+    given = [] if args.instance_data_dir is None else [Path(args.instance_data_dir)]
+    folders = given if config is None else [folder.path for folder in config.folders]
+    return dict.fromkeys(folders, "the folder of the subject")
+
+
+def _scan_subject(folder: str | Path, prompt: str, options: FolderOptions, others: Mapping[Path, str]) -> Scan:
+    return _with_masks(scan_pictures(folder, prompt, options, others), options)
 
 
 def _with_masks(scan: Scan, options: FolderOptions) -> Scan:
     """Notes where there should be masks, and none is."""
     if options.masked:
         try:
-            check_any_mask(scan.pictures, scan.folder)
+            check_any_mask(scan.pictures, scan.folder, options.mask_folder)
         except ValueError as error:
             scan.problems.append(str(error))
     return scan
@@ -94,10 +117,13 @@ def _with_masks(scan: Scan, options: FolderOptions) -> Scan:
 
 def scan_class_folder(args: argparse.Namespace) -> list[Scan]:
     """What `--class_data_dir` holds; nothing where it has no pictures yet."""
-    if not args.with_prior_preservation or not has_pictures(args.class_data_dir, args.recursive):
+    if not args.with_prior_preservation:
         return []
-    options = FolderOptions(args.caption_column or CAPTION_COLUMN, args.recursive, "--class_prompt")
-    return [scan_pictures(args.class_data_dir, args.class_prompt, options)]
+    others = _folders_by_role(args, None) | _subjects_folders(args, None)
+    if not has_pictures(args.class_data_dir, args.recursive, others):
+        return []
+    options = FolderOptions(args.caption_column or CAPTION_COLUMN, args.recursive, "--class_prompt", of_class=True)
+    return [scan_pictures(args.class_data_dir, args.class_prompt, options, others)]
 
 
 def used_class_pictures(args: argparse.Namespace, scans: list[Scan]) -> list[Picture]:
@@ -143,13 +169,19 @@ def check_group(args: argparse.Namespace, resumed: Checkpoint | None, num_proces
     return group
 
 
-def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callable[[Picture], tuple[int, int]]) -> str:
+def data_report(
+    args: argparse.Namespace,
+    sets: PictureSets,
+    trained_at: Callable[[Picture], tuple[int, int]],
+    of_the_run: Sequence[str],
+) -> str:
     """What `--check_data` prints.
 
     Args:
         args: the script's flags.
         sets: the pictures that they name.
         trained_at: height and width at which a picture is trained.
+        of_the_run: sentences on what stops the run although each picture can be read.
     """
     repeated = [f"With --repeats {args.repeats}, that many times as often."] if args.repeats > 1 else []
     if args.validation_split:
@@ -161,7 +193,8 @@ def data_report(args: argparse.Namespace, sets: PictureSets, trained_at: Callabl
         parts.append(_class_report(args, sets.of_class, trained_at))
     if sets.held_out is not None:
         parts.append(report(sets.held_out, "Held out", trained_at))
-    problems = len(sets.problems)
+    parts += [f"Stops the run: {problem}" for problem in of_the_run]
+    problems = len(sets.problems) + len(of_the_run)
     parts.append(f"Problems that stop the run: {problems}." if problems else "Nothing stops the run.")
     return "\n\n".join(parts)
 

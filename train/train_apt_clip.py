@@ -160,6 +160,8 @@ def run_seed(all_args: RunArguments, data: Labelled, seed: int) -> dict[str, flo
             optimizer, schedule = make_clip_optimizer(args, parameters, session.steps_per_epoch)
             network = session.prepare({"network": classifier}, parameters, optimizer, schedule)["network"]
             set_training_mode(model)
+            if session.evaluation_due:  # the run that is resumed was stopped before it
+                session.log(evaluate(network))
             for batch in session.batches(session.loader(examples, pictures)):
                 with session.step():
                     session.backward(loss(network, batch))

@@ -205,6 +205,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             network = session.prepare({"network": objective}, parameters, *make_optimizer(args, parameters))["network"]
             set_training_mode(model)
             collate = RetrievalInputs(inputs, with_matched=matching_head is not None)
+            if session.evaluation_due:  # the run that is resumed was stopped before it
+                session.log(evaluate(network))
             for batch in session.batches(session.loader(examples, collate)):
                 with session.step():
                     session.backward(loss(network, batch))

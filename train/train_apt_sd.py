@@ -23,14 +23,14 @@ from apt_diffusion.data.dreambooth import Batch, DreamBoothData, Framing, collat
 from apt_diffusion.data.folders import check_picture
 from apt_diffusion.data.held_out import HeldOutData, split_off
 from apt_diffusion.data.pictures import Picture
-from apt_diffusion.training import optimizer_choice
+from apt_diffusion.training import best, optimizer_choice
 from apt_diffusion.training.activations import checkpoint_activations, checkpoint_blocks
 from apt_diffusion.training.adapter import attach_trainable
 from apt_diffusion.training.frozen_blocks import offload_blocks
 from apt_diffusion.training.idle_flags import warn_of_idle_flags, warn_of_long_warmup
-from apt_diffusion.training.loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
+from apt_diffusion.training.loss_log import VALIDATION_LOSS
 from apt_diffusion.training.optimizer import make_schedule
-from apt_diffusion.training.optimizer_choice import parse_settings
+from apt_diffusion.training.optimizer_choice import parse_settings, usual_settings
 from apt_diffusion.training.processes import leave
 from apt_diffusion.training.session import Session
 from apt_diffusion.training.text_to_image import samples
@@ -163,17 +163,22 @@ def main(argv: list[str] | None = None) -> None:
             header = session.header(**known) | model_spec(session, base)
             save_apt_weights(learner.saved, folder, metadata=header)
 
+        def evaluate() -> None:
+            with session.averaged():
+                measure(session, learner, save)
+                if samples.draws_while_training(args):
+                    draw_samples(session, learner, sampled)
+
         learner.train()
+        if session.evaluation_due and session.evaluates:  # the run that is resumed was stopped before it
+            evaluate()
         for batch in session.batches(session.loader(data, collate)):
             with session.step():
                 session.backward(training_loss(args, learner, batch))
             if session.checkpoint_due:
                 session.save_checkpoint(save)
             if session.evaluation_due and session.evaluates:
-                with session.averaged():
-                    measure(session, learner, save)
-                    if samples.draws_while_training(args):
-                        draw_samples(session, learner, sampled)
+                evaluate()
 
         # 5. What the run leaves behind.
         if session.evaluates:
@@ -239,6 +244,7 @@ def hold_out(session: Session, sets: PictureSets) -> tuple[list[Picture], list[P
     record_data(session, "subject", list(dict.fromkeys(instance)), folders)
     if session.args.validation_split:
         return split_off(instance, session.args.validation_split, session.seed)
+    record_data(session, "held out", held_out, [] if sets.held_out is None else [sets.held_out.folder])
     return instance, held_out
 
 
@@ -318,13 +324,9 @@ def make_optimizer(
     factor = session.examples_per_step if args.scale_lr else 1
     groups = parameter_groups(args, parameters, factor)
     session.logger.info("Learning rates: %s.", describe(groups))
-    usual = {
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.adam_weight_decay,
-    }
     pairs = [(group.parameters, group.rate) for group in groups]
-    optimizer = optimizer_choice.make_optimizer(args.optimizer, pairs, usual, parse_settings(args.optimizer_args))
+    given = usual_settings(args), parse_settings(args.optimizer_args)
+    optimizer = optimizer_choice.make_optimizer(args.optimizer, pairs, *given)
     return optimizer, {"lr": args.learning_rate * factor} | {group.name: group.rate for group in groups}
 
 
@@ -373,10 +375,9 @@ def measure(session: Session, learner: Learner, save: Callable[[Path], None]) ->
         return {}
     metrics = {VALIDATION_LOSS: validation_loss(session, learner)}
     session.log(metrics)
-    if session.args.keep_best and session.is_main:
-        lowest = min(row[VALIDATION_LOSS] for row in read_log(session.output_dir / METRICS_NAME))
-        if metrics[VALIDATION_LOSS] <= lowest:
-            save(session.output_dir / "best")
+    keeps = session.args.keep_best and session.is_main
+    if keeps and metrics[VALIDATION_LOSS] <= best.lowest_loss(session.output_dir):
+        save(session.output_dir / best.FOLDER)
     return metrics
 
 

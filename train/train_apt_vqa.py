@@ -167,6 +167,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             parameters = trained_parameters(model)
             network = session.prepare({"model": model}, parameters, *make_optimizer(args, parameters))["model"]
             set_training_mode(model)
+            if session.evaluation_due:  # the run that is resumed was stopped before it
+                session.log(evaluate(network))
             for batch in session.batches(session.loader(examples, inputs)):
                 with session.step():
                     session.backward(loss(network, batch))

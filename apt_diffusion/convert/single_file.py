@@ -113,7 +113,12 @@ def _index_of(checkpoint: Checkpoint, config: Path) -> dict[str, Any]:
     file = config / "model_index.json"
     if not file.is_file():
         raise ValueError(f"{config} is no configuration of a base: there is no model_index.json in it.")
-    index = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not isinstance(index, dict) or not (config / "scheduler" / "scheduler_config.json").is_file():
+        raise ValueError(f"{config} is no configuration of a base: it needs model_index.json and a scheduler.")
     name = str(index.get("_class_name")).replace("APT", "")
     if name not in PIPELINES[checkpoint.kind]:
         raise ValueError(f"{checkpoint.file} is a {checkpoint.kind}, but {config} is the configuration of a {name}.")

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+# Flags of the trainers that name a folder which the run makes.
+WRITTEN = ("output_dir", "class_data_dir", "cache_encoder_outputs")
+
 
 def is_local(value: str) -> bool:
     """Whether a text is a path on this machine: absolute, in a home folder, or a relative one that exists.
@@ -31,6 +34,13 @@ def public_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [public_value(one) for one in value]
     return public_name(str(value)) if isinstance(value, str | Path) else value
+
+
+def public_setting(name: str, value: Any) -> Any:
+    """`public_value` of a flag; a place that a run writes is local before it is there."""
+    if name in WRITTEN and isinstance(value, str | Path) and str(value):
+        return os.path.basename(os.path.abspath(os.path.expanduser(value))) or "files"
+    return public_value(value)
 
 
 def placeholder(value: str) -> str:

@@ -75,7 +75,8 @@ class Checkpoint:
 
 def is_single_file(name_or_path: str | Path) -> bool:
     """Whether this names a file rather than a folder or a model of the hub."""
-    return str(name_or_path).endswith(SUFFIXES) or Path(name_or_path).expanduser().is_file()
+    path = Path(name_or_path).expanduser()
+    return path.is_file() or (str(name_or_path).endswith(SUFFIXES) and not path.is_dir())
 
 
 def read_checkpoint(file: str | Path) -> Checkpoint:
@@ -131,8 +132,6 @@ _TYPES = {
 
 def _ckpt_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Read by torch as tensors and plain values only; nothing that a file names is run."""
-    import pickle
-
     import torch
 
     try:
@@ -149,7 +148,7 @@ def _ckpt_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         raise ValueError(f"{file} is packed as no base model is: it is not read. Take the model as .safetensors.")
     try:
         state: Any = torch.load(file, map_location="meta", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # of a damaged file torch's reader raises anything from KeyError to struct.error
         raise ValueError(
             f"{file} holds more than weights, which could run as a program, or is damaged: it is not loaded. Take the "
             "model as .safetensors."

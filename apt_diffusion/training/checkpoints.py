@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..io.atomic import new_folder, remove_folder
+from ..io.atomic import new_folder, remove_folder, write_text
 from ..io.files import write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "training_state.json"
 OPTIMIZER_NAME = "optimizer.safetensors"
 TRAINED_NAME = "trained_weights.safetensors"  # beside an average
+EVALUATION = "evaluation_due"  # in the state: whether an evaluation follows the checkpoint
 _TEMPORARY = ".unfinished-"
 
 
@@ -46,6 +47,11 @@ class Checkpoint:
     def step(self) -> int:
         """The number of steps after which it was written."""
         return self.state["step"]
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the run was stopped before the evaluation of this step."""
+        return self.state.get(EVALUATION, False)
 
 
 def list_checkpoints(output_dir: str | Path) -> dict[int, Path]:
@@ -107,13 +113,34 @@ def remove_unfinished(output_dir: str | Path) -> None:
 
 
 def prune_checkpoints(output_dir: str | Path, total_limit: int | None, newest: int) -> None:
-    """Keeps `total_limit` checkpoints: `newest`, which was just written, and the highest of the others."""
+    """Keeps `total_limit` checkpoints: `newest`, which was just written, and the last before it.
+
+    Those of higher steps are of a run that was given up, and go first.
+    """
     if total_limit is None:
         return
-    others = [folder for step, folder in list_checkpoints(output_dir).items() if step != newest]
+    present = list_checkpoints(output_dir)
+    steps = sorted((step for step in present if step != newest), key=lambda step: (step < newest, step))
+    others = [present[step] for step in steps]
     for folder in others[: max(0, len(others) - total_limit + 1)]:
         logger.info("Removing %s: the limit is %d checkpoints.", folder, total_limit)
         remove_folder(folder, _TEMPORARY)
+
+
+def check_finite(parameters: dict[str, nn.Parameter], step: int) -> None:
+    """`FloatingPointError` where a step has made values that are no numbers."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters.values()):
+        raise FloatingPointError(
+            f"What is trained is not finite after step {step}, so it is not saved. Lower --learning_rate, and begin "
+            "anew or resume from an earlier checkpoint."
+        )
+
+
+def note_evaluation(output_dir: str | Path, step: int) -> None:
+    """Says in `checkpoint-<step>`, if it is there, that its evaluation is done, and none is to be made on resume."""
+    file = Path(output_dir) / f"checkpoint-{step}" / STATE_NAME
+    if file.is_file():
+        write_text(file, json.dumps(json.loads(file.read_text(encoding="utf-8")) | {EVALUATION: False}, indent=2))
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

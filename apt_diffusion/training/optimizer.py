@@ -1,10 +1,12 @@
 """AdamW over named groups of parameters, and learning rates as functions of the step."""
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+SHOWN = 3  # names in a message
 # The factor on all learning rates, from the number of steps done.
 Schedule = Callable[[int], float]
 
@@ -64,3 +66,14 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> list[
 def without_gradient(parameters: dict[str, nn.Parameter]) -> list[str]:
     """Names of the parameters that no backward pass has reached since gradients were last cleared."""
     return [name for name, parameter in parameters.items() if parameter.grad is None]
+
+
+def warn_of_untrained(parameters: dict[str, nn.Parameter], logger: logging.Logger) -> None:
+    """One warning names the parameters of `without_gradient`, if there are any."""
+    silent = without_gradient(parameters)
+    if silent:
+        more = ", ..." if len(silent) > SHOWN else ""
+        logger.warning(
+            "%d of %d trained parameters have no gradient: the loss does not depend on them, and they stay as they "
+            "are (%s%s).", len(silent), len(parameters), ", ".join(silent[:SHOWN]), more,
+        )  # fmt: skip

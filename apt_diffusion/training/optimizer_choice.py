@@ -1,5 +1,6 @@
 """The optimizer that `--optimizer` names: one of a few by a short name, any other by the path of its class."""
 
+import argparse
 import ast
 import importlib
 import inspect
@@ -46,6 +47,12 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+def usual_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags on AdamW as settings that most optimizers have."""
+    betas = args.adam_beta1, args.adam_beta2
+    return {"betas": betas, "eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+
+
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """`["momentum=0.9", "nesterov=True"]` as keyword arguments; `ValueError` for what has no such form."""
     settings = {}
@@ -53,6 +60,8 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
         name, equals, value = word.partition("=")
         if not (equals and name.isidentifier()):
             raise ValueError(f"--optimizer_args {word}: expected NAME=VALUE, as in momentum=0.9.")
+        if name in ("lr", "params"):
+            raise ValueError(f"--optimizer_args {word}: --learning_rate and its kin say how fast what is trained.")
         try:
             settings[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

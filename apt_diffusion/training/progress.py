@@ -59,7 +59,7 @@ class Progress:
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(
                     f"The loss became {row['loss']} at step {row['step']}. Lower --learning_rate, or use "
-                    "--mixed_precision bf16 or no, and resume from the last checkpoint."
+                    "--mixed_precision bf16 or no, and begin anew or resume from a checkpoint some steps before."
                 )
         if rows:
             self.bar.set_postfix(loss=f"{rows[-1]['loss']:.4f}", lr=f"{rows[-1]['lr']:.2e}")

@@ -6,7 +6,7 @@ import platform
 import shlex
 from typing import Any
 
-from ..io.public_names import public_name, public_value
+from ..io.public_names import public_name, public_setting
 from .scripts import shown
 
 SECRETS = ("hub_token",)
@@ -35,7 +35,7 @@ def kept_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The same to be shared: of local paths only the names at their ends."""
-    return {key: public_value(value) for key, value in kept_settings(settings).items()}
+    return {key: public_setting(key, value) for key, value in kept_settings(settings).items()}
 
 
 def adapter_metadata(settings: dict[str, Any], command: str, step: int, **known: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, is_tensorboard_available
 
 from .checkpoints import Checkpoint, find_checkpoint
-from .run_config import RunArguments
+from .run_config import ASIDE, RunArguments
 
 logger = logging.getLogger(__name__)
 
@@ -67,14 +67,30 @@ def find_resumed(args: argparse.Namespace) -> Checkpoint | None:
         return None
     resumed = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     logger.info("Resuming from %s.", resumed.folder if resumed else "nothing, as there is no checkpoint yet")
+    if resumed is not None:
+        _check_optimizer(args, resumed)
     return resumed
 
 
-def report_changes(args: argparse.Namespace, before: dict[str, Any]) -> None:
+def _check_optimizer(args: argparse.Namespace, resumed: Checkpoint) -> None:
+    """The state of one optimizer means nothing to another."""
+    before, now = resumed.state["settings"].get("optimizer"), getattr(args, "optimizer", None)
+    if before is not None and now is not None and before != now:
+        raise ValueError(
+            f"{resumed.folder} was trained with --optimizer {before}, whose state {now} cannot go on with: give "
+            f"--optimizer {before}, or begin a new run in another --output_dir."
+        )
+
+
+def report_changes(args: RunArguments, before: dict[str, Any]) -> None:
     """Says which settings a resumed run has that its checkpoint did not have: then it continues, but not exactly."""
-    now = vars(args)
-    changes = [
-        f"{name} {before[name]!r} -> {now[name]!r}" for name in before if now.get(name) not in (None, before[name])
-    ]
+    now = {name: value for name, value in vars(args).items() if name not in ASIDE}
+    changes = []
+    for name in [*before, *(name for name in now if name not in before)]:
+        # A flag that the checkpoint's version did not have, or one that is settled once the data is known.
+        unknown = name not in now or (name not in before and now[name] == args.parser.get_default(name))
+        is_settled_later = name == "max_train_steps" and now.get(name) is None
+        if not (unknown or is_settled_later or before.get(name) == now[name]):
+            changes.append(f"{name} {before.get(name)!r} -> {now[name]!r}")
     if changes:
         logger.info("Settings that differ from the checkpoint's: %s.", ", ".join(changes))

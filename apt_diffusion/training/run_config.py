@@ -11,6 +11,7 @@ import copy
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 from ..data.settings_file import read_toml, refuse
 from ..data.toml_lines import TomlLines
 from ..io.atomic import write_text
-from ..io.public_names import is_local, public_value
+from ..io.public_names import WRITTEN, is_local, public_setting, public_value
 from ..miniature import MODELS
 from . import deepspeed_config
 from .provenance import SECRETS
@@ -82,6 +83,9 @@ def parse_args(parser: argparse.ArgumentParser, argv: list[str] | None = None) -
     from_file = [] if file is None else _read(parser, Path(file))
     args = parser.parse_args([*from_file, *typed], RunArguments())
     del args.config  # what it said is among the flags
+    for name, value in vars(args).items():
+        if name.endswith(PATHS):  # no shell has seen those of a file
+            setattr(args, name, _expanded(value))
     args.of_deepspeed = deepspeed_config.follow(args)
     args.parser, args.given = parser, copy.deepcopy(vars(args))
     return args
@@ -92,7 +96,7 @@ def command_words(args: RunArguments, seed: int) -> list[str]:
     words = []
     for action, value in _settings(args, seed):
         if value != args.parser.get_default(action.dest):
-            words += _words(action, public_value(value))
+            words += _words(action, public_setting(action.dest, value))
     return words
 
 
@@ -110,15 +114,19 @@ def write_config(args: RunArguments, seed: int, command: str) -> None:
     titles = {action: group.title for group in args.parser._action_groups for action in group._group_actions}
     for action, value in _settings(args, seed):
         key = _key(action)
-        groups.setdefault(str(titles[action]), []).append(f"{key} = {_toml(public_value(value))}")
+        groups.setdefault(str(titles[action]), []).append(f"{key} = {_toml(public_setting(key, value))}")
         if key.endswith(PATHS) and key != "logging_dir":  # which lies in the output folder
-            absolute = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
-            if absolute != value or public_value(value) != value:
+            if key in WRITTEN:
+                absolute = os.path.abspath(value)
+            else:
+                absolute = [_absolute(one) for one in value] if isinstance(value, list) else _absolute(value)
+            if absolute != value or public_setting(key, value) != value:
                 local.append(f"{key} = {_toml(absolute)}")
         elif public_value(value) != value:
             local.append(f"{key} = {_toml(value)}")
     sections = ["\n".join([f"# {title}", *lines, ""]) for title, lines in groups.items()]
-    write_text(folder / CONFIG_NAME, "\n".join([HEADING.format(command=" ".join(command.split())), *sections]))
+    shown = re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\x{ord(match[0]):02x}", " ".join(command.split()))
+    write_text(folder / CONFIG_NAME, "\n".join([HEADING.format(command=shown), *sections]))
     write_text(_local(folder / CONFIG_NAME), "\n".join([LOCAL_HEADING, *local, ""]))
 
 
@@ -128,7 +136,9 @@ def local_path(folder: str | Path, name: str) -> str:
         values, _ = read_toml("--config", _local(Path(folder) / CONFIG_NAME))
     except (OSError, ValueError):
         return name
-    return next((value for value in values.values() if isinstance(value, str) and public_value(value) == name), name)
+    return next(
+        (value for key, value in values.items() if isinstance(value, str) and public_setting(key, value) == name), name
+    )
 
 
 def _settings(args: RunArguments, seed: int) -> Iterator[tuple[argparse.Action, Any]]:
@@ -180,6 +190,13 @@ def _absolute(value: Any) -> Any:
     return os.path.abspath(os.path.expanduser(value))
 
 
+def _expanded(value: Any) -> Any:
+    """A path in the home folder, or several, in full."""
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _local(file: Path) -> Path:
     return file.with_suffix(".local.toml")
 
@@ -203,7 +220,7 @@ def _read(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     words = []
     for key, value in values.items():
         # What was changed in the file since is meant.
-        known_here = key in here and public_value(here[key]) == value
+        known_here = key in here and public_setting(key, here[key]) == value
         words += _words(actions[key], here[key] if known_here else value)
     return words
 

@@ -35,21 +35,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.order import micro_batches
 from ..io.public_names import placeholder
-from . import checkpoints, hub, processes, provenance, sharding
+from . import checkpoints, hub, output_folder, processes, provenance, sharding
 from .average import Average, MovingAverage, ScheduleFreeAverage, load_trained
 from .checkpoints import Checkpoint
 from .interrupt import Interrupt
 from .loading import make_loader
 from .loss_log import LOG_NAME, METRICS_NAME, LossLog, plot_losses, read_log
 from .model_card import write_model_card
-from .optimizer import Schedule, set_learning_rates, without_gradient
+from .optimizer import Schedule, set_learning_rates, warn_of_untrained
 from .optimizer_choice import is_schedule_free
 from .progress import Progress
 from .run import find_resumed, make_accelerator, report_changes
 from .run_config import RunArguments, command_words, write_config
 from .seeds import agree_on_seed, seed_dropout
-
-SHOWN = 3  # names in a message
 
 
 class Session:
@@ -68,6 +66,7 @@ class Session:
         steps_per_epoch: known after `plan`.
         data: what the script says of its data; it is kept in checkpoints.
         checkpoint_due, evaluation_due: whether the script should do this now; `False` between the batches of a step.
+            An evaluation may be due before the first batch: the run that is resumed was stopped before it.
     """
 
     def __init__(
@@ -158,8 +157,7 @@ class Session:
         if self.resumed:
             report_changes(self.args, self.resumed.state["settings"])
         if self.is_main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_unfinished(self.output_dir)
+            output_folder.make(self.output_dir)
             write_config(self.args, self.seed, self.command)
             if self.args.push_to_hub:
                 name = self.args.hub_model_id or self.output_dir.resolve().name
@@ -178,6 +176,11 @@ class Session:
         self.accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(epoch_length / self.examples_per_step)
         args.max_train_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        if args.max_train_steps < self.first_step:
+            self.logger.warning(
+                "The checkpoint has %d steps, more than the %d of --max_train_steps: nothing is trained.",
+                self.first_step, args.max_train_steps,
+            )  # fmt: skip
         if evaluates_after is not None:
             self._evaluates_after = evaluates_after
         self.logger.info(
@@ -253,6 +256,7 @@ class Session:
             load_trained(self.resumed.folder, parameters)
             if self._average is not None:
                 self._average.resume(self.resumed.state)
+            self.evaluation_due = self.resumed.evaluation_due and self.first_step < self.args.max_train_steps
         self._start_logs()
         return wrapped
 
@@ -265,6 +269,8 @@ class Session:
             project,
             config={key: value if isinstance(value, int | float | str) else str(value) for key, value in settings},
         )
+        if self.is_main:
+            output_folder.settle(self.output_dir, self.resumed)
         log = self._continued_log(LOG_NAME) if self.is_main else None
         self._progress = Progress(accelerator, log, self.first_step, args.max_train_steps)
 
@@ -304,13 +310,15 @@ class Session:
     def step(self) -> Iterator[None]:
         """Context manager of one batch: call `backward` in it. After the last batch of a step, the optimizer steps."""
         accelerator, optimizer = self.accelerator, self._optimizer
+        if self.evaluation_due and self.is_main:
+            checkpoints.note_evaluation(self.output_dir, self.steps_done)
         with accelerator.accumulate(*self._trained):
             yield
             if accelerator.sync_gradients:
                 if self.is_sharded:
                     sharding.average_gradients(self._parameters)
                 if self.steps_done == self.first_step:
-                    self._warn_of_untrained()
+                    warn_of_untrained(self._parameters, self.logger)
                 if self.args.max_grad_norm is not None:
                     accelerator.clip_grad_norm_(list(self._parameters.values()), self.args.max_grad_norm)
             optimizer.step()
@@ -329,15 +337,6 @@ class Session:
         """Gradients of a batch's loss, a number, and a note of it for the log."""
         self.accelerator.backward(loss)
         self._losses.append(loss.detach())
-
-    def _warn_of_untrained(self) -> None:
-        silent = without_gradient(self._parameters)
-        if silent:
-            more = ", ..." if len(silent) > SHOWN else ""
-            self.logger.warning(
-                "%d of %d trained parameters have no gradient: the loss does not depend on them, and they stay as "
-                "they are (%s%s).", len(silent), len(self._parameters), ", ".join(silent[:SHOWN]), more,
-            )  # fmt: skip
 
     def _end_step(self) -> None:
         """Decides, for all processes alike, what is due after this step."""
@@ -365,6 +364,7 @@ class Session:
         Args:
             save: writes what is trained into the folder that it gets.
         """
+        checkpoints.check_finite(self._parameters, self.steps_done)
         if not self.is_main:
             return
         first = self.resumed.state["position"] if self.resumed else 0
@@ -374,6 +374,8 @@ class Session:
             "seed": self.seed,
             "settings": provenance.kept_settings(vars(self.args)),
             "data": self.data,
+            checkpoints.EVALUATION: self.steps_done < self.args.max_train_steps
+            and self._evaluates_after(self.steps_done),
         }
         with checkpoints.new_checkpoint(self.output_dir, self.steps_done) as folder:
             if self._average is not None:
@@ -412,6 +414,7 @@ class Session:
             save: writes what is trained into the folder that it gets.
             card: arguments of `write_model_card` that only the script knows.
         """
+        checkpoints.check_finite(self._parameters, self.steps_done)
         if not self.is_main:
             return
         with self.averaged():

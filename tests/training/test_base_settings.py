@@ -263,6 +263,27 @@ def test_a_diffusion_transformer_is_refused_by_its_name(instance_dir, tmp_path, 
         train(tmp_path / "chroma", instance_dir, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        ("scheduler", {"_class_name": None}, "scheduler is None, which diffusers does not have"),
+        ("scheduler", {"beta_schedule": "none"}, "scheduler_config.json makes no DDIMScheduler"),
+        ("scheduler", {"num_train_timesteps": "many"}, "scheduler_config.json makes no DDIMScheduler"),
+        ("vae", {"latents_mean": [0.0, 0.0]}, "latents_mean or latents_std of other than 4 channels"),
+        ("vae", {"scaling_factor": 0}, "says scaling_factor 0: latents need a number but 0"),
+    ],
+)
+def test_damaged_settings_are_told_in_a_sentence(altered, part, settings, message):
+    with pytest.raises(ValueError, match=message):
+        open_base(str(altered(part, **settings))).scheduler()
+
+
+@pytest.mark.parametrize(("sample_size", "expected"), [([8, 16], 8), (None, 512 // 4), (8, 8)])
+def test_the_size_of_a_unet_is_a_number_a_pair_or_left_out(altered, sample_size, expected):
+    base = open_base(str(altered("unet", sample_size=sample_size)))
+    assert base.check_resolution(None) == min(512, expected * base.stride)
+
+
 def test_a_vae_that_does_not_say_its_scale_has_its_classs(altered):
     model = altered("vae", scaling_factor=None)
     assert "scaling_factor" not in json.loads((model / "vae" / "config.json").read_text())

@@ -39,6 +39,8 @@ TRAILING = {"timestep_spacing": "trailing"}
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", DDIMScheduler(), 25, 7.5),
         ("someone/trailing", EulerDiscreteScheduler(**TRAILING), 25, 7.5),
         ("turbo/hyperrealism", EulerDiscreteScheduler(**TRAILING), 25, 7.5),
+        ("someone/HyperRealism", EulerDiscreteScheduler(**TRAILING), 25, 7.5),
+        ("someone/Hyper_Realistic_v2", EulerDiscreteScheduler(**TRAILING), 25, 7.5),
     ],
 )
 def test_steps_and_guidance_follow_from_scheduler_and_name(name, scheduler, steps, guidance):

@@ -171,6 +171,27 @@ def test_the_folder_is_bounded_and_what_was_used_last_stays(kept, tmp_path):
     assert files(kept) == []
 
 
+def test_models_of_the_users_in_the_folder_are_not_touched(kept):
+    own = [
+        kept / "sdxl" / "model.safetensors",
+        kept / "texts" / "mine.safetensors",
+        kept / "sdxl" / ".own.safetensors",
+    ]
+    for file in own:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"a model")
+        os.utime(file, (0, 0))
+    outputs = EncoderOutputs(kept, 0, 0, limit=0)
+    outputs.embeddings("a prompt", lambda: {"a": torch.ones(1)})
+    EncoderOutputs(kept, 0, 0, limit=0).trim()
+    assert sorted(kept.rglob("*.safetensors")) == sorted(own)
+
+
+def test_an_empty_name_is_no_folder(go, no_models):
+    with pytest.raises(ValueError, match="--cache_encoder_outputs names a folder, but is empty"):
+        go(cache_encoder_outputs="")
+
+
 def test_models_of_the_hub_are_known_by_their_commit(monkeypatch, tmp_path):
     def cached(name, file, revision=None):
         return f"/hub/models--me--sd/snapshots/{revision or 'abc'}/{file}" if file == "unet/config.json" else None

@@ -114,6 +114,28 @@ def test_a_resumed_run_measures_the_same(go):
     assert_same_adapter(straight / "best", parts / "best")
 
 
+def test_the_best_adapter_comes_along_to_another_folder(go):
+    flags = {"validation_split": 0.4, "validation_steps": 1, "keep_best": True, "checkpointing_steps": 1}
+    first = go("first", max_train_steps=3, learning_rate=0.02, **flags)
+    lowest = min(measured(first), key=measured(first).get)
+    second = go("second", max_train_steps=4, learning_rate=5.0, resume_from_checkpoint=first / "checkpoint-3", **flags)
+    assert min(measured(second), key=measured(second).get) == lowest
+    assert_same_adapter(second / "best", first / "best")
+    third = go("third", max_train_steps=2, resume_from_checkpoint=first / "checkpoint-1", learning_rate=5.0, **flags)
+    best = min(measured(third), key=measured(third).get)
+    assert_same_adapter(third / "best", first / "checkpoint-1" if best == 1 else third / "checkpoint-2")
+
+
+def test_other_held_out_pictures_are_named_on_resume(go, tmp_path, instance_dir):
+    (tmp_path / "held").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "held" / "a.png")
+    flags = {"validation_data_dir": tmp_path / "held", "resume_from_checkpoint": "latest"}
+    go("out", max_train_steps=1, **flags)
+    Image.new("RGB", (40, 40), "blue").save(tmp_path / "held" / "a.png")
+    with pytest.raises(ValueError, match=r"The pictures of the held out are not those .* a\.png has another content"):
+        go("out", max_train_steps=2, **flags)
+
+
 @pytest.mark.slow
 def test_the_best_adapter_is_kept(go):
     out = go(

@@ -129,6 +129,23 @@ def test_a_run_without_words_writes_what_it_wrote(go):
 def test_prompts_without_the_words_are_named(go, caplog):
     go(**RUN | {"instance_prompt": "a glyph", "max_train_steps": 1})
     assert "have none of the words of --new_tokens (<sks> <big>)" in caplog.text
+    caplog.clear()
+    go(
+        **RUN
+        | {"new_tokens": ["zyx"], "new_tokens_initializer": None, "instance_prompt": "two zyxs", "max_train_steps": 1}
+    )
+    assert "have none of the words of --new_tokens (zyx)" in caplog.text
+    caplog.clear()
+    go(
+        **RUN
+        | {
+            "new_tokens": ["zyx"],
+            "new_tokens_initializer": None,
+            "instance_prompt": "a ZYX, twice",
+            "max_train_steps": 1,
+        }
+    )
+    assert "have none of the words" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,13 @@ def test_a_resumed_run_may_have_other_settings(go):
     assert len(losses(other)) == 4
 
 
+def test_another_optimizer_is_refused_by_its_name(go, request):
+    go("out", optimizer="sgd", max_train_steps=2)
+    request.getfixturevalue("no_models")
+    with pytest.raises(ValueError, match="was trained with --optimizer sgd, whose state adamw cannot go on with"):
+        go("out", max_train_steps=4, resume_from_checkpoint="latest")
+
+
 def test_names_stand_for_their_classes_with_the_usual_flags():
     weights = {"a": nn.Parameter(torch.ones(2, 2)), "b": nn.Parameter(torch.ones(2))}
     usual = {"betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.25}
@@ -103,6 +110,9 @@ def test_arguments_are_python_values_or_words():
         ({"optimizer": "torch.nn.Linear"}, ValueError, "torch.nn has no optimizer of the name 'Linear'"),
         ({"optimizer": "nowhere.Best"}, ImportError, "--optimizer nowhere.Best needs nowhere: `pip install nowhere`"),
         ({"optimizer_args": ["momentum"]}, ValueError, "expected NAME=VALUE"),
+        ({"optimizer_args": ["lr=5"]}, ValueError, "--optimizer_args lr=5: --learning_rate"),
+        ({"optimizer": "muon", "optimizer_args": ["momentum=abc"]}, ValueError, "--optimizer muon cannot"),
+        ({"optimizer": "muon", "optimizer_args": ["ns_steps=500"]}, ValueError, "--optimizer muon cannot"),
         ({"optimizer_args": ["colour=red"]}, ValueError, "cannot be made with .*colour"),
         ({"optimizer": "sgd", "use_8bit_adam": True}, ValueError, "--use_8bit_adam and --optimizer sgd contradict"),
     ],

@@ -207,6 +207,31 @@ def test_what_a_file_leaves_out_is_still_required(tmp_path, capsys):
     assert "required: --pretrained_model_name_or_path" in capsys.readouterr().err
 
 
+def test_a_home_folder_and_control_characters_in_a_file(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "anna"))
+    (tmp_path / "run.toml").write_text('output_dir = "~/run"\ninstance_prompt = "\\u001b[31m red"')
+    go(config=tmp_path / "run.toml", output_dir=None, instance_prompt=None, max_train_steps=1)
+    out = tmp_path / "anna" / "run"
+    assert (out / WEIGHTS).is_file()
+    said = tomllib.loads((out / "config.toml").read_text())
+    assert said["instance_prompt"] == "\x1b[31m red" and said["output_dir"] == "run"
+
+
+def test_folders_that_the_run_makes_are_named_alike_before_and_after(go, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    flags = {"output_dir": "../clients/acme/x", "cache_encoder_outputs": "../secret/cache", "max_train_steps": 1}
+    found = []
+    for _ in range(2):
+        go(**flags)
+        out = tmp_path / "clients" / "acme" / "x"
+        found.append({name: (out / name).read_bytes() for name in (WEIGHTS, "config.toml", "README.md")})
+        assert not any(b"acme" in content or b"secret" in content for content in found[-1].values())
+    assert found[0] == found[1]
+    local = tomllib.loads((out / "config.local.toml").read_text())
+    assert local["output_dir"] == str(out) and local["cache_encoder_outputs"] == str(tmp_path / "secret" / "cache")
+
+
 def test_a_folder_that_was_changed_in_the_file_is_meant(go, instance_dir, tmp_path):
     out = go(max_train_steps=1)
     file = out / "config.toml"

@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -91,6 +92,27 @@ def test_a_ckpt_is_read_without_running_anything(pipe, configuration, tmp_path):
     folder = base_folder(str(write_single_file(pipe, tmp_path / "tiny.ckpt")), str(configuration))
     found = StableDiffusionAPTPipeline.from_pretrained(folder)
     assert_same_weights(pipe, found, ("unet", "vae", "text_encoder"))
+
+
+def test_a_folder_may_have_the_name_of_a_file(tiny_sd_path, tmp_path):
+    shutil.copytree(tiny_sd_path, tmp_path / "v1.5.ckpt")
+    assert base_folder(str(tmp_path / "v1.5.ckpt")) == str(tmp_path / "v1.5.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "is no configuration of a base"),
+        ("{", "is no JSON"),
+        ('{"_class_name": "StableDiffusionPipeline"}', "a scheduler"),
+    ],
+)
+def test_a_damaged_configuration_is_told_before_anything_is_converted(single, tmp_path, cache, content, message):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        base_folder(str(single), str(tmp_path / "c"))
+    assert not cache.exists()
 
 
 @pytest.mark.slow
@@ -242,6 +264,14 @@ def no_base(kind, pipe, folder, go):
     elif kind == "ckpt":
         file = folder / "x.ckpt"
         torch.save({"state_dict": {"a": torch.zeros(1)}, "callback": pytest.raises}, file)
+    elif kind == "damaged ckpt":
+        torch.save({"a": torch.zeros(1)}, whole := folder / "whole.ckpt")
+        file = folder / "x.ckpt"
+        with zipfile.ZipFile(whole) as before, zipfile.ZipFile(file, "w") as after:
+            for entry in before.infolist():
+                content = before.read(entry)
+                # A memo that was never filled: pickle's own KeyError.
+                after.writestr(entry, b"\x80\x02h\x07." if entry.filename.endswith(".pkl") else content)
     elif kind == "old ckpt":
         file = folder / "x.ckpt"
         torch.save({"a": torch.zeros(1)}, file, _use_new_zipfile_serialization=False)
@@ -269,6 +299,7 @@ def no_base(kind, pipe, folder, go):
         ("inpainting", "its UNet has 9 input and 4 output channels"),
         ("refiner", "is SDXL's refiner"),
         ("ckpt", "holds more than weights"),
+        ("damaged ckpt", "or is damaged: it is not loaded"),
         ("old ckpt", "older than torch 1.6"),
         ("picture", "which ends in .safetensors or .ckpt"),
         ("nowhere", "There is no file"),

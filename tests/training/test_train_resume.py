@@ -156,6 +156,87 @@ def test_other_adapter_settings_are_refused_and_other_training_settings_reported
     assert rates == pytest.approx([0.01, 0.01, 0.5, 0.5])
 
 
+def test_settings_that_were_given_or_left_out_are_reported(go, caplog):
+    go("out", max_train_steps=2, snr_gamma=5.0, text_encoder_lr=1e-3, train_text_encoder=True)
+    caplog.clear()
+    go("out", max_train_steps=3, noise_offset=0.1, aspect_ratio_buckets="32,32", train_text_encoder=True,
+       resume_from_checkpoint="latest")  # fmt: skip
+    (said,) = [record.getMessage() for record in caplog.records if "Settings that differ" in record.getMessage()]
+    for change in (
+        "snr_gamma 5.0 -> None", "text_encoder_lr 0.001 -> None", "noise_offset 0.0 -> 0.1",
+        "aspect_ratio_buckets None -> '32,32'", "max_train_steps 2 -> 3",
+    ):  # fmt: skip
+        assert change in said
+    assert said.count("->") == 5
+    caplog.clear()
+    go("epochs", max_train_steps=None, num_train_epochs=1, train_batch_size=4)
+    go("epochs", max_train_steps=None, num_train_epochs=1, train_batch_size=4, resume_from_checkpoint="latest")
+    assert "Settings that differ" not in caplog.text
+
+
+@pytest.mark.parametrize("stopped", ["by a signal", "by a kill between checkpoint and evaluation"])
+def test_an_evaluation_that_a_stop_has_prevented_is_made_up_for(go, monkeypatch, stopped):
+    import train_apt_sd
+
+    flags = {
+        "max_train_steps": 4, "validation_split": 0.4, "validation_steps": 2, "checkpointing_steps": 2,
+        "keep_best": True, "learning_rate": 1.0, "sample_prompts": None, "validation_prompt": "a sks glyph",
+        "num_validation_images": 1, "num_inference_steps": 1,
+    }  # fmt: skip
+    straight = go("straight", **flags)
+    name = "training_loss" if stopped == "by a signal" else "measure"
+    original, calls = getattr(train_apt_sd, name), []
+
+    def stop(*args):
+        calls.append(1)
+        if name == "measure":
+            raise KeyError("killed")
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_apt_sd, name, stop)
+        with pytest.raises((SystemExit, KeyError)):
+            go("parts", **flags)
+    parts = go("parts", resume_from_checkpoint="latest", **flags)
+    for file in ("metrics.jsonl", "samples/step-000002.png", "best/pytorch_apt_weights.safetensors"):
+        assert (parts / file).is_file()
+    assert (parts / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    assert (parts / "samples/step-000002.png").read_bytes() == (straight / "samples/step-000002.png").read_bytes()
+    assert_same_adapter(straight / "best", parts / "best")
+    measured = []
+    with monkeypatch.context() as patch:  # once it is made, it is not made again
+        patch.setattr(train_apt_sd, "measure", lambda session, *args: measured.append(session.steps_done) or {})
+        go("parts", resume_from_checkpoint="checkpoint-2", **flags)
+    assert measured == [4]
+
+
+def test_a_new_run_in_a_used_folder_has_nothing_of_the_old_one(go, caplog):
+    samples = {"validation_prompt": "a sks glyph", "num_validation_images": 1, "num_inference_steps": 1}
+    go("out", max_train_steps=2, validation_steps=1, validation_split=0.4, keep_best=True, **samples)
+    out = go("out", max_train_steps=1, checkpointing_steps=1, checkpoints_total_limit=1, **samples)
+    assert [path.name for path in (out / "samples").iterdir()] == ["step-000001.png"]
+    assert not (out / "metrics.jsonl").exists() and not (out / "best").exists()
+    assert "has checkpoints of an earlier run, up to step 2" in caplog.text
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_what_is_not_finite_is_not_saved(go, tmp_path):
+    with pytest.raises(FloatingPointError, match="not finite after step 1, so it is not saved"):
+        go("out", learning_rate=1e38, max_train_steps=1)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_fewer_steps_than_the_checkpoint_has_and_folders_that_cannot_be_made_are_told(go, tmp_path, caplog):
+    go("out", max_train_steps=2)
+    go("out", max_train_steps=1, resume_from_checkpoint="latest")
+    assert "The checkpoint has 2 steps, more than the 1 of --max_train_steps: nothing is trained" in caplog.text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--output_dir .*file/x cannot be made"):
+        go("file/x")
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_a_checkpoint_and_leaves(go, number, code, monkeypatch):
     import train_apt_sd

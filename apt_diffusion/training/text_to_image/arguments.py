@@ -18,7 +18,7 @@ from ...io.single_file import is_single_file
 from ...words import CHILD
 from .. import run_config
 from ..model_card import LICENSE_HELP, license_id
-from ..optimizer_choice import NAMED, check_step, is_schedule_free, make_optimizer, parse_settings
+from ..optimizer_choice import NAMED, check_step, is_schedule_free, make_optimizer, parse_settings, usual_settings
 from ..run_config import RunArguments
 from .data_arguments import check_data_flags, data_flags
 from .flow import WEIGHTING_SCHEMES, Weighting
@@ -352,9 +352,10 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     parts = (*(() if args.no_train_unet else ("unet",)), *(("text_encoder",) if args.train_text_encoder else ()))
     names = [f"{part}.{name}" for part in parts for kind in KINDS.values() for name in kind]
     names += [f"text_encoder.{CHILD}"] if args.new_tokens else []
-    parameters = {name: nn.Parameter(torch.zeros(1)) for name in names}
+    # Two dimensions: Muon takes only such parameters, and leaves others to AdamW.
+    parameters = {name: nn.Parameter(torch.zeros(2, 2)) for name in names}
     groups = [(group.parameters, group.rate) for group in parameter_groups(args, parameters, factor=1)]
-    optimizer = make_optimizer(args.optimizer, groups, {}, parse_settings(args.optimizer_args))
+    optimizer = make_optimizer(args.optimizer, groups, usual_settings(args), parse_settings(args.optimizer_args))
     check_step(args.optimizer, optimizer)
     if args.use_ema and is_schedule_free(optimizer):
         raise ValueError(f"--optimizer {args.optimizer} keeps an average of its own: leave out --use_ema.")

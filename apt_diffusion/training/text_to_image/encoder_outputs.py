@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 LIMIT = 16 * 2**30  # bytes of a folder; 60,000 pictures at 512 x 512
 UNFINISHED = 3600  # seconds after which a file that was not renamed has been left behind
+KINDS = ("latents", "texts")  # subfolders
+ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
+LEFTOVER = re.compile(r"\..+\.tmp\.safetensors")  # of `replacing`
 LIBRARIES = ("torch", "diffusers", "transformers", "pillow", "numpy")
 CONFIGS = ("model_index.json", "unet/config.json", "transformer/config.json", "config.json")
 PLAIN = (str, int, float, bool, tuple, list, type(None))
@@ -99,14 +103,15 @@ class EncoderOutputs:
         """Says what was found, and removes files that were not used for longest, above the limit, none of this run."""
         logger.info("Encoder outputs in %s: %d found, %d computed.", self.folder, self.found, self.computed)
         sizes = {}
-        for file in self.folder.glob("*/*.safetensors"):
+        for file in (file for kind in KINDS for file in (self.folder / kind).glob("*.safetensors")):
             try:
                 status = file.stat()
             except FileNotFoundError:  # another run has removed it
                 continue
-            if not file.name.startswith("."):
+            # The folder may hold models of the user's, too.
+            if ENTRY.fullmatch(file.name):
                 sizes[file] = (status.st_mtime, status.st_size)
-            elif status.st_mtime < time.time() - UNFINISHED:
+            elif LEFTOVER.fullmatch(file.name) and status.st_mtime < time.time() - UNFINISHED:
                 file.unlink(missing_ok=True)
         total = sum(size for _, size in sizes.values())
         for file in sorted(sizes.keys() - self._used, key=lambda file: sizes[file]):
@@ -160,6 +165,8 @@ def open_outputs(
     settings = {name: value for name, value in vars(base).items() if isinstance(value, PLAIN)}
     shared = [type(base).__name__, args.variant, str(device), platform.machine(), __version__]
     shared += [version(library) for library in LIBRARIES]
+    if device.type == "cuda":
+        shared += [torch.cuda.get_device_name(device), args.allow_tf32]
     return EncoderOutputs(
         args.cache_encoder_outputs,
         [*shared, files_of(vae[0], vae[1], args.revision), args.image_interpolation_mode],
@@ -194,6 +201,8 @@ def files_of(name_or_path: str, pattern: str, revision: str | None = None) -> li
 
 def check_folder(folder: str) -> None:
     """`ValueError` where the folder cannot be one."""
+    if not folder.strip():
+        raise ValueError("--cache_encoder_outputs names a folder, but is empty.")
     path = Path(folder)
     if any(place.exists() and not place.is_dir() for place in (path, *path.parents)):
         raise ValueError(f"--cache_encoder_outputs names a folder, but {folder} is a file, or is in one.")

@@ -17,12 +17,21 @@ class LatentSpace:
     Args:
         config: of an `AutoencoderKL`. Mean and std are its `latents_mean` and `latents_std`, one number per channel;
             where it has none, the mean is its `shift_factor` and std is 1.
+
+    Raises:
+        ValueError: for a scale that is no number but 0, or means of another number of channels.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         channels = config["latent_channels"]
         self.scale = config["scaling_factor"]
         mean, std = config.get("latents_mean"), config.get("latents_std")
+        if not isinstance(self.scale, int | float) or not self.scale:
+            raise ValueError(f"The VAE's config.json says scaling_factor {self.scale}: latents need a number but 0.")
+        if any(values and len(values) != channels for values in (mean, std)):
+            raise ValueError(
+                f"The VAE's config.json has latents_mean or latents_std of other than {channels} channels."
+            )
         self.mean = torch.tensor(mean or [config.get("shift_factor") or 0.0] * channels).view(channels, 1, 1)
         self.std = torch.tensor(std or [1.0] * channels).view(channels, 1, 1)
 

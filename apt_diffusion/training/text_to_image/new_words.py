@@ -3,6 +3,7 @@
 import argparse
 import copy
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def taught(tokenizers: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 def warn_of_prompts_without(words: Sequence[str], prompts: Sequence[tuple[str, str]]) -> None:
     """One warning names texts of the run that ask for none of the new words: what they show is not taught to them."""
     without = [
-        place for place, prompt in prompts if place and prompt and not any(word in prompt.lower() for word in words)
+        place for place, prompt in prompts if place and prompt and not any(_has(prompt, word) for word in words)
     ]
     without = [place for place in without if place != "--class_prompt"]
     if without:
@@ -82,6 +83,12 @@ def warn_of_prompts_without(words: Sequence[str], prompts: Sequence[tuple[str, s
             "%d texts have none of the words of --new_tokens (%s), which learn nothing from them, e.g. %s.",
             len(without), " ".join(words[:4]), ", ".join(without[:3]),
         )  # fmt: skip
+
+
+def _has(prompt: str, word: str) -> bool:
+    """Whether a tokenizer finds a new word: one of letters only where it stands alone, `<sks>` anywhere."""
+    start, end = (r"(?<!\w)" if word[0].isalnum() else ""), (r"(?!\w)" if word[-1].isalnum() else "")
+    return re.search(f"{start}{re.escape(word)}{end}", prompt, re.IGNORECASE) is not None
 
 
 def attach_words(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 # What diffusers' pipelines are told for their usual models.
 STEPS, GUIDANCE = 25, 7.5
-# In names of distilled models: "sdxl-turbo", "SDXL-Lightning", "dreamshaperXL_lightningDPMSDE"; not "hyperrealism".
-NAMES = re.compile(r"(?i:turbo|lightning|hyper|lcm|tcd|dmd2?|schnell|distill(?:ed)?)(?![a-z])")
+# In names of distilled models: "sdxl-turbo", "SDXL-Lightning", "dreamshaperXL_lightningDPMSDE"; not "HyperRealism".
+NAMES = re.compile(r"(?i:turbo|lightning|hyper(?![-_ ]?real)|lcm|tcd|dmd2?|schnell|distill(?:ed)?)(?![a-z])")
 NOTE = (
     "This base is distilled (%s): samples are drawn with %d steps and a guidance of %g. Long training undoes the "
     "distillation, and pictures in few steps turn soft: keep the run short, or train on the model that it was "

@@ -42,6 +42,13 @@ def full_config(model_class: type[ConfigMixin], path: str, **place: Any) -> dict
         return dict(model_class.from_config(load_config(model_class, path, **place)).config)
 
 
+def side_of(sample_size: Any, otherwise: int) -> int:
+    """The side of square latents by a denoiser's `sample_size`: a number, height and width, or nothing."""
+    if isinstance(sample_size, list | tuple):
+        return min(sample_size)
+    return otherwise if sample_size is None else sample_size
+
+
 class StableDiffusionBase:
     """The base model. Each part is loaded by a method of its own, so that only those in use are in memory.
 
@@ -101,7 +108,8 @@ class StableDiffusionBase:
     def read_denoiser(self, name_or_path: str) -> None:
         """The UNet's settings; `ValueError` where it is no text-to-image model of these latents."""
         unet = full_config(UNet2DConditionModel, self.path, subfolder="unet", revision=self.revision)
-        self.native_resolution = unet["sample_size"] * self.stride
+        largest = self.largest_default_resolution // self.stride
+        self.native_resolution = side_of(unet["sample_size"], largest) * self.stride
         self.guidance_width = unet["time_cond_proj_dim"]
         self.has_class_embedding = unet["class_embed_type"] is not None or unet["num_class_embeds"] is not None
         self.check_channels(name_or_path, "UNet", unet)
@@ -142,14 +150,21 @@ class StableDiffusionBase:
         """The scheduler that the model itself names, with its own class's defaults: for training and for samples.
 
         Raises:
-            ValueError: for a class that diffusers does not have.
+            ValueError: for a class that diffusers does not have, or settings that it does not take.
         """
         config = DDPMScheduler.load_config(self.path, subfolder="scheduler", revision=self.revision)
-        scheduler_class: Any = getattr(diffusers, config["_class_name"], None)
+        scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
         is_scheduler = isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin)
         if not is_scheduler:
-            raise ValueError(f"The base model's scheduler is {config['_class_name']}, which diffusers does not have.")
-        return scheduler_class.from_config(config)
+            name = config.get("_class_name")
+            raise ValueError(f"The base model's scheduler is {name}, which diffusers does not have.")
+        try:
+            return scheduler_class.from_config(config)
+        except Exception as error:  # each class has errors of its own
+            raise ValueError(
+                f"The base model's scheduler/scheduler_config.json makes no {scheduler_class.__name__}: {error}. "
+                "Take the file from the model's own repository."
+            ) from error
 
     def architecture(self) -> str:
         """The model's family as ModelSpec names it; `stable-diffusion` alone for one of other widths than 1 and 2."""

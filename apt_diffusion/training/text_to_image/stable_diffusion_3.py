@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ... import StableDiffusion3APTPipeline
 from .noisy import Noisy
-from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens, full_config
+from .stable_diffusion import Embeddings, StableDiffusionBase, Tokens, full_config, side_of
 
 CLIPS = ("text_encoder", "text_encoder_2")
 T5 = "text_encoder_3"
@@ -49,7 +49,8 @@ class StableDiffusion3Base(StableDiffusionBase):
         self.text_parts = tuple(present)
         place = {"subfolder": "transformer", "revision": self.revision}
         self.transformer = full_config(SD3Transformer2DModel, self.path, **place)
-        self.native_resolution = self.transformer["sample_size"] * self.stride
+        largest = self.largest_default_resolution // self.stride
+        self.native_resolution = side_of(self.transformer["sample_size"], largest) * self.stride
         self.has_class_embedding = False
         self.check_channels(name_or_path, "transformer", self.transformer)
 

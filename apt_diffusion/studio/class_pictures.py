@@ -1,6 +1,7 @@
 """Class pictures for prior preservation, drawn by an embedded model a few at a time between visitors' drawings."""
 
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .generation import Painter, Waiting
 from .turns import Who
 
 AT_ONCE = 8
+_FINISHING = threading.Lock()
 
 
 def draw_class_pictures(painter: Painter, folder: Path, count: int, who: Who) -> Iterator[int | Waiting]:
@@ -46,7 +48,8 @@ def draw_class_pictures(painter: Painter, folder: Path, count: int, who: Who) ->
 
         yield from in_background(work)
         yield min(first + AT_ONCE, count)
-    if not folder.is_dir():
-        for mark in unfinished.glob("*.done"):
-            mark.unlink()
-        unfinished.rename(folder)
+    with _FINISHING:  # trainings of several visitors come here at once
+        if not folder.is_dir():
+            for mark in unfinished.glob("*.done"):
+                mark.unlink()
+            unfinished.rename(folder)

@@ -1,5 +1,6 @@
 """Stores each visitor's drawn pictures on disk, bounded by age, number and bytes."""
 
+import contextlib
 import re
 import secrets
 import time
@@ -123,7 +124,8 @@ class Drawings:
         """All of a visitor's pictures in one file, under telling names."""
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for number, drawing in enumerate(reversed(self.of(visitor)), start=1):
-                archive.write(drawing.file, f"{number:03d}-{drawing.download_name}")
+                with contextlib.suppress(ValueError, FileNotFoundError):  # deleted meanwhile
+                    archive.write(drawing.file, f"{number:03d}-{drawing.download_name}")
         return file
 
     def sweep(self) -> None:

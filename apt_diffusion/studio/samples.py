@@ -1,9 +1,11 @@
 """Pictures of the drawn world, for visitors who have none at hand. Each function writes them to `folder` once."""
 
+import contextlib
 from pathlib import Path
 
 import torch
 
+from ..io.atomic import new_folder, replacing
 from ..miniature.pictures import to_images
 from ..miniature.tasks.classes import class_name, draw_classes
 from ..miniature.tasks.draw import CHUNK, drawn_chunks
@@ -18,8 +20,13 @@ CLASS_LABELS = [class_name(label) for label in CLASSES_SHOWN]
 def subject_pictures(embedded: Embedded, name: str, folder: Path) -> list[Path]:
     """Pictures of a subject, to train on."""
     folder = folder / name
-    if not folder.is_dir():
-        embedded.save(name, folder)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not folder.is_dir():
+                embedded.save(name, stack.enter_context(new_folder(folder)))
+    except OSError:
+        if not folder.is_dir():  # else another visitor was faster
+            raise
     return sorted(folder.glob("*.png"))
 
 
@@ -40,5 +47,6 @@ def _saved(images: list, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{index}.png" for index in range(1, len(images) + 1)]
     for image, file in zip(images, files, strict=True):
-        image.save(file)
+        with replacing(file) as unfinished:  # another visitor may be reading it
+            image.save(unfinished)
     return files

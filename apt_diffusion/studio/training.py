@@ -28,7 +28,7 @@ from ..data.reading import is_picture
 from ..io.atomic import replacing, write_text
 from ..io.files import WEIGHTS_NAME
 from ..training.checkpoints import list_checkpoints
-from ..training.loss_log import LOG_NAME, read_log
+from ..training.loss_log import LOG_NAME, LossLog, read_log
 from ..training.scripts import environment
 from .countdown import Countdown
 from .library import VISITORS, Library
@@ -209,6 +209,13 @@ class Trainings:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
 
+    def forget(self, visitor: str) -> None:
+        """Deletes all that a visitor has; `ValueError` while a training of the visitor is running."""
+        with self._lock:
+            if any(job["visitor"] == visitor and self._process(job) is not None for job in self._jobs()):
+                raise ValueError("A training of this visitor is running: stop it first.")
+            shutil.rmtree(self.library.visitor_folder(visitor), ignore_errors=True)
+
     def running(self) -> list[tuple[str, Status]]:
         """All trainings that are running, with their visitors: for the owner of the studio."""
         with self._lock:
@@ -238,11 +245,12 @@ class Trainings:
 
     def _read(self, job: dict) -> Status:
         output, lesson = self._output(job), Lesson(**job["lesson"])
+        process = self._process(job)  # before its files: a training that ends meanwhile is not over with old ones
         rows = read_log(output / LOG_NAME)
         step = rows[-1]["step"] if rows else 0
         losses = [(row["step"], row["loss"]) for row in rows]
         samples = sorted((output / "samples").glob("step-*.png"))
-        if self._process(job) is not None:
+        if process is not None:
             is_new = step > job["first_step"]  # a resumed job has rows of the run before
             state = "stopping" if job["cancelled"] else "running" if is_new else "starting"
             left = self._time_left(job, step, lesson.steps)
@@ -311,7 +319,10 @@ class Trainings:
     # Its process
 
     def _launch(self, visitor: str, name: str, lesson: Lesson, address: str) -> None:
-        folder = self._folder(visitor, name)
+        folder, output = self._folder(visitor, name), self.library.own_folder(visitor) / name
+        first_step = max(list_checkpoints(output), default=0)
+        if (output / LOG_NAME).is_file():
+            LossLog(output, first_step)  # steps that were lost are not taken for new ones
         known = {"visitor": visitor, "name": name, "lesson": dataclasses.asdict(lesson), "address": address}
         with (folder / "log.txt").open("a") as log:
             child = subprocess.Popen(
@@ -326,7 +337,6 @@ class Trainings:
             born = psutil.Process(child.pid).create_time()
             file = folder / JOB_NAME
             created = json.loads(file.read_text())["created"] if file.is_file() else time.time()
-            first_step = max(list_checkpoints(self.library.own_folder(visitor) / name), default=0)
             process = {"pid": child.pid, "born": born, "first_step": first_step, "cancelled": False}
             self._write(known | process | {"created": created})
         except BaseException:  # a full disk: no process that nobody knows of

@@ -126,7 +126,7 @@ def captions_of(name: str) -> tuple[str, ...]:
 
 def save_subject(name: str, folder: Path) -> None:
     """Copies a subject's training pictures, each with its caption in a `.txt` file beside it."""
-    shutil.copytree(folder_of(name), folder)
+    shutil.copytree(folder_of(name), folder, dirs_exist_ok=True)
 
 
 def read_pictures(folder: str | Path) -> Tensor:

@@ -53,7 +53,10 @@ class PicturesPage:
     def _view(self, visitor: str, said: str = "") -> dict:
         items = []
         for drawing in self.studio.drawings.of(visitor):
-            settings = drawing.settings
+            try:
+                settings = drawing.settings
+            except ValueError:  # deleted meanwhile
+                continue
             part = "" if drawing.part == "adapted" or not settings.get("adapters") else "base model, "
             says = f"{settings['prompt']} ({part}seed {settings['seed']})"
             actions = [("settings", drawing.id, "Use its settings"), ("delete", drawing.id, "Delete")]

@@ -1,11 +1,14 @@
 """The owner's page, `/studio/admin`: what runs, who uses how much, and what is published; behind a token."""
 
+import contextlib
 import hashlib
+import os
 import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -94,9 +97,7 @@ class Admin:
                 library.remove_public(library.find("0" * 32, name))
                 said = "The adapter is not published any more."
             elif what == "forget":
-                if any(visitor == name for visitor, _ in self.studio.trainings.running()):
-                    raise ValueError("A training of this visitor is running: stop it first.")
-                shutil.rmtree(library.visitor_folder(name), ignore_errors=True)
+                self.studio.trainings.forget(name)
                 said = "All that this visitor had is deleted."
             else:
                 raise ValueError("There is no such button.")
@@ -122,7 +123,7 @@ class Admin:
         folders = sorted((library.folder / VISITORS).glob("*"))
         visitors = []
         for folder in folders:
-            files = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+            files = _sizes(folder)
             size = f"{sum(files) / MEGABYTE:.1f} MB in {len(files)} files"
             visitors.append(([folder.name[:8], size], _button("forget", folder.name, "Delete all")))
         free = shutil.disk_usage(library.folder).free / 2**30
@@ -139,6 +140,16 @@ _LOGIN = (
     f'<form method="post" action="{PAGE}"><label>Token <input type="password" name="token" '
     'autocomplete="current-password"></label> <button name="do" value="enter">Enter</button></form>'
 )
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Bytes of all files; those that vanish meanwhile, as a trainer's unfinished ones do, do not count."""
+    sizes = []
+    for place, _, names in os.walk(folder):  # which passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append((Path(place) / name).lstat().st_size)
+    return sizes
 
 
 def _button(do: str, what: str, label: str) -> str:

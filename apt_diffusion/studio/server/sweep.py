@@ -1,10 +1,13 @@
 """Deletes old files: bounds what the server keeps on disk by age, count and bytes."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,10 @@ def every(seconds: float, work: Callable[[], object]) -> threading.Event:
 
     def run() -> None:
         while not ended.wait(seconds):
-            work()
+            try:
+                work()
+            except Exception:  # the disk goes on being bounded
+                logger.exception("Sweeping failed; it is tried again in %g s.", seconds)
 
     threading.Thread(target=run, daemon=True, name="studio-sweep").start()
     return ended

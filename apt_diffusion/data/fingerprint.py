@@ -8,9 +8,9 @@ from .pictures import Picture
 from .reading import PictureFile
 
 # By the name of a picture: hashes of its file, its mask and its caption; empty where it has none of its own.
-# Where several folders hold it, of its masks and captions together.
+# Where several folders hold it, those of the last, and a hash of all.
 Prints = dict[str, list[str]]
-KINDS = ("content", "mask", "caption")
+KINDS = ("content", "mask", "caption", "mask or caption in another folder")
 LENGTH = 16  # digits of a hash
 
 
@@ -28,12 +28,9 @@ def fingerprint(pictures: Iterable[Picture], roots: Sequence[Path], prompts: Col
         caption = "" if picture.caption in prompts else _hash(picture.caption.encode())
         mask = hash_file(picture.mask) if picture.mask is not None and own_mask else ""
         name, prints = _name(picture.path, roots), [hash_file(picture.path), mask, caption]
-        found[name] = [_both(*pair) for pair in zip(found.get(name, prints), prints, strict=True)]
+        before = found.get(name)
+        found[name] = prints if before is None else [*prints, _hash(" ".join([*before, *prints]).encode())]
     return found
-
-
-def _both(before: str, now: str) -> str:
-    return now if before == now else _hash(f"{before} {now}".encode())
 
 
 def hash_file(file: PictureFile) -> str:

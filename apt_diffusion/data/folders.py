@@ -259,7 +259,7 @@ def _reason(path: Path, others: Mapping[Path, str]) -> str:
             return "a link to a folder"
         if REPEATED.fullmatch(path.name) and _holds_pictures(path):
             return "a folder with a number of repeats that cannot be"  # else it were read
-        return SUBFOLDER if any(map(is_picture, path.rglob("*"))) else "a folder without pictures"
+        return SUBFOLDER if has_pictures(path, True, others) else "a folder without pictures"
     return "a caption without a picture" if path.suffix in SIDECARS else "no picture"
 
 
@@ -291,7 +291,9 @@ def _listed_captions(paths_in: dict[_Place, list[Path]], column: str, scan: Scan
         for number, line in enumerate(lines, start=1):
             try:
                 path, caption = _row(file, number, line, column, every) if line.strip() else (file, "")
-                if of_file.setdefault(path, caption) != caption:
+                before = of_file.get(path) or caption
+                of_file[path] = before
+                if caption and caption != before:
                     raise ValueError(f"{file}, line {number}: {path.name} has another caption above: remove one.")
             except ValueError as error:
                 scan.problems.append(str(error))

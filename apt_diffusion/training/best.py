@@ -1,5 +1,6 @@
 """The adapter whose loss on held-out pictures was the lowest so far: `--keep_best` keeps it in `best/`."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -30,19 +31,32 @@ def carry_over(checkpoint: Path, output_dir: Path, step: int) -> None:
         step: of the checkpoint.
     """
     source = checkpoint.resolve().parent
-    rows = [row for row in read_log(source / METRICS_NAME) if row["step"] <= step and VALIDATION_LOSS in row]
     kept = _step_of(source / FOLDER)
-    if kept is None or not rows:
+    if source == output_dir.resolve() and kept is not None and kept <= step:
         return
-    lowest = min(row[VALIDATION_LOSS] for row in rows)
+    rows = [row for row in read_log(source / METRICS_NAME) if row["step"] <= step and VALIDATION_LOSS in row]
+    lowest = min((row[VALIDATION_LOSS] for row in rows), default=math.inf)
     steps = [row["step"] for row in rows if row[VALIDATION_LOSS] == lowest]
-    found = source / FOLDER if kept in steps else checkpoint if step in steps else None
-    if found is not None and found.resolve() != (output_dir / FOLDER).resolve():
-        with new_folder(output_dir / FOLDER, replace=True) as unfinished:
+    found = source / FOLDER if kept in steps else checkpoint if kept is not None and step in steps else None
+    remove(output_dir)  # of a run that was given up
+    if found is not None:
+        with new_folder(output_dir / FOLDER) as unfinished:
             shutil.copyfile(found / WEIGHTS_NAME, unfinished / WEIGHTS_NAME)
 
 
+def remove(output_dir: Path) -> bool:
+    """Removes `best/` if a trainer has written it, and nothing else that may be in it; whether there was one."""
+    folder = output_dir / FOLDER
+    if _step_of(folder) is None:
+        return False
+    (folder / WEIGHTS_NAME).unlink()
+    with contextlib.suppress(OSError):  # something of the user's is there
+        folder.rmdir()
+    return True
+
+
 def _step_of(folder: Path) -> int | None:
+    """The step of the adapter in a folder, `None` where no trainer has written one."""
     try:
         with safe_open(folder / WEIGHTS_NAME, framework="pt") as content:
             return json.loads((content.metadata() or {})["training"])["step"]

@@ -1,12 +1,15 @@
-"""The folder that a run writes to: it is made, and what an earlier run has left in it does not pass for this one's."""
+"""The folder that a run writes to: it is made, and what another run has left in it does not pass for this one's."""
 
 import logging
-import shutil
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import best, checkpoints
 from .checkpoints import Checkpoint
-from .loss_log import METRICS_NAME
+from .loss_log import METRICS_NAME, LossLog, read_log
+
+SAMPLE = re.compile(r"step-(\d{6})(-\d+)?\.png")
 
 logger = logging.getLogger(__name__)
 
@@ -21,26 +24,54 @@ def make(output_dir: Path) -> None:
 
 
 def settle(output_dir: Path, resumed: Checkpoint | None) -> None:
-    """Before the first step: what is in the folder is what the run has left up to there.
+    """Before the first step: samples, metrics and the best adapter in the folder are what the run has left so far.
 
     Args:
         output_dir: the folder.
-        resumed: the checkpoint that the run goes on from.
+        resumed: the checkpoint that the run goes on from; of a run that begins anew nothing is there.
     """
     if resumed is None:
-        _clear(output_dir)
-    else:
-        best.carry_over(resumed.folder, output_dir, resumed.step)
-
-
-def _clear(output_dir: Path) -> None:
-    """For a run that begins anew: takes away samples, metrics and the best adapter; of checkpoints it warns."""
-    for file in (output_dir / METRICS_NAME, *output_dir.glob("samples/step-*.png")):
+        _begin_anew(output_dir)
+        return
+    best.carry_over(resumed.folder, output_dir, resumed.step)
+    source = resumed.folder.resolve().parent / METRICS_NAME
+    if source.is_file():
+        LossLog(output_dir, resumed.step, source, METRICS_NAME)
+    elif _is_metrics(output_dir / METRICS_NAME):
+        (output_dir / METRICS_NAME).unlink()
+    for file in _samples(output_dir, after=resumed.step):
         file.unlink(missing_ok=True)
-    shutil.rmtree(output_dir / best.FOLDER, ignore_errors=True)
+
+
+def _begin_anew(output_dir: Path) -> None:
+    """Takes away what only a trainer writes, and says so; checkpoints stay, with a warning."""
+    samples = list(_samples(output_dir, after=0))
+    for file in samples:
+        file.unlink(missing_ok=True)
+    taken = [f"{len(samples)} samples"] if samples else []
+    if _is_metrics(output_dir / METRICS_NAME):
+        (output_dir / METRICS_NAME).unlink()
+        taken.append(METRICS_NAME)
+    if best.remove(output_dir):
+        taken.append(best.FOLDER)
+    if taken:
+        logger.info("Of an earlier run in %s these were taken away: %s.", output_dir, ", ".join(taken))
     present = checkpoints.list_checkpoints(output_dir)
     if present:
         logger.warning(
             "%s has checkpoints of an earlier run, up to step %d, and this run begins anew: take them away, or "
             "--resume_from_checkpoint latest may mean one of them.", output_dir, max(present),
         )  # fmt: skip
+
+
+def _samples(output_dir: Path, after: int) -> Iterator[Path]:
+    for file in sorted(output_dir.glob("samples/step-*.png")):
+        match = SAMPLE.fullmatch(file.name)
+        if match and int(match[1]) > after:
+            yield file
+
+
+def _is_metrics(file: Path) -> bool:
+    """Whether a run has written it: another file of the name is the user's."""
+    rows = read_log(file)
+    return bool(rows) and all(isinstance(row, dict) and "step" in row for row in rows)

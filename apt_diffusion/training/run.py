@@ -11,7 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, is_tensorboard_available
 
 from .checkpoints import Checkpoint, find_checkpoint
+from .optimizer_choice import optimizer_class
 from .run_config import ASIDE, RunArguments
+
+# Flags that follow from the data or the checkpoint where they are not given.
+SETTLED_LATER = ("max_train_steps", "evaluation_steps", "use_classifier_token")
 
 logger = logging.getLogger(__name__)
 
@@ -75,11 +79,18 @@ def find_resumed(args: argparse.Namespace) -> Checkpoint | None:
 def _check_optimizer(args: argparse.Namespace, resumed: Checkpoint) -> None:
     """The state of one optimizer means nothing to another."""
     before, now = resumed.state["settings"].get("optimizer"), getattr(args, "optimizer", None)
-    if before is not None and now is not None and before != now:
+    if before is not None and now is not None and _class_of(before) != _class_of(now):
         raise ValueError(
             f"{resumed.folder} was trained with --optimizer {before}, whose state {now} cannot go on with: give "
             f"--optimizer {before}, or begin a new run in another --output_dir."
         )
+
+
+def _class_of(optimizer: str) -> object:
+    try:
+        return optimizer_class(optimizer)
+    except (ValueError, ImportError):  # the other machine had it
+        return optimizer
 
 
 def report_changes(args: RunArguments, before: dict[str, Any]) -> None:
@@ -89,7 +100,7 @@ def report_changes(args: RunArguments, before: dict[str, Any]) -> None:
     for name in [*before, *(name for name in now if name not in before)]:
         # A flag that the checkpoint's version did not have, or one that is settled once the data is known.
         unknown = name not in now or (name not in before and now[name] == args.parser.get_default(name))
-        is_settled_later = name == "max_train_steps" and now.get(name) is None
+        is_settled_later = name in SETTLED_LATER and now.get(name) is None
         if not (unknown or is_settled_later or before.get(name) == now[name]):
             changes.append(f"{name} {before.get(name)!r} -> {now[name]!r}")
     if changes:

@@ -127,6 +127,7 @@ def test_folders_with_another_role_are_not_read_as_a_part_of_it(tmp_path):
     ("line", "problem"),
     [
         ('{"file_name": "a.png", "text": null}', None),
+        ('{"file_name": "a.png", "text": null}\n{"file_name": "a.png", "text": "x"}', None),
         ('{"file_name": "a.png", "text": ["x", "y"]}', "expected"),
         ('{"file_name": "a.png", "text": 5}', "expected"),
         ('{"file_name": 3, "text": "x"}', "expected"),
@@ -160,6 +161,10 @@ def test_the_ending_of_captions_can_be_said(tmp_path):
 def test_pictures_far_below_are_told_of_and_names_that_cannot_be_are_not_called_readable(tmp_path):
     save(tmp_path / "img" / "10_sks dog" / "a.png")
     assert "Its subfolders have some: --recursive reads them." in scan_pictures(tmp_path, "x").problems[0]
+    for name in ("x/.thumbs/a.png", "y/class/a.png"):
+        save(tmp_path / "other" / name)
+    others = {tmp_path / "other" / "y" / "class": "the folder of the class"}
+    assert "--recursive" not in scan_pictures(tmp_path / "other", "x", others=others).problems[0]
     save(tmp_path / "0_x" / "a.png")
     scan = scan_pictures(tmp_path, "x")
     assert scan.left_out["0_x"] == "a folder with a number of repeats that cannot be"

@@ -78,6 +78,7 @@ def test_a_resumed_run_may_have_other_settings(go):
 
 def test_another_optimizer_is_refused_by_its_name(go, request):
     go("out", optimizer="sgd", max_train_steps=2)
+    go("out", optimizer="torch.optim.SGD", max_train_steps=2, resume_from_checkpoint="latest")  # the same class
     request.getfixturevalue("no_models")
     with pytest.raises(ValueError, match="was trained with --optimizer sgd, whose state adamw cannot go on with"):
         go("out", max_train_steps=4, resume_from_checkpoint="latest")

@@ -222,6 +222,34 @@ def test_a_new_run_in_a_used_folder_has_nothing_of_the_old_one(go, caplog):
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_a_run_takes_away_only_what_a_trainer_wrote(go, tmp_path, pictures):
+    out = tmp_path / "out"
+    shutil.copytree(pictures, out / "best")
+    (out / "metrics.jsonl").write_text("not of a run")
+    (out / "samples").mkdir()
+    (out / "samples" / "step-by-step.png").write_bytes(b"mine")
+    go("out", instance_data_dir=out / "best", max_train_steps=1)
+    assert {path.name for path in (out / "best").iterdir()} == {path.name for path in pictures.iterdir()}
+    assert (out / "metrics.jsonl").read_text() == "not of a run" and (out / "samples" / "step-by-step.png").is_file()
+
+
+def test_a_run_that_goes_on_from_elsewhere_has_nothing_of_the_one_that_was_there(go):
+    flags = {"validation_prompt": "a sks glyph", "num_validation_images": 1, "num_inference_steps": 1}
+    first = go("first", max_train_steps=2, **flags)
+    go(
+        "other",
+        max_train_steps=4,
+        validation_split=0.4,
+        validation_steps=1,
+        keep_best=True,
+        learning_rate=0.3,
+        **flags,
+    )
+    other = go("other", max_train_steps=3, resume_from_checkpoint=first / "checkpoint-2", **flags)
+    assert not (other / "best").exists() and not (other / "metrics.jsonl").exists()
+    assert "step-000004.png" not in {path.name for path in (other / "samples").iterdir()}
+
+
 def test_what_is_not_finite_is_not_saved(go, tmp_path):
     with pytest.raises(FloatingPointError, match="not finite after step 1, so it is not saved"):
         go("out", learning_rate=1e38, max_train_steps=1)

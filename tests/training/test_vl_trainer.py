@@ -69,6 +69,12 @@ def test_two_steps_and_two_resumed_are_four_straight(go, scene):
     assert sorted(checkpoints.list_checkpoints(parts)) == [half, whole]
 
 
+def test_a_run_that_goes_on_as_it_was_reports_no_changes(go, caplog):
+    go("nlvr2", "vilt", "out", max_train_steps=1)
+    go("nlvr2", "vilt", "out", max_train_steps=1, resume_from_checkpoint="latest")
+    assert "Resuming from" in caplog.text and "Settings that differ" not in caplog.text
+
+
 @pytest.mark.slow
 def test_a_schedule_goes_on_and_a_finished_run_may_be_finished_again(go, tmp_path):
     straight = go("vqa", "vilt", "out", max_train_steps=4, checkpointing_steps=2, evaluation_steps=1)

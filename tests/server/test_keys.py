@@ -6,6 +6,7 @@ import time
 import httpx
 import pytest
 from conftest import randomize
+from support.gate import Gate
 from support.server import fill, served
 
 from apt_diffusion import StableDiffusionAPTPipeline
@@ -91,18 +92,19 @@ def test_requests_at_a_time_are_limited(tiny_sd_path, tmp_path):
     pipe = StableDiffusionAPTPipeline.from_pretrained(tiny_sd_path)
     pipe.set_progress_bar_config(disable=True)
     secret = add_key(tmp_path / "keys.json", "one", concurrent=1)
-    settings = ServerSettings(adapters=str(tmp_path / "adapters"), keys=str(tmp_path / "keys.json"), max_steps=400)
-    with served(pipe, settings) as (address, engine), ThreadPoolExecutor() as pool:
+    settings = ServerSettings(adapters=str(tmp_path / "adapters"), keys=str(tmp_path / "keys.json"))
+    gate = Gate(pipe.unet)
+    with served(pipe, settings) as (address, _), ThreadPoolExecutor() as pool, gate:
 
         def draw(steps):
             body = {"prompt": "x", "size": "16x16", "num_inference_steps": steps}
             headers = {"Authorization": f"Bearer {secret}"}
-            return httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=60)
+            return httpx.post(f"{address}/v1/images/generations", json=body, headers=headers, timeout=240)
 
-        first = pool.submit(draw, 200)
-        while not engine.statistics()["drawing"]:
-            time.sleep(0.01)
+        first = pool.submit(draw, 20)
+        gate.wait()  # until it is being drawn
         assert draw(2).status_code == 429
+        gate.open()
         assert first.result().status_code == 200 and draw(2).status_code == 200
 
 

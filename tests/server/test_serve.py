@@ -5,12 +5,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from support.gate import until
 
 from apt_diffusion.cli import main
 
@@ -21,38 +20,40 @@ ROOT = Path(__file__).parents[2]
 def test_it_draws_and_at_sigterm_finishes_what_it_has_accepted(tiny_sd_path, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = ["serve", "--model", tiny_sd_path, "--adapters", tmp_path / "new", "--port", port, "--max_steps", 400]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "apt_diffusion", *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    words = ["serve", "--model", tiny_sd_path, "--adapters", tmp_path / "new", "--port", port, "--max_steps", 600]
+    log = tmp_path / "server.log"
+    with log.open("w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "apt_diffusion", *map(str, words)], cwd=ROOT, stderr=output)
     address = f"http://127.0.0.1:{port}"
 
-    def draw(steps):
-        body = {"prompt": "a sks glyph", "size": "16x16", "num_inference_steps": steps}
+    body = {"prompt": "a sks glyph", "size": "16x16", "num_inference_steps": 2}
+
+    def draw():
         return httpx.post(f"{address}/v1/images/generations", json=body, timeout=60)
 
+    def is_ready():
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{address}/readyz", timeout=5).status_code == 200
+
     try:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{address}/readyz", timeout=2).status_code == 200:
-                    break
-            time.sleep(0.1)
-        assert draw(2).status_code == 200
-        with ThreadPoolExecutor(1) as pool:
-            last = pool.submit(draw, 400)
-            time.sleep(0.5)
+        until(is_ready)
+        assert draw().status_code == 200
+        long = body | {"num_inference_steps": 600, "stream": True, "partial_images": 3}
+        with httpx.stream("POST", f"{address}/v1/images/generations", json=long, timeout=240) as last:
+            events = last.iter_lines()
+            assert next(events) == "event: image_generation.partial_image"  # it is accepted, and being drawn
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
-            refused = draw(2)
+            until(lambda: is_ready() is False)
+            refused = draw()
             assert refused.status_code == 503 and "retry-after" in refused.headers
-            assert last.result().status_code == 200
-        assert process.wait(30) == 0
-        log = process.stderr.read()
+            assert "event: image_generation.completed" in list(events)
+        assert process.wait(240) == 0
     finally:
         process.kill()
         process.wait()
-    assert "Draining: accepted requests are finished" in log and "Traceback" not in log
+    said = log.read_text()
+    assert "Draining: accepted requests are finished" in said and "Traceback" not in said
     assert (tmp_path / "new").is_dir()
 
 

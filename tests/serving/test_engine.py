@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomize
 from PIL import Image
+from support.gate import Gate
 
 import apt_diffusion as apt
 from apt_diffusion import AdapterStore, StableDiffusion3APTPipeline
@@ -71,8 +72,11 @@ def test_every_picture_is_the_one_that_it_would_be_alone(pipe, store):
     ]
     expected = [alone(pipe, request, store) for request in requests]
     assert not same(expected[0], expected[7])  # the adapters act
-    with Engine(pipe, store, max_pixels=10**6) as engine:
-        pictures = [ticket.result(60) for ticket in [engine.submit(request) for request in requests]]
+    gate = Gate(pipe.unet)
+    with Engine(pipe, store, max_pixels=10**6) as engine, gate:
+        tickets = [engine.submit(request) for request in requests]
+        gate.open()
+        pictures = [ticket.result(60) for ticket in tickets]
         statistics = engine.statistics()
     assert [same(a, b) for a, b in zip(expected, pictures, strict=True)] == [True] * len(requests)
     assert statistics["finished"] == len(requests) and max(statistics["batch_sizes"]) > 3
@@ -93,8 +97,11 @@ def test_flow_models_are_drawn_row_by_row_too(tmp_path):
         for seed, steps, guidance, adapters in ((0, 3, 4.0, {}), (1, 4, 2.0, {"a": 1.0}), (2, 3, 1.0, {"a": 0.5}))
     ]
     expected = [alone(pipe, request, store) for request in requests]
-    with Engine(pipe, store) as engine:
-        pictures = [ticket.result(60) for ticket in [engine.submit(request) for request in requests]]
+    gate = Gate(pipe.transformer)
+    with Engine(pipe, store) as engine, gate:
+        tickets = [engine.submit(request) for request in requests]
+        gate.open()
+        pictures = [ticket.result(60) for ticket in tickets]
         assert max(engine.statistics()["batch_sizes"]) > 1
     assert [same(a, b) for a, b in zip(expected, pictures, strict=True)] == [True] * 3
 
@@ -118,14 +125,15 @@ def test_a_picture_to_start_from(pipe, store):
 
 
 def test_a_short_picture_joins_a_long_one_and_leaves_before_it(pipe, store):
-    seen, order = threading.Event(), []
-    with Engine(pipe, store) as engine:
-        long = engine.submit(small(steps=60, num_previews=8), lambda *_: seen.set())
+    gate, order = Gate(pipe.unet), []
+    with Engine(pipe, store) as engine, gate:
+        long = engine.submit(small(steps=60))
         long.add_done_callback(lambda _: order.append("long"))
-        assert seen.wait(60)
+        gate.wait()  # in its first step
         for seed in range(3):
             short = engine.submit(small(seed=seed, adapters={"a": 1.0}))
             short.add_done_callback(lambda _: order.append("short"))
+        gate.open()
         long.result(60)
         engine.drain(60)
         assert max(engine.statistics()["batch_sizes"]) > 1
@@ -134,13 +142,14 @@ def test_a_short_picture_joins_a_long_one_and_leaves_before_it(pipe, store):
 
 def test_other_sizes_take_turns(pipe, store):
     """A crowd of one size does not hold up a picture of another: passes of the two alternate."""
-    order = []
-    with Engine(pipe, store, max_pixels=10**6) as engine:
+    gate, order = Gate(pipe.unet), []
+    with Engine(pipe, store, max_pixels=10**6) as engine, gate:
         crowd = [engine.submit(small(seed=seed, steps=40)) for seed in range(6)]
         other = engine.submit(small(width=24, height=24, steps=10))
         for name, tickets in (("crowd", crowd), ("other", [other])):
             for ticket in tickets:
                 ticket.add_done_callback(lambda _, name=name: order.append(name))
+        gate.open()
         engine.drain(60)
     assert order == ["other"] + ["crowd"] * 6
 
@@ -165,12 +174,13 @@ def test_previews_come_on_the_way(pipe, store):
 
 def test_a_cancelled_picture_stops_and_its_neighbours_go_on(pipe, store):
     expected = alone(pipe, small(seed=1, steps=30), None)
-    seen = threading.Event()
-    with Engine(pipe, store, max_batch_size=2) as engine:
+    seen, gate = threading.Event(), Gate(pipe.unet)
+    with Engine(pipe, store, max_batch_size=2) as engine, gate:
         cancelled = engine.submit(small(steps=500, num_previews=8), lambda *_: seen.set())
         other = engine.submit(small(seed=1, steps=30))
         queued = engine.submit(small())
         assert queued.cancel()
+        gate.open()  # so that no place was free before
         with pytest.raises(CancelledError):
             queued.result(60)
         assert seen.wait(60) and cancelled.cancel()
@@ -191,10 +201,10 @@ def test_after_its_deadline_nothing_is_drawn(pipe, store):
 
 
 def test_a_full_queue_says_when_to_come_back_and_a_draining_one_finishes(pipe, store):
-    with Engine(pipe, store, max_batch_size=1, max_queue=2) as engine:
-        begun = threading.Event()
-        tickets = [engine.submit(small(steps=40, num_previews=8), lambda *_: begun.set())]
-        assert begun.wait(60)
+    gate = Gate(pipe.unet)
+    with Engine(pipe, store, max_batch_size=1, max_queue=2) as engine, gate:
+        tickets = [engine.submit(small(steps=40))]
+        gate.wait()  # until the first one is being drawn
         tickets += [engine.submit(small(seed=seed)) for seed in (1, 2)]
         assert [ticket.position() for ticket in tickets] == [0, 0, 1]
         with pytest.raises(QueueFull, match="2 requests wait") as full:
@@ -203,6 +213,7 @@ def test_a_full_queue_says_when_to_come_back_and_a_draining_one_finishes(pipe, s
         assert not engine.drain(0)
         with pytest.raises(Draining):
             engine.submit(small())
+        gate.open()
         assert engine.drain(60) and all(ticket.done() for ticket in tickets)
         assert [ticket.result().size for ticket in tickets] == [(16, 16)] * 3
 

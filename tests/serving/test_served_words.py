@@ -13,6 +13,7 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.gate import Gate
 from support.new_words import save_with_words
 from support.server import served
 
@@ -75,8 +76,10 @@ def test_pictures_drawn_together_read_their_own_words(pipe, store):
     ]
     expected = [alone(pipe, one, store.folder) for one in wanted]
     assert len({picture.tobytes() for picture in expected}) == 6  # words and adapters act
-    with Engine(pipe, store) as engine:
+    gate = Gate(pipe.unet)
+    with Engine(pipe, store) as engine, gate:
         tickets = [engine.submit(one) for one in wanted]
+        gate.open()
         pictures = [ticket.result(60) for ticket in tickets]
         assert max(engine.statistics()["batch_sizes"]) > 1
         again = engine.submit(wanted[1]).result(60)

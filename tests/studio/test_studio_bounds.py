@@ -1,6 +1,7 @@
 """What one visitor may take of the machine: turns, pictures, disk, sessions and bytes. Without a browser."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from support.gate import until
 from support.studio_helpers import ANNA, BERT, picture
 
 from apt_diffusion.studio import uploads
@@ -58,30 +60,41 @@ def test_long_pictures_are_refused_before_anything_decodes_them(tmp_path, monkey
 # Turns
 
 
+@contextlib.contextmanager
+def held(turns: Turns, who: Who, cost: float = 1):
+    """It is the turn of `who` within."""
+    has_it, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with turns.turn(who, cost):
+            has_it.set()
+            release.wait(240)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        assert has_it.wait(60)
+        yield
+    finally:
+        release.set()
+        holder.join(60)
+
+
 def queued(turns: Turns, asked: list[tuple[str, float]]) -> list[str]:
     """The order in which these requests, which all wait at once, are served."""
-    served, all_wait, threads = [], threading.Event(), []
+    served, threads = [], []
 
     def ask(name: str, cost: float) -> None:
         with turns.turn(Who(name), cost):
             served.append(name)
 
-    def hold() -> None:
-        with turns.turn(Who("holder"), 1):
-            all_wait.wait(10)
-
-    threads.append(threading.Thread(target=hold))
-    threads[0].start()
-    while len(turns) or not threads[0].is_alive():
-        pass
-    for count, (name, cost) in enumerate(asked, start=1):
-        threads.append(threading.Thread(target=ask, args=(name, cost)))
-        threads[-1].start()
-        while len(turns) < count:
-            pass
-    all_wait.set()
+    with held(turns, Who("holder")):
+        for count, (name, cost) in enumerate(asked, start=1):
+            threads.append(threading.Thread(target=ask, args=(name, cost)))
+            threads[-1].start()
+            until(lambda count=count: len(turns) == count)
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     return served
 
 
@@ -99,33 +112,16 @@ def test_one_large_request_counts_as_many_small_ones():
 
 def test_places_are_limited_for_all_for_a_visitor_and_for_an_address():
     turns = Turns(places=4, per_visitor=2, per_address=3)
-    taken, release = [], threading.Event()
+    taken = []
 
     def wait(who: Who) -> None:
         with turns.turn(who, 1):
-            release.wait(10)
+            pass
 
     def add(who: Who) -> None:
-        before = len(turns)
         taken.append(threading.Thread(target=wait, args=(who,)))
         taken[-1].start()
-        while len(turns) == before and taken[0] is not taken[-1]:
-            pass
-
-    add(Who("holder", "h"))
-    while len(turns):
-        pass
-    add(Who("anna", "x"))
-    add(Who("anna", "x"))
-    for who, words in ((Who("anna", "y"), "2 of your requests wait"),):
-        with pytest.raises(ValueError, match=words), turns.turn(who, 1):
-            pass
-    add(Who("bert", "x"))
-    with pytest.raises(ValueError, match="Your address"), turns.turn(Who("carl", "x"), 1):
-        pass
-    add(Who("dora", "z"))
-    with pytest.raises(ValueError, match="Too many people wait for the model: 4"), turns.turn(Who("emil", "e"), 1):
-        pass
+        until(lambda: len(turns) == len(taken))
 
     class GivenUp(Exception):
         pass
@@ -133,11 +129,22 @@ def test_places_are_limited_for_all_for_a_visitor_and_for_an_address():
     def give_up(ahead, seconds):
         raise GivenUp
 
-    with pytest.raises(GivenUp), turns.turn(Who("emil", "e"), 1, give_up, again=True):  # what was begun has a place
-        pass
-    release.set()
+    with held(turns, Who("holder", "h")):
+        add(Who("anna", "x"))
+        add(Who("anna", "x"))
+        with pytest.raises(ValueError, match="2 of your requests wait"), turns.turn(Who("anna", "y"), 1):
+            pass
+        add(Who("bert", "x"))
+        with pytest.raises(ValueError, match="Your address"), turns.turn(Who("carl", "x"), 1):
+            pass
+        add(Who("dora", "z"))
+        with pytest.raises(ValueError, match="Too many people wait for the model: 4"), turns.turn(Who("emil", "e"), 1):
+            pass
+        # What was begun has a place.
+        with pytest.raises(GivenUp), turns.turn(Who("emil", "e"), 1, give_up, again=True):
+            pass
     for thread in taken:
-        thread.join(10)
+        thread.join(60)
     assert len(turns) == 0
 
 
@@ -147,17 +154,7 @@ def test_who_waits_is_told_how_many_are_before_and_how_long_it_takes():
     with turns.turn(Who("anna"), 10):
         now[0] += 20  # 2 seconds for each unit
     assert turns.seconds_for(3) == 6
-    told, release = [], threading.Event()
-
-    def hold() -> None:
-        with turns.turn(Who("bert"), 10):
-            release.wait(10)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    while len(turns):
-        pass
-    now[0] += 5  # of 20 seconds
+    told = []
 
     class Enough(Exception):
         pass
@@ -166,10 +163,10 @@ def test_who_waits_is_told_how_many_are_before_and_how_long_it_takes():
         told.append((ahead, seconds))
         raise Enough
 
-    with pytest.raises(Enough), turns.turn(Who("carl"), 1, on_wait):
-        pass
-    release.set()
-    holder.join(10)
+    with held(turns, Who("bert"), 10):
+        now[0] += 5  # of 20 seconds
+        with pytest.raises(Enough), turns.turn(Who("carl"), 1, on_wait):
+            pass
     assert told == [(1, 15.0)] and len(turns) == 0
 
 

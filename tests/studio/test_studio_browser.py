@@ -113,12 +113,13 @@ def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
     page.fill("#adapter-name input, #adapter-name textarea", "slow to start")
     page.fill("#train-steps input[type=number]", str(STEPS))
     page.keyboard.press("Tab")
-    page.click("#train")
-    wait_for(page, "#train-status", "Loading the model")
-    (job,) = adapters.glob(".visitors/*/trainings/slow-to-start/job.json")
-    trainer = psutil.Process(json.loads(job.read_text())["pid"])
-    trainer.suspend()  # the start now lasts until the picture is there
+    # A fast machine would have begun before a slow page tells of the start.
+    with ThreadPoolExecutor(1) as pool:
+        suspended = pool.submit(suspended_at_its_start, adapters, "slow-to-start")
+        page.click("#train")
+        _, trainer = suspended.result()  # the start now lasts until the picture is there
     try:
+        wait_for(page, "#train-status", "Loading the model")
         tab(page, "Generate")
         draw(page, "a glyph", 5)
         wait_for(page, "#status", "Done")
@@ -131,24 +132,27 @@ def test_drawing_does_not_wait_for_a_trainings_start(visit, adapters, tmp_path):
     wait_for(page, "#train-status", "Stopped")
 
 
-def class_pictures(job):
-    """How many are drawn; the one that is being written has a hidden name."""
-    return len(list(job.parent.glob("class/[!.]*.png")))
-
-
-def suspended_at_its_first_class_picture(adapters, training):
-    """The job file of a training that is about to begin, and its suspended process."""
-    end = time.monotonic() + 120
+def suspended_at_its_start(adapters, training, condition=lambda job: True):
+    """The job file of a training that is about to begin, and its process, suspended once the condition holds."""
+    end = time.monotonic() + 240
     while not (found := list(adapters.glob(f".visitors/*/trainings/{training}/job.json"))):
         assert time.monotonic() < end
         time.sleep(0.01)
     (job,) = found
     trainer = psutil.Process(json.loads(job.read_text())["pid"])
-    while not class_pictures(job):
+    while not condition(job):
         assert time.monotonic() < end
         time.sleep(0.01)
     trainer.suspend()
+    while trainer.status() != psutil.STATUS_STOPPED:  # a moment after the signal
+        assert time.monotonic() < end
+        time.sleep(0.01)
     return job, trainer
+
+
+def class_pictures(job):
+    """How many are drawn; the one that is being written has a hidden name."""
+    return len(list(job.parent.glob("class/[!.]*.png")))
 
 
 def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_path):
@@ -162,13 +166,12 @@ def test_a_start_counts_the_class_pictures_that_it_draws(visit, adapters, tmp_pa
     page.keyboard.press("Tab")
     # A fast machine would be through before a slow page asks.
     with ThreadPoolExecutor(1) as pool:
-        suspended = pool.submit(suspended_at_its_first_class_picture, adapters, "of-a-class")
+        suspended = pool.submit(suspended_at_its_start, adapters, "of-a-class", class_pictures)
         page.click("#train")
         job, trainer = suspended.result()
     try:
-        said = wait_for(page, "#train-status", "Drawing pictures of “a glyph”")
         drawn = class_pictures(job)
-        assert f"{drawn} of 64" in said
+        wait_for(page, "#train-status", f"Drawing pictures of “a glyph”: {drawn} of 64")
         bar = page.locator("#train-status progress")
         assert float(bar.get_attribute("value")) == pytest.approx(drawn / 64, abs=1e-3)
     finally:

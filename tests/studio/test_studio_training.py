@@ -122,6 +122,8 @@ def test_a_full_disk_is_said_without_a_path_and_leaves_no_process(trainings, tmp
     launched = []
     popen = subprocess.Popen
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The trainers inherit the limit: what they compile would stay cut off for every process that imports it later.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
 
     def launch(*args, **settings):
         launched.append(popen(*args, **settings))

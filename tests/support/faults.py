@@ -13,7 +13,8 @@ from support.fault_server import MESSAGE
 
 SERVER = Path(__file__).with_name("fault_server.py")
 TRAIN = Path(__file__).parents[2] / "train"
-TIMEOUT = 30  # a process that has failed and is still there by then hangs
+REACH = 600  # seconds to the fault: loading models and finding each other takes long on a busy machine
+END = 60  # seconds from the fault: a process that is still there by then hangs
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FaultServer:
         """Runs `train/<script>.py` with `fault` (see `fault_server`) in so many processes; `log` gets the output."""
         case = {
             "script": str(TRAIN / f"{script}.py"), "arguments": arguments, "processes": processes, "fault": fault,
-            "timeout": TIMEOUT, "log": str(log),
+            "reach": REACH, "end": END, "log": str(log),
         }  # fmt: skip
         self.process.stdin.write(json.dumps(case) + "\n")
         self.process.stdin.flush()

@@ -3,10 +3,10 @@
 import contextlib
 import socket
 import threading
-import time
 from pathlib import Path
 
 import uvicorn
+from support.gate import until
 
 import apt_diffusion as apt
 from apt_diffusion.server.app import build_app
@@ -37,8 +37,7 @@ def served(pipe, settings: ServerSettings, bounds=None):
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    until(lambda: server.started)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", engine
     finally:

@@ -28,7 +28,7 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
-PATIENCE = 120_000  # milliseconds: busy machines are slow
+PATIENCE = 300_000  # milliseconds: busy machines are slow
 
 
 @contextlib.contextmanager
@@ -86,13 +86,16 @@ def visitors(chromium, address):
 
 
 def wait_for(page, where, pattern):
-    """The text of an element, once it matches."""
-    page.wait_for_function(
-        "([where, pattern]) => new RegExp(pattern).test(document.querySelector(where)?.innerText)",
+    """The text of an element, once it matches; the page may have gone on to another one meanwhile."""
+    found = page.wait_for_function(
+        """([where, pattern]) => {
+            const text = document.querySelector(where)?.innerText;
+            return new RegExp(pattern).test(text) && [text];
+        }""",
         arg=[where, pattern],
         timeout=PATIENCE,
     )
-    return page.inner_text(where)
+    return found.json_value()[0]
 
 
 def remember(page, where):

@@ -134,7 +134,7 @@ class Easel:
             )
         if request.image is not None and math.prod(request.image.size) > MAX_IMAGE_PIXELS:
             raise ValueError(f"The picture to start from has more than {MAX_IMAGE_PIXELS} pixels; make it smaller.")
-        make_sampler(self.pipeline.scheduler, request.scheduler or "")
+        _check_steps(make_sampler(self.pipeline.scheduler, request.scheduler or ""), request.num_inference_steps or 1)
         if request.image is not None and self.image_to_image is None:
             raise ValueError(f"{type(self.text_to_image).__name__} cannot start from a picture.")
         template = self.text_to_image if request.image is None else self.image_to_image
@@ -224,6 +224,15 @@ class _Watcher:
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
         decoded = pipeline.vae.decode(latents, return_dict=False)[0]
         return pipeline.image_processor.postprocess(decoded.float(), output_type="pil")[0]
+
+
+def _check_steps(scheduler: Any, steps: int) -> None:
+    """`ValueError` for so many steps that the first would be at a timestep which the model does not have."""
+    config = scheduler.config
+    if config.get("timestep_spacing") == "leading":  # each timestep is moved up by the offset
+        most = config.num_train_timesteps - config.get("steps_offset", 0)
+        if steps > most:
+            raise ValueError(f"This model draws in at most {most} steps with this sampler, got {steps}.")
 
 
 def _parameters(pipeline: Any) -> set[str]:

@@ -333,6 +333,7 @@ def test_a_request_holds_only_what_can_be_meant(settings, message):
         ({"scheduler": "Karras"}, "no sampler"),
         ({"adapters": {"nobody": 1.0}}, "no adapter 'nobody'"),
         ({"image": Image.new("1", (2**14, 2**13))}, "to start from has more than"),
+        ({"steps": 1000}, "draws in at most 999 steps with this sampler, got 1000"),
     ],
 )
 def test_what_the_model_cannot_draw_is_refused_at_once(pipe, store, settings, message):

@@ -244,7 +244,7 @@ def hold_out(session: Session, sets: PictureSets) -> tuple[list[Picture], list[P
     record_data(session, "subject", list(dict.fromkeys(instance)), folders)
     if session.args.validation_split:
         return split_off(instance, session.args.validation_split, session.seed)
-    record_data(session, "held out", held_out, [] if sets.held_out is None else [sets.held_out.folder])
+    record_data(session, "held-out part", held_out, [] if sets.held_out is None else [sets.held_out.folder])
     return instance, held_out
 
 

@@ -116,7 +116,7 @@ def _folders(content: Mapping[str, Any], where: Path, defaults: Mapping[str, Any
             path = where / Path(values["class_data_dir"]).expanduser()
             options = dataclasses.replace(folders[-1].options, prompt_from="class_prompt")
             of_class.append(ConfiguredFolder(path, values["class_prompt"], _of_class(options)))
-    return DatasetConfig(folders, _each_once(of_class), [])
+    return DatasetConfig(folders, list(dict.fromkeys(of_class)), [])  # several folders may have the same class
 
 
 def _of_class(options: FolderOptions) -> FolderOptions:
@@ -124,11 +124,6 @@ def _of_class(options: FolderOptions) -> FolderOptions:
     return FolderOptions(
         options.caption_column, options.recursive, options.prompt_from, sidecars=options.sidecars, of_class=True
     )
-
-
-def _each_once(folders: list[ConfiguredFolder]) -> list[ConfiguredFolder]:
-    """Several folders of the subject may have the same class."""
-    return [folder for index, folder in enumerate(folders) if folder not in folders[:index]]
 
 
 def _kohyas_folders(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> DatasetConfig:
@@ -141,7 +136,7 @@ def _kohyas_folders(content: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             of_class.append(ConfiguredFolder(folder.path, folder.prompt, _of_class(folder.options)))
         else:
             folders.append(folder)
-    return DatasetConfig(folders, _each_once(of_class), kohya_config.for_the_run(content))
+    return DatasetConfig(folders, list(dict.fromkeys(of_class)), kohya_config.for_the_run(content))
 
 
 def _folder(where: Path, values: Mapping[str, Any], prompt_from: str = "instance_prompt") -> ConfiguredFolder:

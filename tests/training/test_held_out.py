@@ -132,7 +132,9 @@ def test_other_held_out_pictures_are_named_on_resume(go, tmp_path, instance_dir)
     flags = {"validation_data_dir": tmp_path / "held", "resume_from_checkpoint": "latest"}
     go("out", max_train_steps=1, **flags)
     Image.new("RGB", (40, 40), "blue").save(tmp_path / "held" / "a.png")
-    with pytest.raises(ValueError, match=r"The pictures of the held out are not those .* a\.png has another content"):
+    with pytest.raises(
+        ValueError, match=r"The pictures of the held-out part are not those .* a\.png has another content"
+    ):
         go("out", max_train_steps=2, **flags)
 
 

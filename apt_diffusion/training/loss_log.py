@@ -43,7 +43,8 @@ def _line(row: dict[str, Any]) -> str:
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """All whole rows; a last line that was cut off by a kill is no row."""
     rows = []
-    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
+    text = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).is_file() else ""
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..io.atomic import new_folder
+from ..io.atomic import replacing
 from ..io.files import WEIGHTS_NAME
 from .loss_log import METRICS_NAME, VALIDATION_LOSS, read_log
 
@@ -40,8 +40,8 @@ def carry_over(checkpoint: Path, output_dir: Path, step: int) -> None:
     found = source / FOLDER if kept in steps else checkpoint if kept is not None and step in steps else None
     remove(output_dir)  # of a run that was given up
     if found is not None:
-        with new_folder(output_dir / FOLDER) as unfinished:
-            shutil.copyfile(found / WEIGHTS_NAME, unfinished / WEIGHTS_NAME)
+        with replacing(output_dir / FOLDER / WEIGHTS_NAME) as unfinished:
+            shutil.copyfile(found / WEIGHTS_NAME, unfinished)
 
 
 def remove(output_dir: Path) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
+from support.gate import until
 from support.studio_helpers import ANNA, picture
 
 from apt_diffusion.studio import training
@@ -49,13 +50,6 @@ def trainings(tmp_path):
     found.library.own_folder(ANNA).mkdir(parents=True, exist_ok=True)
     (found.library.own_folder(ANNA) / "begin").touch()
     (found.library.own_folder(ANNA) / "end").touch()
-
-
-def until(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_training_that_ends_while_it_is_looked_at_is_not_over_with_an_old_step(trainings, tmp_path, monkeypatch):
